@@ -8,8 +8,8 @@ __all__ = ['TABLE2', 'HEADS', 'SKIPS', 'TIMES', 'CONVS', 'SAMPLERS', 'MODELS', '
            'coerce', 'Section', 'ModelConfig', 'DataConfig', 'DiffusionConfig', 'TrainConfig', 'SamplingConfig',
            'EvalConfig', 'ExecConfig', 'resolve_name', 'check_geometry', 'check_experiment', 'Experiment',
            'with_overrides', 'released', 'project_root', 'data_root', 'default_protocol', 'experiment', 'content_name',
-           'identity', 'digest', 'variant_name', 'run_id', 'eval_id', 'deviations', 'parameters_cell', 'check_params',
-           'describe', 'from_dict']
+           'identity', 'digest', 'key_seed', 'variant_name', 'run_id', 'eval_id', 'deviations', 'parameters_cell',
+           'check_params', 'describe', 'from_dict']
 
 # %% ../nbs/00a_config.ipynb #00a-d5944076
 import dataclasses, hashlib, importlib, json, math, os, typing
@@ -419,6 +419,13 @@ def identity(
 def digest(obj, n=10) -> str:
     "The first characters of the sha256 of an object's canonical JSON."
     return hashlib.sha256(json.dumps(obj, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:n]
+
+# %% ../nbs/00a_config.ipynb #00a-key_seed
+def key_seed(
+    *key  # anything with a stable repr: seed, purpose, step, name
+) -> int: # a seed for a random generator, below 2**63
+    "Randomness as a function of its purpose: the same key gives the same numbers, whatever ran before."
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
 
 # %% ../nbs/00a_config.ipynb #00a-variant_name
 def variant_name(
