@@ -197,7 +197,7 @@ class ExecConfig(Section):
     data_root: str = F("", "folder of the data sets; empty: UVIT_DATA or data/ in the project")
 
 # %% ../nbs/00a_config.ipynb #00a-resolve_name
-MODELS = {"UViT": "uvit_repro.uvit:UViT"}
+MODELS = {"UViT": "uvit_repro.uvit:from_config"}       # functions of (model, data, p_uncond, use_checkpoint)
 DATASETS = {n: f"uvit_repro.data:load_{n}" for n in ("digits", "cifar10", "folder", "npz")}
 
 def resolve_name(
