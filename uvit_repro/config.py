@@ -432,7 +432,8 @@ def variant_name(
     m: ModelConfig # a backbone
 ) -> str:          # the choices of Figure 2 that differ from the adopted ones, or `adopted`
     "How a variant is called in figures and names."
-    return ",".join(f"{k}={getattr(m, k)}" for k in ("skip", "time", "conv", "patch_embed", "pos_embed")
+    show = lambda v: f"{v:.4g}" if isinstance(v, float) else v
+    return ",".join(f"{k}={show(getattr(m, k))}" for k in ("skip", "time", "conv", "patch_embed", "pos_embed", "mlp_ratio")
                     if getattr(m, k) != ModelConfig.__dataclass_fields__[k].default) or "adopted"
 
 def run_id(exp: Experiment) -> str:
@@ -446,11 +447,12 @@ def run_id(exp: Experiment) -> str:
 def eval_id(
     exp: Experiment, # with the sampling and evaluation of this measurement
     step: int,       # training step of the weights
-    num_samples: int # images drawn
+    num_samples: int # images drawn; 0: the held-out loss, which needs none
 ) -> str:            # short name of one measurement of one run
     "Step, sampler and a hash of sampling and evaluation; curve settings are not part of it."
     s, e = exp.sampling, exp.evaluation
-    what = dict(dataclasses.asdict(s), features=e.features, loss_images=e.loss_images, loss_levels=e.loss_levels, num_samples=num_samples)
+    if not num_samples: return f"{step:07d}-loss-{digest(dict(weights=s.weights, images=e.loss_images, levels=e.loss_levels), 8)}"
+    what = dict(dataclasses.asdict(s), features=e.features, num_samples=num_samples)
     return f"{step:07d}-{s.sampler}{s.nfe}-{digest(what, 8)}"
 
 # %% ../nbs/00a_config.ipynb #00a-deviations

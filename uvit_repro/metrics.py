@@ -276,6 +276,7 @@ def kid_subsets(
     a, b = a.double().numpy(), b.double().numpy()
     size, rng = min(1000, len(a), len(b)), np.random.RandomState(seed)
     if size < 2: raise ValueError(f"kid: {size} images; at least 2 are needed on either side")
+    if size == len(a) == len(b): subsets = 1            # all subsets are the same
     draw = lambda x: x[rng.choice(len(x), size, replace=False)]
     return np.array([kernel_mmd(draw(a), draw(b)) for _ in range(subsets)])
 
@@ -495,6 +496,7 @@ def measure_images(
     s = dict(features=np.array(features), weights_sha256=np.array(net.sha256), data_sha256=np.array(data.sha256), n=np.int64(n), patch_size=np.int64(patch_size or 0))
     def attempt(key, compute):                          # statistics, or the reason why there are none
         try: s.update(compute())
+        except ParameterError: raise                    # a wrong request is not a property of the data
         except ValueError as e: why[key] = str(e)
     named = lambda who, st: {f"{who}_n": np.int64(st.n), f"{who}_mean": st.mean, f"{who}_cov": st.cov}
     reference = lambda split: reference_stats(data, features, split, cache_dir, device)

@@ -142,8 +142,8 @@ def record(
     from uvit_repro.config import variant_name
     eid = eval_id(exp, step, num_samples)
     common = dict(run_id=exp.run_id, eval_id=eid, chapter=chapter, paper_ref=paper_ref, dataset=content_name(exp.data)[0], model=exp.model.model,
-                  variant=variant_name(exp.model), protocol=exp.protocol, seed=exp.seed, step=step, sampler=exp.sampling.sampler, nfe=exp.sampling.nfe,
-                  cfg_scale=exp.sampling.cfg_scale, weights=exp.sampling.weights)
+                  variant=variant_name(exp.model), protocol=exp.protocol, seed=exp.seed, step=step, weights=exp.sampling.weights,
+                  **(dict(sampler=exp.sampling.sampler, nfe=exp.sampling.nfe, cfg_scale=exp.sampling.cfg_scale) if num_samples else dict(sampler="", nfe="", cfg_scale="")))
     new = []
     for r in rows:
         ok = r["value"] is not None and math.isfinite(r["value"])
@@ -193,7 +193,7 @@ def load_runs(origin="all", out_dir=None) -> list[dict]:
     return list(res.values())
 
 # %% ../nbs/00c_records.ipynb #00c-publish
-EVIDENCE = ("run.json", "measurements.csv", "log.csv", "samples.png", "loss.npz")
+EVIDENCE = ("run.json", "measurements.csv", "log.csv", "samples.png", "first.npz")
 
 def publish(
     folder: Path,      # a finished run

@@ -280,7 +280,8 @@ def make_scheduler(
         s = diffusers.HeunDiscreteScheduler(prediction_type="sample")
         s.set_timesteps(n); s.sigmas = torch.cat([ratio[:1], ratio[1:].repeat_interleave(2), zero]); steps = 2*n - 1
     else:
-        s = diffusers.DPMSolverMultistepScheduler(solver_order=1 if kind == "ddim" else 2, algorithm_type="dpmsolver++", prediction_type="sample", lower_order_final=True)
+        s = diffusers.DPMSolverMultistepScheduler(solver_order=1 if kind == "ddim" else 2, algorithm_type="dpmsolver++",
+                                                  prediction_type="sample", lower_order_final=True)
         s.set_timesteps(n); s.sigmas = torch.cat([ratio, zero]); steps = n
     s.timesteps = torch.arange(steps)                                       # labels only: the step index counts
     s.set_begin_index(0)
