@@ -590,7 +590,8 @@ def damage(
     images: Tensor, labels: Tensor, # uint8 (N, C, H, W) and classes (N,)
     kind: str,                      # none | noise | jpeg | blur | class | patches
     strength=0.0,                   # in the unit of its kind
-    patch_size=2, seed=0
+    patch_size=2, seed=0,
+    which=3                         # the class that `class` takes away
 ) -> tuple:                         # damaged (images, labels)
     "Real images with one known fault."
     g = torch.Generator().manual_seed(key_seed("damage", kind, seed)); n, c, h, w = images.shape
@@ -605,7 +606,7 @@ def damage(
         return back(gaussian_blur(images.float(), 5, strength)), labels
     if kind == "jpeg": return torch.stack([jpeg(x, int(strength)) for x in images]), labels
     if kind == "class":
-        gone = (labels == labels.max()).nonzero()[:, 0]
+        gone = (labels == which).nonzero()[:, 0]
         keep = torch.ones(n, dtype=torch.bool); keep[gone[:round(strength*len(gone))]] = False
         return images[keep], labels[keep]
     raise ParameterError(f"damage {kind!r}: known are none, noise, jpeg, blur, class, patches")
