@@ -6,12 +6,12 @@
 __all__ = ['ORDER', 'beyond', 'variants', 'figure2_cells', 'main_metric', 'collect', 'standing', 'parameters_of', 'draw_curves',
            'plot_figure2', 'sample_rows', 'plot_rows']
 
-# %% ../nbs/05_ablations.ipynb #05-43b9d016
+# %% ../nbs/05_ablations.ipynb #05-b8209e62
 from dataclasses import replace
 import numpy as np
-from .config import FACTS, PARAMETERS, PROTOCOLS, Experiment, ParameterError, content_name, eval_id, experiment, variant_name
+from .config import PROTOCOLS, Experiment, ParameterError
 from .paper import FIGURE2, figure2
-from .results import load_results, load_runs, runs_root, published_root
+from .results import load_results
 
 # %% ../nbs/05_ablations.ipynb #05-beyond
 def beyond(
@@ -133,10 +133,9 @@ def sample_rows(
     rows = {}
     if not len(results): return rows
     for x in results[results.seed == seed].drop_duplicates("run_id").itertuples():
-        for root in (x.folder,):
-            try:
-                with np.load(f"{root}/first.npz") as d: rows.setdefault(x.variant, d["images"][:k])
-            except (OSError, ValueError, KeyError): continue                                     # a run without its picture is shown in the tables only
+        try:
+            with np.load(f"{x.folder}/first.npz") as d: rows.setdefault(x.variant, d["images"][:k])
+        except (OSError, ValueError, KeyError): continue                                         # a run without its picture is shown in the tables only
     return dict(sorted(rows.items(), key=lambda kv: kv[0] != "adopted"))
 
 def plot_rows(rows: dict):

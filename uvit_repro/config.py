@@ -223,7 +223,7 @@ def check_geometry(img_size, patch_size, embed_dim, depth, num_heads):
 # %% ../nbs/00a_config.ipynb #00a-check_experiment
 def check_experiment(e):
     "Fields of different sections that contradict each other raise `ParameterError`."
-    m, d, p, t, s, v = e.model, e.data, e.diffusion, e.train, e.sampling, e.evaluation
+    m, d, p, t, s = e.model, e.data, e.diffusion, e.train, e.sampling
     kind = d.dataset.partition(":")[0]
     if m.model not in MODELS: raise ParameterError(f"model = {m.model!r}: allowed are {', '.join(map(repr, MODELS))}")
     if kind in ("folder", "npz") and not d.dataset.partition(":")[2]: raise ParameterError(f"dataset = {d.dataset!r}: a path must follow, as in {kind}:PATH")

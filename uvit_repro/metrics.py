@@ -443,6 +443,7 @@ def _stats(s, who): return Stats(int(s[f"{who}_n"]), s[f"{who}_mean"], s[f"{who}
 FORMULAS = [   # metric, the statistics it needs, how many samples it is about, its value; {net} and {p} are filled in
     ("fd_{net}_train",     ("sample_n", "train_n"), lambda s: s["sample_n"], lambda s: frechet(_stats(s, "sample"), _stats(s, "train"))),
     ("fd_{net}_test",      ("sample_n", "test_n"),  lambda s: s["sample_n"], lambda s: frechet(_stats(s, "sample"), _stats(s, "test"))),
+    ("fd_{net}_real",      ("real_n", "test_n"),    lambda s: s["real_n"],   lambda s: frechet(_stats(s, "real"), _stats(s, "test"))),
     ("kid_{net}_test",     ("kid",),                lambda s: s["n"], lambda s: s["kid"].mean()),
     ("inception_score",    ("scores",),             lambda s: s["n"], lambda s: s["scores"].mean()),
     ("precision_{net}",    ("neighbours",),         lambda s: s["neighbours"][0, 1], lambda s: s["neighbours"][0, 0]/s["neighbours"][0, 1]),
@@ -504,6 +505,7 @@ def measure_images(
     attempt("sample_n", lambda: named("sample", Stats.of(out["features"], f"{net.short} distance")))
     for split in ("train", "test"):
         attempt(f"{split}_n", lambda: named(split, (r := reference(split))[0]) | {f"{split}_sha256": np.array(r[1])})
+    if features != "inception": attempt("real_n", lambda: named("real", Stats.of(some("train")[subset(len(some("train")), n, "real")], f"{net.short} distance of real images")))
     attempt("kid", lambda: dict(kid=kid_subsets(out["features"], some("test"))))
     if features == "inception": attempt("scores", lambda: dict(scores=inception_scores(out["logits"])))
     attempt("neighbours", lambda: dict(neighbours=precision_recall(out["features"][subset(n, 10_000, "made")], some("train"))))

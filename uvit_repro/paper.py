@@ -6,10 +6,10 @@
 __all__ = ['FIGURE2', 'read_table', 'parse_count', 'all_numbers', 'load_paper', 'published', 'figure2', 'table2', 'table5',
            'as_table5', 'figure7', 'load_claims']
 
-# %% ../nbs/00b_paper.ipynb #00b-a9a26094
+# %% ../nbs/00b_paper.ipynb #00b-5019f804
 import functools, re
 from importlib import resources
-import numpy as np, pandas as pd
+import pandas as pd
 from .config import Experiment
 
 # %% ../nbs/00b_paper.ipynb #00b-read_table

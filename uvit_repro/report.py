@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['MEASURES', 'STYLE', 'cell', 'table_html', 'machine', 'certificate_frame', 'conditions_frame', 'headline_frame',
            'plot_pairs', 'table2_frame', 'command', 'figure2_frame', 'power_frame', 'to_html', 'seconds', 'spent',
-           'write_report', 'main']
+           'publish_copy', 'write_chapters', 'write_report', 'main']
 
-# %% ../nbs/99_report.ipynb #99-24e8362c
-import argparse, html, json, math, os, re, shutil, sys, time
+# %% ../nbs/99_report.ipynb #99-b5815272
+import argparse, html, math, os, re, sys, tempfile, time
 from pathlib import Path
 import numpy as np
-from .ablations import collect, figure2_cells, main_metric, plot_figure2, plot_rows, sample_rows, variants
+from .ablations import figure2_cells, main_metric, variants
 from .config import CONFIGS, PROTOCOLS, TABLE2, ParameterError, experiment, project_root, variant_name
-from .paper import FIGURE2, figure2, table2
-from .results import load_results, load_runs, publish, runs_root, write_atomic
-from .run import certificate, clock, run_chapter, run_sweep
+from .paper import figure2, table2
+from .results import write_atomic
+from .run import cell_seconds, clock, execute, run_chapter, run_sweep
 
 # %% ../nbs/99_report.ipynb #99-cell
 def cell(v) -> str:
@@ -90,12 +90,11 @@ def plot_pairs(run: dict, k: int = 20):
 def table2_frame():
     "Table 2 with the paper's columns and ours apart."
     import pandas as pd, torch
-    from uvit_repro.uvit import UViT, count_parameters
+    from uvit_repro.uvit import count_parameters, from_config
     where = {"U-ViT-S": "CIFAR10 U-ViT-S/2", "U-ViT-S (Deep)": "MS-COCO 256x256 U-ViT-S/2 (Deep)", "U-ViT-M": "ImageNet 64x64 U-ViT-M/4", "U-ViT-L": "ImageNet 256x256 U-ViT-L/2", "U-ViT-H": "ImageNet 256x256 U-ViT-H/2"}
     rows = []
     for (name, p), (ours, sizes) in zip(table2().iterrows(), TABLE2.items()):
         with torch.device("meta"):
-            from uvit_repro.uvit import from_config
             c = CONFIGS[where[ours]]; n = count_parameters(from_config(c.model, c.data, c.train.p_uncond))
         rows.append({"model": name, "paper: layers": int(p.layers), "ours: layers": sizes["depth"], "paper: width": int(p.hidden_size), "ours: width": sizes["embed_dim"], "paper: heads": int(p.heads), "ours: heads": sizes["num_heads"],
                      "paper: parameters": f"{int(p.params_M)}M", "ours: parameters": n, "counted on": where[ours]})
@@ -180,10 +179,35 @@ def spent(
     out_dir=None     # folder of runs
 ) -> float:          # seconds
     "What this machine has already spent on these cells, over its cores."
-    from uvit_repro.data import open_data
-    from uvit_repro.run import _read_info
-    per_run = [_read_info(runs_root(out_dir)/open_data(experiment(**c))[0].run_id).get("wall_seconds", 0) for c in cells]
-    return sum(t + 10 for t in per_run if t)/max(1, min(os.cpu_count() or 1, 8))
+    return sum(cell_seconds(c, out_dir) for c in cells)/max(1, min(os.cpu_count() or 1, 8))
+
+# %% ../nbs/99_report.ipynb #99-publish_copy
+def publish_copy(
+    executed: Path, # a notebook as papermill left it
+    out: Path       # where the copy for readers goes
+) -> Path:          # the copy
+    "An executed chapter for readers: pictures and printed text stay, paths of this machine and papermill's records go."
+    import nbformat
+    nb, root = nbformat.read(executed, 4), str(project_root())
+    nb.metadata.pop("papermill", None)
+    for c in nb.cells:
+        c.metadata = {k: v for k, v in c.metadata.items() if k == "tags"}
+        for o in c.get("outputs", []):
+            if o.output_type == "stream" and o.name == "stderr": o.text = ""
+    nb.cells = [c for c in nb.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    text = nbformat.writes(nb).replace(root, ".").replace(str(Path.home()), "~").replace(tempfile.gettempdir(), "TMP")
+    return write_atomic(out, lambda p: p.write_text(text))
+
+def write_chapters(say=print) -> list:
+    "Execute all chapters and write the copies for readers to results/published/chapters. Returns them."
+    done, start, books = [], time.perf_counter(), sorted((project_root()/"nbs").glob("[0-9]*.ipynb"))
+    for i, nb in enumerate(books):
+        say(f"chapter {nb.name}, {i + 1} of {len(books)}" + (f", about {clock((time.perf_counter() - start)/i*(len(books) - i))} left" if i else ""))
+        with tempfile.TemporaryDirectory() as d:
+            out = execute(nb, Path(d)/nb.name, dict(protocol="laptop") if nb.name.startswith("05") else {}, say)
+            done.append(publish_copy(out, project_root()/"results"/"published"/"chapters"/nb.name))
+    say(f"{len(done)} chapters, {sum(p.stat().st_size for p in done)/1e6:.1f} MB: {done[0].parent}")
+    return done
 
 # %% ../nbs/99_report.ipynb #99-write_report
 def write_report(say=print) -> Path:
@@ -198,8 +222,11 @@ def main(args=None) -> int:
     ap.add_argument("--protocol", default=None, choices=tuple(PROTOCOLS), help="smoke, laptop, gpu or paper; default: what this machine can do")
     ap.add_argument("--budget", default="9m", help="time for training, counted over all calls; 0: only the report; none: everything (default 9m)")
     ap.add_argument("--seeds", default="0", help="comma-separated, each a whole figure (default 0)")
+    ap.add_argument("--chapters", action="store_true", help="instead: execute all chapters and keep the copies in results/published/chapters")
     a = ap.parse_args(args); start = time.perf_counter()
-    protocol = a.protocol or experiment().protocol; say = lambda line: print(f"[{clock(time.perf_counter() - start):>6}] {line}", flush=True)
+    say = lambda line: print(f"[{clock(time.perf_counter() - start):>6}] {line}", flush=True)
+    if a.chapters: write_chapters(say); return 0
+    protocol = a.protocol or experiment().protocol
     cells = figure2_cells(protocol, [int(s) for s in a.seeds.split(",")])
     budget = None if a.budget == "none" else max(0.0, seconds(a.budget) - spent(cells))
     say(f"protocol {protocol}: {len(cells)} cells of Figure 2; " + ("no limit of time" if budget is None else f"{clock(budget)} of the budget left"))

@@ -7,8 +7,8 @@ __all__ = ['COLUMNS', 'EVIDENCE', 'write_atomic', 'write_json', 'sha256_file', '
            'run_lock', 'runs_root', 'published_root', 'conditions', 'record', 'load_results', 'load_run', 'load_runs',
            'publish']
 
-# %% ../nbs/00c_records.ipynb #00c-d5fdfa1a
-import contextlib, csv, datetime, hashlib, json, os, platform, shutil, subprocess, sys, tempfile, warnings
+# %% ../nbs/00c_records.ipynb #00c-9cde84e9
+import contextlib, csv, hashlib, json, os, platform, shutil, subprocess, tempfile, warnings
 from importlib import metadata
 from pathlib import Path
 from .config import Experiment, eval_id, from_dict, content_name, project_root

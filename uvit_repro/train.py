@@ -7,13 +7,12 @@ __all__ = ['lr_at', 'EMA', 'pick_device', 'make_accelerator', 'Trainer', 'golden
            'choose_attention', 'save_checkpoint', 'check_checkpoint', 'find_checkpoint', 'TrainingFailed', 'clock',
            'Progress', 'write_log', 'save_weights', 'load_weights', 'LossLog', 'train', 'read_log', 'plot_loss']
 
-# %% ../nbs/03b_training.ipynb #03b-4f783830
+# %% ../nbs/03b_training.ipynb #03b-ee469a45
 import contextlib, csv, json, math, os, sys, time
 import torch
-from dataclasses import replace
 from pathlib import Path
 from torch import Tensor, nn
-from .config import MODELS, Experiment, ParameterError, TrainConfig, digest, identity, key_seed, project_root, resolve_name
+from .config import MODELS, Experiment, ParameterError, TrainConfig, key_seed, project_root, resolve_name
 from .data import Batches, Data
 from .diffusion import Diffusion
 from .layers import init_weights, set_attention, time_attention
