@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PROTOCOL ?=
 SEEDS ?= 0
-BUDGET ?= 9m
+BUDGET ?= 11m
 READY := .venv/.installed
 
 .PHONY: help env report figure2 test lab chapters clean-env

@@ -329,15 +329,15 @@ CONFIGS = {
     "MS-COCO 256x256 U-ViT-S/2 (Deep)":  released("mscoco256", "U-ViT-S/2 (Deep)", 1_000_000, 256, **_text),
 }
 
-# %% ../nbs/00a_config.ipynb #00a-4d9cfd7e
+# %% ../nbs/00a_config.ipynb #00a-369f6359
 _digits = DataConfig(dataset="digits", **{k: v for k, v in FACTS["digits"].items() if k != "features"})
 _cifar = CONFIGS["CIFAR10 U-ViT-S/2"]
 LAPTOP = Experiment("laptop", ModelConfig(embed_dim=64, depth=7, num_heads=4, condition="class", pos_std=0.5, conv_init="identity"), _digits,
     DiffusionConfig(process="cosine"),
-    TrainConfig(n_steps=2400, batch_size=64, lr=3e-3, betas=(0.9, 0.99), warmup_steps=100, lr_schedule="cosine", lr_final=0.02,
+    TrainConfig(n_steps=4000, batch_size=64, lr=3e-3, betas=(0.9, 0.99), warmup_steps=100, lr_schedule="cosine", lr_final=0.02,
                 ema_rates=(0.999,), ema_ramp=True, p_uncond=0.1, precision="bf16"),
-    SamplingConfig(sampler="dpm_solver_pp_2m", nfe=20, cfg_scale=1.5, clip=True),
-    EvalConfig(features="digits_cnn", num_samples=1000, curve_steps=(600, 1200, 1800), curve_samples=500, loss_images=297), ExecConfig(checkpoint_seconds=20.0))
+    SamplingConfig(sampler="dpm_solver_pp_2m", nfe=20, cfg_scale=1.3, clip=True),
+    EvalConfig(features="digits_cnn", num_samples=1000, curve_steps=(1000, 2000, 3000), curve_samples=500, loss_images=297), ExecConfig(checkpoint_seconds=20.0))
 SMOKE = replace(LAPTOP, protocol="smoke", model=replace(LAPTOP.model, embed_dim=32, depth=3, num_heads=2),
     train=replace(LAPTOP.train, n_steps=20, batch_size=16, warmup_steps=4), sampling=replace(LAPTOP.sampling, nfe=6),
     evaluation=replace(LAPTOP.evaluation, num_samples=80, curve_steps=(10,), curve_samples=80, loss_images=32, loss_levels=4))
