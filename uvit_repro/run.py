@@ -198,6 +198,7 @@ def run_experiment(
     command=""              # noted in run.json; None: the command line of this process
 ) -> Run:                   # finished
     "From an experiment to recorded measurements. What is done is not done again; a failure is recorded and raised."
+    if exp.execution.threads: torch.set_num_threads(exp.execution.threads)
     exp, data = open_data(exp)
     for e, step, n in _evaluations(exp): check_sampler(e.sampling.sampler, e.sampling.nfe, Diffusion(exp.diffusion).process)
     device, where = pick_device(exp.execution.device), dict(chapter=chapter, paper_ref=paper_ref)
@@ -269,7 +270,7 @@ def execute(
     nb, out = Path(nb).resolve(), Path(out).resolve(); out.parent.mkdir(parents=True, exist_ok=True)
     partial, last = out.with_name(f".{out.stem}.{os.getpid()}-{threading.get_ident()}.ipynb"), ""
     p = subprocess.Popen(papermill_command(nb, partial, params), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1, cwd=project_root(),
-                         env={**os.environ, "PYTHONUNBUFFERED": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"})
+                         env={**os.environ, "PYTHONUNBUFFERED": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", **({"OMP_NUM_THREADS": str(params["threads"])} if params.get("threads") else {})})
     try:
         for line in p.stdout:
             line = re.sub(r"\x1b\[[0-9;]*m", "", line.rstrip()).rpartition("\r")[2]

@@ -290,7 +290,6 @@ def train(
 ) -> dict:                       # steps done here, seconds in all, images per second, attention path, device, threads, peak memory
     "Train to the last step, from the newest checkpoint if there is one; does nothing when the final weights are there."
     cfg, ex, device = exp.train, exp.execution, pick_device(exp.execution.device)
-    if ex.threads: torch.set_num_threads(ex.threads)
     drop_checkpoints = lambda: [p.unlink() for p in folder.glob("checkpoint*.pt")]
     if (folder/f"weights-{cfg.n_steps:07d}.safetensors").exists(): drop_checkpoints(); return dict(steps=0)
     folder.mkdir(parents=True, exist_ok=True)
