@@ -1,10 +1,9 @@
 "A run is done once; a sweep keeps its budget; two at once do not spoil each other; identities of committed runs hold."
-import json, subprocess, sys, time
-from dataclasses import replace
+import json, subprocess, sys
 from pathlib import Path
 import nbformat, numpy as np, pandas as pd, pytest, torch
-from uvit_repro.config import ParameterError, SMOKE, from_dict, project_root, with_overrides
-from uvit_repro.results import load_results, load_run, published_root
+from uvit_repro.config import ParameterError, SMOKE, from_dict, with_overrides
+from uvit_repro.results import CheckpointError, load_results, load_run
 from uvit_repro.run import ChapterFailed, certificate, golden_forward, golden_sampling, is_done, run_chapter, run_experiment, run_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,6 +56,52 @@ def test_missing_data_set_names_the_command(tmp_path):
     assert not (tmp_path/"runs").exists()
 
 
+def bad_checkpoint(kind, folder):
+    "A checkpoint that can't be used, as a killed machine, another experiment or an attacker leaves it."
+    from uvit_repro.diffusion import Diffusion
+    from uvit_repro.train import Trainer, build_model, save_checkpoint
+    exp = with_overrides(SMOKE, embed_dim=16) if kind == "another size" else SMOKE
+    folder.mkdir(parents=True)
+    if kind == "never loaded": torch.save(dict(net=Attack(folder/"attacked")), folder/"checkpoint.pt"); return
+    save_checkpoint(folder, dict(Trainer(build_model(exp), Diffusion(exp.diffusion), exp.train).state_dict(), run_id=exp.run_id, log={}, attention="matrix"))
+    if kind == "truncated": (folder/"checkpoint.pt").write_bytes((folder/"checkpoint.pt").read_bytes()[:3000])
+
+
+class Attack:
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "another size", "never loaded"])
+def test_unusable_checkpoint(tmp_path, kind):
+    "One clear message, nothing overwritten, nothing run; the next start trains from the first step."
+    folder = tmp_path/SMOKE.run_id; bad_checkpoint(kind, folder); before = (folder/"checkpoint.pt").read_bytes()
+    with pytest.raises(CheckpointError, match=kind): run_experiment(SMOKE, tmp_path, quiet)
+    assert (folder/"checkpoint.pt.damaged-1").read_bytes() == before and not (folder/"attacked").exists() and not list(folder.glob("weights*"))
+    assert load_run(folder)["status"] == "failed" and kind in load_run(folder)["error"]
+    assert run_experiment(SMOKE, tmp_path, quiet).info["status"] == "ok" and (folder/"checkpoint.pt.damaged-1").read_bytes() == before
+
+
+def test_unusable_checkpoint_ends_the_chapter(tmp_path):
+    "Exit code not zero, and the last line of stderr is the reason."
+    bad_checkpoint("truncated", tmp_path/SMOKE.run_id)
+    r = subprocess.run([sys.executable, "-m", "papermill", str(ROOT/"nbs"/"05_ablations.ipynb"), "out.ipynb", "-p", "protocol", "smoke", "-p", "out_dir", str(tmp_path)], cwd=tmp_path, capture_output=True, text=True)
+    assert r.returncode == 1 and "CheckpointError" in (last := r.stderr.strip().splitlines()[-1]) and "truncated" in last and "start the same command again" in last
+
+
+def test_measured_again_when_the_feature_network_arrives(tmp_path, monkeypatch):
+    import uvit_repro.run as r
+    exp = with_overrides(SMOKE, curve_steps=())
+    def gone(*a, **k): raise FileNotFoundError("weights not found; fetch them with: curl X")
+    import uvit_repro.metrics as m
+    with monkeypatch.context() as c:
+        c.setattr(m, "extract", gone); c.setattr(r, "feature_status", lambda n: (False, "curl X"))
+        rows = run_experiment(exp, tmp_path, quiet).measurements().set_index("metric")
+        assert rows.status["fd_digits_cnn_test"] == "not run" and "curl X" in rows.note["fd_digits_cnn_test"] and rows.status["nn_ratio"] == "ok"
+        assert not run_experiment(exp, tmp_path, quiet).fresh
+    assert run_experiment(exp, tmp_path, quiet).measurements().set_index("metric").status["fd_digits_cnn_test"] == "ok"
+
+
 def test_impossible_sampler_stops_before_training(tmp_path):
     with pytest.raises(ParameterError, match="5 and 7"): run_experiment(with_overrides(SMOKE, sampler="heun", nfe=6), tmp_path, quiet)
     assert not list(tmp_path.glob("*/weights*"))
@@ -72,7 +117,6 @@ def chapter(path, body):
 def test_sweep_budget_failures_and_continuation(tmp_path):
     nb = chapter(tmp_path/"cell.ipynb", "import time; time.sleep(1.5)\nif skip == 'add': raise ValueError('no sums today')\nprint('step done')")
     cells = [dict(protocol="smoke", skip=s) for s in ("none", "add", "linear_add", "add_linear")]
-    import uvit_repro.run as r
     said = []
     state = run_sweep(cells, nb, budget=0.5, workers=1, say=said.append, out_dir=tmp_path/"runs")
     assert len(state["ran"]) == 1 and len(state["left"]) == 3, "one cell is started, then nothing fits"

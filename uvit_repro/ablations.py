@@ -111,14 +111,14 @@ def plot_figure2(
 ):                   # matplotlib figure
     "Five panels: paper (dashed, left) and ours (solid, right) on one axis of iterations, parameter counts of ours in the legend."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(3, 2, figsize=(12, 13.5))
+    fig, axes = plt.subplots(3, 2, figsize=(12, 14))
     for ax, p in zip(axes.flat, FIGURE2):
         right = ax.twinx(); right.grid(False)
         draw_curves(ax, right, p, results, metric, base)
         ax.set(xscale="log", yscale="log", title=f"({p}) {FIGURE2[p][0]}", xlabel="iterations", ylabel="paper: FID, 10K samples (dashed)"); right.set(yscale="log", ylabel=f"ours: {metric} (solid)")
         for a in (ax.yaxis, right.yaxis): a.set_major_formatter("{x:g}"); a.set_minor_formatter("{x:.3g}")
         ax.tick_params(axis="y", which="minor", labelsize=7); right.tick_params(axis="y", which="minor", labelsize=7)
-        ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncol=1, frameon=False)
+        ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=1, frameon=False)
     axes.flat[-1].axis("off")
     fig.tight_layout()
     return fig

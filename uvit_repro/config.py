@@ -178,6 +178,7 @@ class EvalConfig(Section):
     curve_samples: int = F(10_000, "images sampled at each of them", low=1)
     curve_sampler: str = F("", "their solver; empty: the same", ("",) + SAMPLERS)
     curve_nfe: int = F(0, "their evaluations; 0: the same", low=0)
+    loss_steps: tuple[int, ...] = F((), "further steps at which only the held-out loss is measured", low=1)
     loss_images: int = F(2000, "held-out images of the denoising loss", low=1)
     loss_levels: int = F(20, "noise levels of the denoising loss", low=1)
 
@@ -329,7 +330,7 @@ CONFIGS = {
     "MS-COCO 256x256 U-ViT-S/2 (Deep)":  released("mscoco256", "U-ViT-S/2 (Deep)", 1_000_000, 256, **_text),
 }
 
-# %% ../nbs/00a_config.ipynb #00a-369f6359
+# %% ../nbs/00a_config.ipynb #00a-975f531a
 _digits = DataConfig(dataset="digits", **{k: v for k, v in FACTS["digits"].items() if k != "features"})
 _cifar = CONFIGS["CIFAR10 U-ViT-S/2"]
 LAPTOP = Experiment("laptop", ModelConfig(embed_dim=64, depth=7, num_heads=4, condition="class", pos_std=0.5, conv_init="identity"), _digits,
@@ -343,7 +344,7 @@ SMOKE = replace(LAPTOP, protocol="smoke", model=replace(LAPTOP.model, embed_dim=
     evaluation=replace(LAPTOP.evaluation, num_samples=80, curve_steps=(10,), curve_samples=80, loss_images=32, loss_levels=4))
 GPU = replace(_cifar, protocol="gpu", seed=0, train=replace(_cifar.train, n_steps=10_000, warmup_steps=500, ema_rates=(0.999, 0.995), precision="bf16"),
     sampling=replace(_cifar.sampling, sampler="dpm_solver_fast", nfe=50),
-    evaluation=EvalConfig(features="resnet20_cifar10", num_samples=10_000, curve_steps=(2500, 5000, 7500), curve_samples=5000))
+    evaluation=EvalConfig(features="resnet20_cifar10", num_samples=10_000, curve_steps=(5000,), curve_samples=5000, loss_steps=(2500, 7500)))
 PROTOCOLS = dict(smoke=SMOKE, laptop=LAPTOP, gpu=GPU, paper=_cifar)
 
 # %% ../nbs/00a_config.ipynb #00a-project_root
@@ -390,8 +391,8 @@ def experiment(
         base = replace(base, data=DataConfig(dataset=dataset, **facts), evaluation=replace(base.evaluation, features=features))
     sizes = preset(preset_name) if preset_name else {}
     exp = with_overrides(base, **{"dataset": dataset, **sizes, **overrides})
-    curve = tuple(s for s in exp.evaluation.curve_steps if s < exp.train.n_steps)      # a shorter run keeps fewer points
-    return replace(exp, evaluation=replace(exp.evaluation, curve_steps=curve))
+    within = lambda steps: tuple(s for s in steps if s < exp.train.n_steps)             # a shorter run keeps fewer points
+    return replace(exp, evaluation=replace(exp.evaluation, curve_steps=within(exp.evaluation.curve_steps), loss_steps=within(exp.evaluation.loss_steps)))
 
 # %% ../nbs/00a_config.ipynb #00a-content_name
 def content_name(

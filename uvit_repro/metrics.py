@@ -493,24 +493,27 @@ def measure_images(
 ) -> tuple:            # (rows {metric, value, num_samples[, why]}, sufficient statistics by name)
     "Measure samples against training and held-out images."
     if tuple(images.shape[1:]) != tuple(data.shape): raise ParameterError(f"images {tuple(images.shape[1:])}: the data's are {tuple(data.shape)}")
-    out, n, net, why = extract(images, features, device), len(images), network(features), {}
+    n, net, why, made = len(images), network(features), {}, {}
+    def out(key):                                       # features or logits of the samples, once
+        if not made: made.update(extract(images, features, device))
+        return made[key]
     s = dict(features=np.array(features), weights_sha256=np.array(net.sha256), data_sha256=np.array(data.sha256), n=np.int64(n), patch_size=np.int64(patch_size or 0))
     def attempt(key, compute):                          # statistics, or the reason why there are none
         try: s.update(compute())
         except ParameterError: raise                    # a wrong request is not a property of the data
-        except ValueError as e: why[key] = str(e)
+        except (ValueError, FileNotFoundError) as e: why[key] = str(e)
     named = lambda who, st: {f"{who}_n": np.int64(st.n), f"{who}_mean": st.mean, f"{who}_cov": st.cov}
     reference = lambda split: reference_stats(data, features, split, cache_dir, device)
     some = lambda split: reference_features(data, features, split, cache_dir, device)
-    attempt("sample_n", lambda: named("sample", Stats.of(out["features"], f"{net.short} distance")))
+    attempt("sample_n", lambda: named("sample", Stats.of(out("features"), f"{net.short} distance")))
     for split in ("train", "test"):
         attempt(f"{split}_n", lambda: named(split, (r := reference(split))[0]) | {f"{split}_sha256": np.array(r[1])})
     if features != "inception": attempt("real_n", lambda: named("real", Stats.of(some("train")[subset(len(some("train")), n, "real")], f"{net.short} distance of real images")))
-    attempt("kid", lambda: dict(kid=kid_subsets(out["features"], some("test"))))
-    if features == "inception": attempt("scores", lambda: dict(scores=inception_scores(out["logits"])))
-    attempt("neighbours", lambda: dict(neighbours=precision_recall(out["features"][subset(n, 10_000, "made")], some("train"))))
-    attempt("classes", lambda: class_counts(out["logits"], None, features, data))
-    if labels is not None: attempt("confusion", lambda: class_counts(out["logits"], labels, features, data))
+    attempt("kid", lambda: dict(kid=kid_subsets(out("features"), some("test"))))
+    if features == "inception": attempt("scores", lambda: dict(scores=inception_scores(out("logits"))))
+    attempt("neighbours", lambda: dict(neighbours=precision_recall(out("features")[subset(n, 10_000, "made")], some("train"))))
+    attempt("classes", lambda: class_counts(out("logits"), None, features, data))
+    if labels is not None: attempt("confusion", lambda: class_counts(out("logits"), labels, features, data))
     pick = lambda split, most: take_images(data, split, subset(split_size(data, split), most, "nn"))
     if patch_size is not None: attempt("border", lambda: dict(border=np.stack([border_energy(x, patch_size) for x in (images, pick("train", 10_000))])))
     train = pick("train", min(50_000, max(1000, 2**31//images[0].numel())))

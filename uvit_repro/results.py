@@ -118,7 +118,7 @@ def conditions(
         try: return metadata.version(p)
         except metadata.PackageNotFoundError: return None
     commit = _git("rev-parse", "HEAD") or os.environ.get("UVIT_REPRO_COMMIT", "")
-    d = dict(commit=commit, dirty=bool(_git("status", "--porcelain", "--untracked-files=no")), python=platform.python_version(), system=platform.system(),
+    d = dict(commit=commit, dirty=bool(_git("status", "--porcelain", "--untracked-files=no", "--", "nbs", "uvit_repro")), python=platform.python_version(), system=platform.system(),
              versions={p: version(p) for p in ("uvit_repro", "torch", "torchvision", "numpy", "diffusers", "torch-fidelity", "accelerate", "papermill")},
              device=str(device), cpu=_cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads(),
              tf32=bool(torch.backends.cuda.matmul.allow_tf32), cuda=torch.version.cuda)

@@ -8,17 +8,17 @@ __all__ = ['TOLERANCES', 'AUTOCAST', 'PROGRESS', 'golden_forward', 'golden_sampl
            'run_experiment', 'ChapterFailed', 'check_names', 'papermill_command', 'execute', 'run_chapter', 'is_done',
            'cell_seconds', 'run_sweep']
 
-# %% ../nbs/04c_runs.ipynb #04c-f7816283
+# %% ../nbs/04c_runs.ipynb #04c-43ff7e20
 import contextlib, hashlib, json, os, re, subprocess, sys, tempfile, threading, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
-from .config import PARAMETERS, Experiment, ParameterError, content_name, deviations, eval_id, experiment, project_root
+from .config import PARAMETERS, Experiment, ParameterError, content_name, deviations, eval_id, experiment, project_root, variant_name
 from .data import Data, image_grid, open_data, save_png, summary, to_uint8
 from .diffusion import Diffusion
 from .layers import set_attention
-from .metrics import heldout_loss, measure_images, nearest_training
+from .metrics import feature_status, heldout_loss, measure_images, nearest_training
 from .results import conditions, load_results, record, run_lock, runs_root, sha256_file, write_atomic, write_json
 from .sample import check_sampler, sample
 from .train import choose_attention, clock, golden_training, load_weights, pick_device, train
@@ -125,24 +125,19 @@ def _has(folder: Path, eid: str) -> bool:
     return any(line.split(",")[1:2] == [eid] for line in path.read_text().splitlines()[1:])
 
 def measure_samples(exp: Experiment, data: Data, folder: Path, step: int, n: int, say=print, **where) -> dict:
-    "Draw, measure and record n images of a step; what is recorded is not done again. Returns an entry for run.json."
-    eid = eval_id(exp, step, n)
-    if _has(folder, eid): return {}
-    start = time.perf_counter(); images, labels, _ = draw_samples(exp, data, folder, step, n, say)
+    "Draw, measure and record n images of a step. Returns an entry for run.json."
+    eid, start = eval_id(exp, step, n), time.perf_counter(); images, labels, _ = draw_samples(exp, data, folder, step, n, say)
     sampled = time.perf_counter() - start; net = exp.evaluation.features
-    try: rows, stats = measure_images(images, labels, data, net, pick_device(exp.execution.device), project_root()/"results"/"cache", exp.model.patch_size, exp.data.flip)
-    except FileNotFoundError as e: rows, stats = [dict(metric="fid" if net == "inception" else f"fd_{net}_test", value=None, num_samples=n, why=str(e))], dict(n=np.int64(n), features=np.array(net))
+    rows, stats = measure_images(images, labels, data, net, pick_device(exp.execution.device), project_root()/"results"/"cache", exp.model.patch_size, exp.data.flip)
     write_atomic(folder/"stats"/f"{eid}.npz", lambda p: np.savez_compressed(p, **stats))
     record(folder, exp, step, n, rows, **where)
     say(f"step {step}: " + ", ".join(f"{r['metric']} {r['value']:.4g}" for r in rows if r["value"] is not None)[:300])
-    return {eid: dict(step=step, num_samples=n, sampling=asdict(exp.sampling), features=net, sampling_seconds=sampled, seconds=time.perf_counter() - start, stats_sha256=sha256_file(folder/"stats"/f"{eid}.npz"))}
+    return {eid: dict(step=step, num_samples=n, sampling=asdict(exp.sampling), features=net, features_found=feature_status(net)[0], sampling_seconds=sampled, seconds=time.perf_counter() - start, stats_sha256=sha256_file(folder/"stats"/f"{eid}.npz"))}
 
 # %% ../nbs/04c_runs.ipynb #04c-measure_loss
 def measure_loss(exp: Experiment, data: Data, folder: Path, step: int, **where) -> dict:
     "Record the held-out denoising loss of a step. Returns an entry for run.json."
-    eid = eval_id(exp, step, 0)
-    if _has(folder, eid): return {}
-    start, device, n = time.perf_counter(), pick_device(exp.execution.device), min(exp.evaluation.loss_images, len(data.test_images))
+    eid, start, device, n = eval_id(exp, step, 0), time.perf_counter(), pick_device(exp.execution.device), min(exp.evaluation.loss_images, len(data.test_images))
     if n:
         net, diffusion = _network(exp, folder, step, device)
         pick = torch.randperm(len(data.test_images), generator=torch.Generator().manual_seed(0))[:n]   # the same images for every run on these data
@@ -184,10 +179,16 @@ class Run:
         with np.load(self.folder/"first.npz") as d: return dict(d)
 
 def _evaluations(exp: Experiment):
-    "What is to be measured: (experiment with its sampling, step, number of images), the curve first."
+    "What is to be measured: (experiment with its sampling, step, number of images; 0 for the held-out loss), in order."
     e, s = exp.evaluation, exp.sampling
     curve = replace(exp, sampling=replace(s, sampler=e.curve_sampler or s.sampler, nfe=e.curve_nfe or s.nfe))
-    return [(curve, step, e.curve_samples) for step in sorted(e.curve_steps)] + [(exp, exp.train.n_steps, e.num_samples)]
+    losses = [(exp, step, 0) for step in sorted({*e.loss_steps, *e.curve_steps, exp.train.n_steps})]
+    return losses + [(curve, step, e.curve_samples) for step in sorted(e.curve_steps)] + [(exp, exp.train.n_steps, e.num_samples)]
+
+def _missing(exp: Experiment, folder: Path, info: dict) -> list:
+    "The evaluations that are not recorded, or were made without a feature network that is there now."
+    def stale(eid): return not info.get("evaluations", {}).get(eid, {}).get("features_found", True) and feature_status(exp.evaluation.features)[0]
+    return [(e, s, n) for e, s, n in _evaluations(exp) if not _has(folder, eid := eval_id(e, s, n)) or stale(eid)]
 
 # %% ../nbs/04c_runs.ipynb #04c-run_experiment
 def run_experiment(
@@ -200,12 +201,12 @@ def run_experiment(
     "From an experiment to recorded measurements. What is done is not done again; a failure is recorded and raised."
     if exp.execution.threads: torch.set_num_threads(exp.execution.threads)
     exp, data = open_data(exp)
-    for e, step, n in _evaluations(exp): check_sampler(e.sampling.sampler, e.sampling.nfe, Diffusion(exp.diffusion).process)
+    for e, _, _ in _evaluations(exp): check_sampler(e.sampling.sampler, e.sampling.nfe, Diffusion(exp.diffusion).process)
     device, where = pick_device(exp.execution.device), dict(chapter=chapter, paper_ref=paper_ref)
     root = Path(tempfile.mkdtemp(prefix="uvit-smoke-")) if exp.protocol == "smoke" and not out_dir else runs_root(out_dir)
     folder = root/exp.run_id
     with run_lock(folder, say):
-        info = _read_info(folder); todo = [(e, s, n) for e, s, n in _evaluations(exp) if not (_has(folder, eval_id(e, s, n)) and _has(folder, eval_id(e, s, 0)))]
+        info = _read_info(folder); todo = _missing(exp, folder, info)
         if info.get("status") == "ok" and not todo: return Run(folder, exp, info, fresh=False)
         if data.notes: summary(data.notes)
         info.update(run_id=exp.run_id, status="running", experiment=exp.to_dict(), command=command or " ".join(sys.argv), deviations=[list(d) for d in deviations(exp)])
@@ -219,7 +220,7 @@ def run_experiment(
             info["data"] = dict(name=content_name(exp.data)[0], sha256=data.sha256, train=len(data), held_out=len(data.test_images), notes=data.notes[:50])
             info["weights_sha256"] = {p.stem: sha256_file(p) for p in sorted(folder.glob("weights-*.safetensors"))}
             for e, step, n in todo:
-                info["evaluations"].update(measure_loss(e, data, folder, step, **where)); info["evaluations"].update(measure_samples(e, data, folder, step, n, say, **where))
+                info["evaluations"].update(measure_samples(e, data, folder, step, n, say, **where) if n else measure_loss(e, data, folder, step, **where))
                 write_json(folder/"run.json", info)
             keep_picture(exp, data, folder, exp.evaluation.num_samples)
             info.update(status="ok", error=None)
@@ -304,7 +305,8 @@ def run_chapter(
 def is_done(exp: Experiment, out_dir=None) -> bool:
     "Whether this machine has the run, with all its measurements."
     exp, _ = open_data(exp); folder = runs_root(out_dir)/exp.run_id
-    return _read_info(folder).get("status") == "ok" and all(_has(folder, eval_id(e, s, n)) and _has(folder, eval_id(e, s, 0)) for e, s, n in _evaluations(exp))
+    info = _read_info(folder)
+    return info.get("status") == "ok" and not _missing(exp, folder, info)
 
 # %% ../nbs/04c_runs.ipynb #04c-cell_seconds
 def cell_seconds(
@@ -335,7 +337,7 @@ def run_sweep(
             if todo and (not times or max(times) <= left()) and left() > 0: return todo.pop(0)
     def work():
         while (c := take()) is not None:
-            label, begin = ", ".join(f"{k}={v}" for k, v in c.items() if k not in ("protocol",)) or "adopted", time.perf_counter()
+            e = experiment(**c); label, begin = f"{variant_name(e.model)}, seed {e.seed}", time.perf_counter()
             say(f"[{label}] starts")
             try: run_chapter(nb, say=say, label=f"[{label}] ", **{**extra, **c}); outcome = "ran"
             except Exception as e: outcome, c = "failed", dict(c, error=f"{type(e).__name__}: {e}")

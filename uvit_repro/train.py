@@ -248,7 +248,7 @@ def load_weights(
     path, which = folder/f"weights-{step:07d}.safetensors", exp.sampling.weights
     if not path.exists():
         kept = sorted(int(p.stem.split("-")[1]) for p in folder.glob("weights-*.safetensors"))
-        raise FileNotFoundError(f"{folder.name} has no weights of step {step}; kept are {kept or 'none'}. Steps are kept when curve_steps names them before training.")
+        raise FileNotFoundError(f"{folder.name} has no weights of step {step}; kept are {kept or 'none'}. Steps are kept when curve_steps or loss_steps name them before training.")
     name = f"ema_{exp.train.ema_rates[0]}" if which == "ema" else which
     flat, net = load_tensors(path), build_model(exp)
     sd = {k.partition("/")[2]: v for k, v in flat.items() if k.startswith(name + "/")}
@@ -310,7 +310,7 @@ def train(
         last = tr.step == cfg.n_steps
         if tr.step % ex.log_every == 0 or last: log.report(tr.step)
         if last: write_log(folder, log.rows)
-        if last or tr.step in exp.evaluation.curve_steps: save_weights(folder, tr)
+        if last or tr.step in exp.evaluation.curve_steps + exp.evaluation.loss_steps: save_weights(folder, tr)
         if not last and time.perf_counter() - saved >= ex.checkpoint_seconds:
             if log.pending: log.check(tr.step)
             write_log(folder, log.rows); saved = time.perf_counter()
