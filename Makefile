@@ -6,7 +6,7 @@ SEEDS ?= 0
 BUDGET ?= 11m
 READY := .venv/.installed
 
-.PHONY: help env report figure2 test lab chapters clean-env
+.PHONY: help env report figure2 publish test lab chapters clean-env
 .DEFAULT_GOAL := help
 
 help:                     ## this list
@@ -28,6 +28,9 @@ report: $(READY)          ## train the headline model and cells of Figure 2 insi
 
 figure2: $(READY)         ## the rest of Figure 2 (PROTOCOL=laptop|gpu|paper, SEEDS=0,1,2), then the report
 	@$(PY) -m uvit_repro.report --budget none $(if $(PROTOCOL),--protocol $(PROTOCOL)) --seeds $(SEEDS)
+
+publish: $(READY)         ## copy the evidence of finished cells (PROTOCOL, SEEDS) to results/published
+	@$(PY) -m uvit_repro.report --budget 0 --publish $(if $(PROTOCOL),--protocol $(PROTOCOL)) --seeds $(SEEDS)
 
 test: export OMP_NUM_THREADS = 1
 test: $(READY)            ## import check, export and clean leave no diff, ruff, nbdev_test, pytest

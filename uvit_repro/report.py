@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['MEASURES', 'STYLE', 'cell', 'table_html', 'machine', 'summary_lines', 'certificate_frame', 'conditions_frame',
            'headline_frame', 'plot_pairs', 'table2_frame', 'command', 'figure2_frame', 'power_frame', 'to_html',
-           'seconds', 'spent', 'publish_copy', 'write_chapters', 'write_report', 'main']
+           'seconds', 'spent', 'publish_copy', 'write_chapters', 'write_report', 'publish_cells', 'main']
 
-# %% ../nbs/99_report.ipynb #99-b5815272
+# %% ../nbs/99_report.ipynb #99-c0fa169e
 import argparse, html, math, os, re, sys, tempfile, time
 from pathlib import Path
 import numpy as np
 from .ablations import figure2_cells, main_metric, variants
 from .config import CONFIGS, PROTOCOLS, TABLE2, ParameterError, experiment, project_root, variant_name
 from .paper import figure2, table2
-from .results import write_atomic
-from .run import cell_seconds, clock, execute, run_chapter, run_sweep
+from .results import publish, runs_root, write_atomic
+from .run import cell_seconds, clock, is_done, execute, run_chapter, run_sweep
 
 # %% ../nbs/99_report.ipynb #99-cell
 def cell(v) -> str:
@@ -232,6 +232,12 @@ def write_report(say=print) -> Path:
     nb = run_chapter(project_root()/"nbs"/"99_report.ipynb", project_root()/"results"/"report"/"99_report.ipynb", say=say)
     return to_html(nb, project_root()/"results"/"report.html")
 
+def publish_cells(cells: list) -> int:
+    "Copy the evidence of the finished cells to results/published; how many there were."
+    from uvit_repro.data import open_data
+    done = [runs_root()/open_data(experiment(**c))[0].run_id for c in cells if is_done(experiment(**c))]
+    return len([publish(f) for f in done])
+
 def main(args=None) -> int:
     "`python -m uvit_repro.report`: the cells of Figure 2 inside a budget, then the report."
     ap = argparse.ArgumentParser(prog="python -m uvit_repro.report", description="Train the headline model and cells of Figure 2, then write results/report.html.")
@@ -239,17 +245,20 @@ def main(args=None) -> int:
     ap.add_argument("--budget", default="11m", help="time for training, counted over all calls; 0: only the report; none: everything (default 11m)")
     ap.add_argument("--seeds", default="0", help="comma-separated, each a whole figure (default 0)")
     ap.add_argument("--chapters", action="store_true", help="instead: execute all chapters and keep the copies in results/published/chapters")
+    ap.add_argument("--publish", action="store_true", help="afterwards: copy the evidence of these cells to results/published")
     a = ap.parse_args(args); start = time.perf_counter()
     say = lambda line: print(f"[{clock(time.perf_counter() - start):>6}] {line}", flush=True)
     if a.chapters: write_chapters(say); return 0
     protocol = a.protocol or experiment().protocol
     cells = figure2_cells(protocol, [int(s) for s in a.seeds.split(",")])
-    budget = None if a.budget == "none" else max(0.0, seconds(a.budget) - spent(cells))
+    try: budget = None if a.budget == "none" else max(0.0, seconds(a.budget) - spent(cells))
+    except (ValueError, FileNotFoundError) as e: say(f"stopped: {e}"); return 2                    # data that are not there, a budget that is none
     say(f"protocol {protocol}: {len(cells)} cells of Figure 2; " + ("no limit of time" if budget is None else f"{clock(budget)} of the budget left"))
     state = run_sweep(cells, project_root()/"nbs"/"05_ablations.ipynb", budget, say=say)
     say(f"{len(state['done'])} were there, {len(state['ran'])} ran, {len(state['failed'])} failed, {len(state['left'])} not started")
     for c in state["failed"]: say(f"failed: {command({k: v for k, v in c.items() if k != 'error'})}: {c['error']}")
     if state["left"]: say(f"the rest of Figure 2: make figure2 PROTOCOL={protocol}")
+    if a.publish: say(f"{publish_cells(cells)} runs copied to results/published")
     page = write_report(say)
     say(f"done: {page}")
     return 1 if state["failed"] else 0

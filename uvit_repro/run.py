@@ -216,7 +216,7 @@ def run_experiment(
             info["certificate"] = cached_certificate(device)
             training = train(exp, data, folder, say)
             if training["steps"]: info["training"] = training
-            info["conditions"] = conditions(device)
+            info.update(conditions=conditions(device), images_seen=exp.train.n_steps*exp.train.batch_size)
             info["data"] = dict(name=content_name(exp.data)[0], sha256=data.sha256, train=len(data), held_out=len(data.test_images), notes=data.notes[:50])
             info["weights_sha256"] = {p.stem: sha256_file(p) for p in sorted(folder.glob("weights-*.safetensors"))}
             for e, step, n in todo:
