@@ -251,7 +251,7 @@ def main(args=None) -> int:
     if a.chapters: write_chapters(say); return 0
     protocol = a.protocol or experiment().protocol
     cells = figure2_cells(protocol, [int(s) for s in a.seeds.split(",")])
-    try: budget = None if a.budget == "none" else max(0.0, seconds(a.budget) - spent(cells))
+    try: earlier = spent(cells); budget = None if a.budget == "none" else max(0.0, seconds(a.budget) - earlier)
     except (ValueError, FileNotFoundError) as e: say(f"stopped: {e}"); return 2                    # data that are not there, a budget that is none
     say(f"protocol {protocol}: {len(cells)} cells of Figure 2; " + ("no limit of time" if budget is None else f"{clock(budget)} of the budget left"))
     state = run_sweep(cells, project_root()/"nbs"/"05_ablations.ipynb", budget, say=say)
