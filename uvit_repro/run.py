@@ -8,7 +8,7 @@ __all__ = ['TOLERANCES', 'AUTOCAST', 'PROGRESS', 'golden_forward', 'golden_sampl
            'run_experiment', 'ChapterFailed', 'check_names', 'papermill_command', 'execute', 'run_chapter', 'is_done',
            'cell_seconds', 'run_sweep']
 
-# %% ../nbs/04c_runs.ipynb #04c-43ff7e20
+# %% ../nbs/04c_runs.ipynb #04c-156380ee
 import contextlib, hashlib, json, os, re, subprocess, sys, tempfile, threading, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from .data import Data, image_grid, open_data, save_png, summary, to_uint8
 from .diffusion import Diffusion
 from .layers import set_attention
 from .metrics import feature_status, heldout_loss, measure_images, nearest_training
-from .results import conditions, load_results, record, run_lock, runs_root, sha256_file, write_atomic, write_json
+from .results import conditions, load_results, record, run_lock, runs_root, sha256_file, sweep_unfinished, write_atomic, write_json
 from .sample import check_sampler, sample
 from .train import choose_attention, clock, golden_training, load_weights, pick_device, train
 
@@ -206,7 +206,7 @@ def run_experiment(
     root = Path(tempfile.mkdtemp(prefix="uvit-smoke-")) if exp.protocol == "smoke" and not out_dir else runs_root(out_dir)
     folder = root/exp.run_id
     with run_lock(folder, say):
-        info = _read_info(folder); todo = _missing(exp, folder, info)
+        sweep_unfinished(folder); info = _read_info(folder); todo = _missing(exp, folder, info)
         if info.get("status") == "ok" and not todo: return Run(folder, exp, info, fresh=False)
         if data.notes: summary(data.notes)
         info.update(run_id=exp.run_id, status="running", experiment=exp.to_dict(), command=command or " ".join(sys.argv), deviations=[list(d) for d in deviations(exp)])

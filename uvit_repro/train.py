@@ -260,16 +260,17 @@ def load_weights(
 class LossLog:
     "Losses of a run: kept on the device until reported, then checked, averaged and logged."
     def __init__(self, exp: Experiment, folder: Path, say=print):
-        self.cfg, self.folder, self.rows, self.pending = exp.train, folder, [], []
+        self.cfg, self.folder, self.rows, self.pending, self.earlier = exp.train, folder, [], [], []      # earlier: pending when the checkpoint was made
         self.progress = Progress(exp.train.n_steps, exp.train.batch_size, say)
         self.start = time.perf_counter()
     def seconds(self): return time.perf_counter() - self.start
-    def state_dict(self): return dict(rows=self.rows, pending=[float(v) for v in self.pending], seconds=self.seconds())
-    def load_state_dict(self, sd): self.rows, self.pending, self.start = sd["rows"], [torch.tensor(v) for v in sd["pending"]], time.perf_counter() - sd["seconds"]
+    def values(self) -> Tensor: return torch.cat([torch.tensor(self.earlier), *([torch.stack(self.pending).float().cpu()] if self.pending else [])])
+    def state_dict(self): return dict(rows=self.rows, pending=self.values().tolist(), seconds=self.seconds())
+    def load_state_dict(self, sd): self.rows, self.earlier, self.start = sd["rows"], sd["pending"], time.perf_counter() - sd["seconds"]
 
     def check(self, step: int) -> Tensor:
         "The pending losses on the CPU; `TrainingFailed` when one is not finite."
-        vals = torch.stack([v.float().cpu() for v in self.pending])
+        vals = self.values()
         if not vals.isfinite().all():
             i = int((~vals.isfinite()).nonzero()[0]); bad = step - len(vals) + i
             good = f"the last good checkpoint is {self.folder/'checkpoint.pt'}" if (self.folder/"checkpoint.pt").exists() else "there is no checkpoint yet"
@@ -278,7 +279,7 @@ class LossLog:
 
     def report(self, step: int):
         "Log the mean loss since the last report."
-        vals = self.check(step); self.pending = []
+        vals = self.check(step); self.pending, self.earlier = [], []
         self.rows.append((step, float(vals.mean()), lr_at(self.cfg, step - 1), self.seconds()))
         self.progress(step, self.rows[-1][1])
 
@@ -312,7 +313,7 @@ def train(
         if last: write_log(folder, log.rows)
         if last or tr.step in exp.evaluation.curve_steps + exp.evaluation.loss_steps: save_weights(folder, tr)
         if not last and time.perf_counter() - saved >= ex.checkpoint_seconds:
-            if log.pending: log.check(tr.step)
+            log.check(tr.step)
             write_log(folder, log.rows); saved = time.perf_counter()
             save_checkpoint(folder, dict(tr.state_dict(), run_id=exp.run_id, log=log.state_dict(), attention=path))
     drop_checkpoints()                                                                           # the final weights stand; nothing is left to resume
