@@ -157,7 +157,7 @@ STYLE = """body{font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-se
 h1{font-size:1.9rem;margin:.6em 0 .2em}h2{font-size:1.35rem;margin:2.2em 0 .5em;border-bottom:1px solid #d9dee5;padding-bottom:.25em}a{color:#1b5faa}a.anchor-link{display:none}
 blockquote{margin:.5em 0 1em;padding:.1em 1em;border-left:4px solid #1b5faa;color:#414b57}nav{font-size:.92rem;margin:1em 0}nav a{margin-right:1.1em;white-space:nowrap}
 .scroll{overflow-x:auto;margin:.7em 0}table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}th,td{padding:.32em .75em;text-align:left;border-bottom:1px solid #e6e9ee;vertical-align:top}
-th{background:#f4f6f8;font-weight:600}summary{cursor:pointer;margin:.6em 0;color:#414b57}details table{min-width:60rem}td:nth-child(2){min-width:9rem}tbody tr:hover{background:#f8fafc}code{font:.84em ui-monospace,Menlo,Consolas,monospace;white-space:nowrap}pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.9rem;margin:.6em 0;color:#414b57}
+th{background:#f4f6f8;font-weight:600}summary{cursor:pointer;margin:.6em 0;color:#414b57}td,th{white-space:nowrap}tbody tr:hover{background:#f8fafc}code{font:.84em ui-monospace,Menlo,Consolas,monospace;white-space:nowrap}pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.9rem;margin:.6em 0;color:#414b57}
 img{max-width:100%;height:auto}.jp-OutputPrompt,.jp-InputPrompt,.prompt{display:none}@media(max-width:600px){body{padding:.6rem .7rem 3rem;font-size:15px}h1{font-size:1.5rem}}"""
 
 def to_html(
@@ -169,7 +169,7 @@ def to_html(
     import nbformat
     from nbconvert import HTMLExporter
     nb = nbformat.read(notebook, 4)
-    nb.cells = [c for c in nb.cells if not (c.cell_type == "code" and not code and not c.outputs)]
+    if not code: nb.cells = [c for c in nb.cells if "library" not in c.metadata.get("tags", []) and (c.cell_type == "markdown" or c.outputs)]
     for c in nb.cells:
         c.source = "\n".join(l for l in c.source.splitlines() if not l.startswith("#|"))
         if c.cell_type == "code": c.outputs = [o for o in c.outputs if o.get("name") != "stderr"]
