@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEASURES', 'STYLE', 'cell', 'table_html', 'machine', 'summary_lines', 'certificate_frame', 'conditions_frame',
            'headline_frame', 'plot_pairs', 'table2_frame', 'command', 'figure2_frame', 'power_frame', 'to_html',
-           'seconds', 'spent', 'publish_copy', 'write_chapters', 'write_report', 'publish_cells', 'main']
+           'seconds', 'spent', 'smaller_png', 'publish_copy', 'write_chapters', 'write_report', 'publish_cells', 'main']
 
 # %% ../nbs/99_report.ipynb #99-c0fa169e
 import argparse, html, math, os, re, sys, tempfile, time
@@ -197,7 +197,17 @@ def spent(
     "What this machine has already spent on these cells, over its cores."
     return sum(cell_seconds(c, out_dir) for c in cells)/max(1, min(os.cpu_count() or 1, 8))
 
-# %% ../nbs/99_report.ipynb #99-publish_copy
+# %% ../nbs/99_report.ipynb #99-smaller_png
+def smaller_png(
+    png: str # base64
+) -> str:    # base64, of 256 colours where that is smaller
+    "A picture that costs a repository less and looks the same."
+    import base64, io
+    from PIL import Image
+    raw, buf = base64.b64decode(png), io.BytesIO()
+    Image.open(io.BytesIO(raw)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(buf, "PNG", optimize=True)
+    return base64.b64encode(min(raw, buf.getvalue(), key=len)).decode()
+
 def publish_copy(
     executed: Path, # a notebook as papermill left it
     out: Path       # where the copy for readers goes
@@ -210,6 +220,7 @@ def publish_copy(
         c.metadata = {k: v for k, v in c.metadata.items() if k == "tags"}
         for o in c.get("outputs", []):
             if o.output_type == "stream" and o.name == "stderr": o.text = ""
+            if "image/png" in o.get("data", {}): o.data["image/png"] = smaller_png(o.data["image/png"])
     nb.cells = [c for c in nb.cells if "injected-parameters" not in c.metadata.get("tags", [])]
     text = nbformat.writes(nb).replace(root, ".").replace(str(Path.home()), "~").replace(tempfile.gettempdir(), "TMP")
     return write_atomic(out, lambda p: p.write_text(text))
