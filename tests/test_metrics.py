@@ -111,7 +111,7 @@ def test_report_and_recompute(digits, tmp_path):
     buf = io.BytesIO(); np.savez(buf, **stats); buf.seek(0)
     with np.load(buf, allow_pickle=False) as z: again = M.recompute(dict(z))
     assert again == rows and all(r["value"] is not None for r in rows)
-    r = by_name(rows); names = {f"{a}_digits_cnn{b}" for a, b in (("fd", "_train"), ("fd", "_test"), ("kid", "_test"), ("precision", ""), ("recall", ""))}
+    r = by_name(rows); names = {f"{a}_digits_cnn{b}" for a, b in (("fd", "_train"), ("fd", "_test"), ("fd", "_real"), ("kid", "_test"), ("precision", ""), ("recall", ""))}
     assert set(r) == names | {"class_agreement", "class_entropy", "border_energy_p2", "nn_train_median", "nn_heldout_median", "nn_ratio", "copies"}
     assert np.log(10) - r["class_entropy"]["value"] < 0.01 and r["class_agreement"]["value"] > 0.97 and r["copies"]["value"] < 0.03 and r["fd_digits_cnn_train"]["num_samples"] == 297
     stats["confusion"] = np.roll(stats["confusion"], 1, axis=1); assert by_name(M.recompute(stats))["class_agreement"]["value"] < 0.05        # values come from the statistics

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['TOLERANCES', 'AUTOCAST', 'PROGRESS', 'golden_forward', 'golden_sampling', 'certificate', 'source_sum',
            'cached_certificate', 'draw_samples', 'measure_samples', 'measure_loss', 'keep_picture', 'Run',
-           'run_experiment', 'ChapterFailed', 'check_names', 'papermill_command', 'execute', 'run_chapter', 'is_done',
-           'cell_seconds', 'run_sweep']
+           'repeat_command', 'run_experiment', 'ChapterFailed', 'check_names', 'papermill_command', 'execute',
+           'run_chapter', 'is_done', 'cell_seconds', 'run_sweep']
 
-# %% ../nbs/04c_runs.ipynb #04c-156380ee
+# %% ../nbs/04c_runs.ipynb #04c-25211135
 import contextlib, hashlib, json, os, re, subprocess, sys, tempfile, threading, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
-from .config import PARAMETERS, Experiment, ParameterError, content_name, deviations, eval_id, experiment, project_root, variant_name
+from .config import PARAMETERS, PROTOCOLS, Experiment, ParameterError, content_name, deviations, eval_id, experiment, project_root, variant_name
 from .data import Data, image_grid, open_data, save_png, summary, to_uint8
 from .diffusion import Diffusion
 from .layers import set_attention
@@ -190,13 +190,20 @@ def _missing(exp: Experiment, folder: Path, info: dict) -> list:
     def stale(eid): return not info.get("evaluations", {}).get(eid, {}).get("features_found", True) and feature_status(exp.evaluation.features)[0]
     return [(e, s, n) for e, s, n in _evaluations(exp) if not _has(folder, eid := eval_id(e, s, n)) or stale(eid)]
 
-# %% ../nbs/04c_runs.ipynb #04c-run_experiment
+# %% ../nbs/04c_runs.ipynb #04c-repeat_command
+def repeat_command(
+    exp: Experiment # any
+) -> str:           # one line
+    "The papermill command that repeats an experiment: its protocol, its seed, and what differs from the protocol."
+    base, text = PROTOCOLS[exp.protocol], lambda v: ",".join(map(str, v)) if isinstance(v, tuple) else str(v)
+    diff = [(n, getattr(getattr(exp, s), n)) for n, (s, _) in PARAMETERS.items() if s != "execution" and n != "data_sha256" and getattr(getattr(exp, s), n) != getattr(getattr(base, s), n)]
+    return " ".join(["papermill nbs/05_ablations.ipynb out.ipynb", f"-p protocol {exp.protocol} -p seed {exp.seed}", *(f"-p {n} {text(v)}" for n, v in diff)])
+
 def run_experiment(
     exp: Experiment,        # what to do
     out_dir=None,           # folder of runs; None: results/runs (smoke: a temporary folder)
     say=print,              # progress lines
-    chapter="", paper_ref="", # noted beside each measurement
-    command=""              # noted in run.json; None: the command line of this process
+    chapter="", paper_ref="" # noted beside each measurement
 ) -> Run:                   # finished
     "From an experiment to recorded measurements. What is done is not done again; a failure is recorded and raised."
     if exp.execution.threads: torch.set_num_threads(exp.execution.threads)
@@ -209,7 +216,7 @@ def run_experiment(
         sweep_unfinished(folder); info = _read_info(folder); todo = _missing(exp, folder, info)
         if info.get("status") == "ok" and not todo: return Run(folder, exp, info, fresh=False)
         if data.notes: summary(data.notes)
-        info.update(run_id=exp.run_id, status="running", experiment=exp.to_dict(), command=command or " ".join(sys.argv), deviations=[list(d) for d in deviations(exp)])
+        info.update(run_id=exp.run_id, status="running", experiment=exp.to_dict(), command=repeat_command(exp), deviations=[list(d) for d in deviations(exp)])
         info.setdefault("started", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())); info.setdefault("evaluations", {})
         write_json(folder/"run.json", info); start = time.perf_counter()
         try:
@@ -269,7 +276,25 @@ def execute(
 ) -> Path:            # the executed copy
     "Execute a notebook with papermill in a process of its own. A failed copy is kept as NAME.failed.ipynb; `ChapterFailed` repeats the chapter's last line."
     nb, out = Path(nb).resolve(), Path(out).resolve(); out.parent.mkdir(parents=True, exist_ok=True)
-    partial, last = out.with_name(f".{out.stem}.{os.getpid()}-{threading.get_ident()}.ipynb"), ""
+    partial = out.with_name(f".{out.stem}.{os.getpid()}-{threading.get_ident()}.ipynb")
+    code, last = _papermill(nb, partial, params, say, label)
+    if code and _never_started(partial): code, last = _papermill(nb, partial, params, say, label)   # two kernels can draw the same port; the second try draws another
+    if code:
+        failed = out.with_name(f"{out.stem}.failed.ipynb")
+        if partial.exists(): os.replace(partial, failed)
+        raise ChapterFailed(f"{nb.name} stopped: {last}" + (f" (partial copy: {failed})" if failed.exists() else ""))
+    os.replace(partial, out)
+    return out
+
+def _never_started(partial: Path) -> bool:
+    "Whether no cell of an executed notebook was reached: its kernel did not come up."
+    try: cells = json.loads(partial.read_text())["cells"]
+    except (OSError, ValueError): return True
+    return not any(c.get("execution_count") for c in cells)
+
+def _papermill(nb: Path, partial: Path, params: dict, say, label: str) -> tuple:
+    "Run papermill in a process of its own, passing on lines of progress: (exit code, last line)."
+    last = ""
     p = subprocess.Popen(papermill_command(nb, partial, params), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1, cwd=project_root(),
                          env={**os.environ, "PYTHONUNBUFFERED": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", **({"OMP_NUM_THREADS": str(params["threads"])} if params.get("threads") else {})})
     try:
@@ -279,12 +304,7 @@ def execute(
             if line.startswith(PROGRESS): say(f"{label}{line}")
     except BaseException: p.terminate(); raise
     finally: p.wait()
-    if p.returncode:
-        failed = out.with_name(f"{out.stem}.failed.ipynb")
-        if partial.exists(): os.replace(partial, failed)
-        raise ChapterFailed(f"{nb.name} stopped: {last}" + (f" (partial copy: {failed})" if failed.exists() else ""))
-    os.replace(partial, out)
-    return out
+    return p.returncode, last
 
 # %% ../nbs/04c_runs.ipynb #04c-run_chapter
 def run_chapter(
