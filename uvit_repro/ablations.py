@@ -61,11 +61,9 @@ def collect(
 ):                      # DataFrame: measurements of the runs that are cells of Figure 2, with panel and label
     "Recorded measurements of the variants of one protocol: runs that differ from it in the variant and the seed, in nothing else."
     import pandas as pd
-    df = load_results(origin, out_dir); frames = []
-    known = {replace(e, seed=s).run_id: None for s in seeds for *_, e in variants(PROTOCOLS[protocol])} if len(df) else {}
-    df = df[df.run_id.isin(known)].drop_duplicates(["run_id", "eval_id", "metric"]) if len(df) else df
+    df, frames = load_results(origin, out_dir).drop_duplicates(["run_id", "eval_id", "metric"]), []
     for p, label, kw, e in variants(PROTOCOLS[protocol]):
-        ids = {replace(e, seed=s).run_id for s in seeds} if len(df) else set()
+        ids = {replace(e, seed=s).run_id for s in seeds}
         frames.append(df[df.run_id.isin(ids)].assign(panel=p, label=label, adopted=not kw))
     return pd.concat(frames, ignore_index=True)
 

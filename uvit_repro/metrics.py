@@ -11,7 +11,7 @@ __all__ = ['NETWORKS', 'FORMULAS', 'Network', 'network', 'weights_folders', 'fea
            'metric_name', 'recompute', 'measure_images', 'class_counts', 'loss_levels', 'loss_noise', 'heldout_loss',
            'bootstrap_interval', 'damage', 'jpeg', 'calibrate']
 
-# %% ../nbs/04b_metrics.ipynb #04b-c7097c9d
+# %% ../nbs/04b_metrics.ipynb #04b-6e00bec3
 import hashlib, io, json, os
 from dataclasses import dataclass
 from importlib import resources
@@ -20,6 +20,7 @@ import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from .config import CONTENT, ParameterError, data_root, digest, key_seed
 from .data import to_model
+from .results import write_atomic
 
 # %% ../nbs/04b_metrics.ipynb #04b-network
 @dataclass(frozen=True)
@@ -383,10 +384,7 @@ def cached(
         if str(found.pop("sum")) == total(found): return found
     except Exception: pass                              # not there, truncated, or something else under this name
     arrays = {k: np.asarray(v) for k, v in compute().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(tmp, "wb") as f: np.savez(f, **arrays, sum=np.array(total(arrays))); f.flush(); os.fsync(f.fileno())
-    os.replace(tmp, path)
+    write_atomic(path, lambda p: np.savez(p, **arrays, sum=np.array(total(arrays))))
     return arrays
 
 # %% ../nbs/04b_metrics.ipynb #04b-split_size

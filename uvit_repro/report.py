@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'STYLE', 'cell', 'table_html', 'machine', 'summary_lines', 'certificate_frame', 'conditions_frame',
-           'headline_frame', 'plot_pairs', 'table2_frame', 'command', 'figure2_frame', 'power_frame', 'to_html',
-           'seconds', 'spent', 'smaller_png', 'publish_copy', 'write_chapters', 'write_report', 'publish_cells', 'main']
+           'headline_frame', 'plot_pairs', 'table2_frame', 'figure2_frame', 'power_frame', 'to_html', 'seconds',
+           'spent', 'smaller_png', 'publish_copy', 'write_chapters', 'write_report', 'publish_cells', 'main']
 
-# %% ../nbs/99_report.ipynb #99-c0fa169e
-import argparse, html, math, os, re, sys, tempfile, time
+# %% ../nbs/99_report.ipynb #99-13958325
+import argparse, html, math, re, sys, tempfile, time
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
-from .ablations import figure2_cells, main_metric, variants
+from .ablations import figure2_cells, main_metric, parameters_of, variants
 from .config import CONFIGS, PROTOCOLS, TABLE2, ParameterError, experiment, project_root, variant_name
 from .paper import figure2, table2
-from .results import publish, runs_root, write_atomic
-from .run import cell_seconds, clock, is_done, execute, run_chapter, run_sweep
+from .results import publish, write_atomic
+from .run import cell_seconds, clock, default_workers, execute, is_done, repeat_command, run_chapter, run_folder, run_sweep
 
 # %% ../nbs/99_report.ipynb #99-cell
 def cell(v) -> str:
@@ -103,27 +104,18 @@ def plot_pairs(run: dict, k: int = 20):
 # %% ../nbs/99_report.ipynb #99-table2_frame
 def table2_frame():
     "Table 2 with the paper's columns and ours apart."
-    import pandas as pd, torch
-    from uvit_repro.uvit import count_parameters, from_config
+    import pandas as pd
     where = {"U-ViT-S": "CIFAR10 U-ViT-S/2", "U-ViT-S (Deep)": "MS-COCO 256x256 U-ViT-S/2 (Deep)", "U-ViT-M": "ImageNet 64x64 U-ViT-M/4", "U-ViT-L": "ImageNet 256x256 U-ViT-L/2", "U-ViT-H": "ImageNet 256x256 U-ViT-H/2"}
     rows = []
     for (name, p), (ours, sizes) in zip(table2().iterrows(), TABLE2.items()):
-        with torch.device("meta"):
-            c = CONFIGS[where[ours]]; n = count_parameters(from_config(c.model, c.data, c.train.p_uncond))
         rows.append({"model": name, "paper: layers": int(p.layers), "ours: layers": sizes["depth"], "paper: width": int(p.hidden_size), "ours: width": sizes["embed_dim"], "paper: heads": int(p.heads), "ours: heads": sizes["num_heads"],
-                     "paper: parameters": f"{int(p.params_M)}M", "ours: parameters": n, "counted on": where[ours]})
+                     "paper: parameters": f"{int(p.params_M)}M", "ours: parameters": parameters_of(CONFIGS[where[ours]]), "counted on": where[ours]})
     return pd.DataFrame(rows)
 
-# %% ../nbs/99_report.ipynb #99-command
-def command(params: dict) -> str:
-    "The papermill command of one cell."
-    text = lambda v: f"{v:.6g}" if isinstance(v, float) else v
-    return "papermill nbs/05_ablations.ipynb out.ipynb " + " ".join(f"-p {k} {text(v)}" for k, v in params.items())
-
+# %% ../nbs/99_report.ipynb #99-figure2_frame
 def figure2_frame(results, protocol: str):
     "One row per variant: the paper's FID at 500K, our measure and held-out loss (every seed), or `not run` with the command."
     import pandas as pd
-    from uvit_repro.ablations import parameters_of
     base, rows = PROTOCOLS[protocol], []
     main, paper = main_metric(base), figure2()
     for p, label, kw, e in variants(base):
@@ -132,7 +124,7 @@ def figure2_frame(results, protocol: str):
         values = lambda m: ", ".join(f"{v:.4g}" for v in r[r.metric == m].sort_values("seed").value) if len(r) else ""
         rows.append({"panel": p, "variant": label, "paper: FID at 500K": float(theirs.iloc[0]) if len(theirs) else None, f"ours ({protocol}): {main}": values(main) or "not run",
                      f"ours ({protocol}): held-out loss": values("heldout_loss") or "not run", "seeds": r.seed.nunique() if len(r) else 0, "ours: parameters": parameters_of(e),
-                     "command": f"<code>{command(dict(protocol=protocol, seed=0, **kw))}</code>"})
+                     "command": f"<code>{repeat_command(replace(e, seed=0))}</code>"})
     return pd.DataFrame(rows)
 
 # %% ../nbs/99_report.ipynb #99-power_frame
@@ -195,7 +187,7 @@ def spent(
     out_dir=None     # folder of runs
 ) -> float:          # seconds
     "What this machine has already spent on these cells, over its cores."
-    return sum(cell_seconds(c, out_dir) for c in cells)/max(1, min(os.cpu_count() or 1, 8))
+    return sum(cell_seconds(c, out_dir) for c in cells)/default_workers()
 
 # %% ../nbs/99_report.ipynb #99-smaller_png
 def smaller_png(
@@ -245,9 +237,7 @@ def write_report(say=print) -> Path:
 
 def publish_cells(cells: list) -> int:
     "Copy the evidence of the finished cells to results/published; how many there were."
-    from uvit_repro.data import open_data
-    done = [runs_root()/open_data(experiment(**c))[0].run_id for c in cells if is_done(experiment(**c))]
-    return len([publish(f) for f in done])
+    return len([publish(run_folder(e)) for e in (experiment(**c) for c in cells) if is_done(e)])
 
 def main(args=None) -> int:
     "`python -m uvit_repro.report`: the cells of Figure 2 inside a budget, then the report."
@@ -267,7 +257,7 @@ def main(args=None) -> int:
     say(f"protocol {protocol}: {len(cells)} cells of Figure 2; " + ("no limit of time" if budget is None else f"{clock(budget)} of the budget left"))
     state = run_sweep(cells, project_root()/"nbs"/"05_ablations.ipynb", budget, say=say)
     say(f"{len(state['done'])} were there, {len(state['ran'])} ran, {len(state['failed'])} failed, {len(state['left'])} not started")
-    for c in state["failed"]: say(f"failed: {command({k: v for k, v in c.items() if k != 'error'})}: {c['error']}")
+    for c in state["failed"]: say(f"failed: {repeat_command(experiment(**{k: v for k, v in c.items() if k != 'error'}))}: {c['error']}")
     if state["left"]: say(f"the rest of Figure 2: make figure2 PROTOCOL={protocol}")
     if a.publish: say(f"{publish_cells(cells)} runs copied to results/published")
     page = write_report(say)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TOLERANCES', 'AUTOCAST', 'PROGRESS', 'golden_forward', 'golden_sampling', 'certificate', 'source_sum',
            'cached_certificate', 'draw_samples', 'measure_samples', 'measure_loss', 'keep_picture', 'Run',
-           'repeat_command', 'run_experiment', 'ChapterFailed', 'check_names', 'papermill_command', 'execute',
-           'run_chapter', 'is_done', 'cell_seconds', 'run_sweep']
+           'repeat_command', 'run_experiment', 'run_folder', 'ChapterFailed', 'check_names', 'papermill_command',
+           'execute', 'run_chapter', 'is_done', 'default_workers', 'cell_seconds', 'run_sweep']
 
-# %% ../nbs/04c_runs.ipynb #04c-25211135
+# %% ../nbs/04c_runs.ipynb #04c-0850f93c
 import contextlib, hashlib, json, os, re, subprocess, sys, tempfile, threading, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,21 +21,15 @@ from .layers import set_attention
 from .metrics import feature_status, heldout_loss, measure_images, nearest_training
 from .results import conditions, load_results, record, run_lock, runs_root, sha256_file, sweep_unfinished, write_atomic, write_json
 from .sample import check_sampler, sample
-from .train import choose_attention, clock, golden_training, load_weights, pick_device, train
+from .train import choose_attention, clock, golden_file, golden_training, load_weights, pick_device, train
 
-# %% ../nbs/04c_runs.ipynb #04c-golden
+# %% ../nbs/04c_runs.ipynb #04c-golden_forward
 TOLERANCES = {"forward": 1e-5, "training": 1e-4, "sampling": 1e-4}
-
-def _golden(name: str):
-    "A file of released outputs: arrays, and state dictionaries by their prefix."
-    from importlib.resources import files
-    d = np.load(files("uvit_repro")/"data"/"golden"/f"{name}.npz")
-    return d, lambda p: {k[len(p)+1:]: torch.tensor(d[k]) for k in d.files if k.startswith(p + "/")}
 
 def golden_forward(name: str, device="cpu") -> float:
     "Largest difference of one forward pass from the released code's."
     from uvit_repro.uvit import load_official
-    d, part = _golden(name); cfg, inp = json.loads(str(d["config"])), part("input")
+    d, part = golden_file(name); cfg, inp = json.loads(str(d["config"])), part("input")
     model = load_official(part("state"), cfg["num_heads"], cfg.get("num_clip_token")).to(device)
     args = {k: inp[k].to(device) for k in ("y", "context") if k in inp}
     with torch.inference_mode(): out = model(inp["x"].to(device), inp["timesteps"].to(device), **args)
@@ -47,8 +41,8 @@ def golden_sampling(name: str, device="cpu") -> float:
     from uvit_repro.config import DiffusionConfig
     from uvit_repro.sample import Denoiser, dpm_solver_fast, euler_maruyama
     from uvit_repro.uvit import load_official
-    d, _ = _golden(name); guided = "y" in d.files
-    w, part = _golden("train_discrete_class" if guided else "train_vpsde")
+    d, _ = golden_file(name); guided = "y" in d.files
+    w, part = golden_file("train_discrete_class" if guided else "train_vpsde")
     model = load_official(part("final"), json.loads(str(w["config"]))["net"]["num_heads"]).to(device)
     diffusion, x, worst = Diffusion(DiffusionConfig(process="sd" if guided else "vp")), torch.tensor(d["x_init"]).to(device), 0.0
     cond = dict(y=torch.tensor(d["y"]).to(device)) if guided else {}
@@ -246,7 +240,14 @@ def _read_info(folder: Path) -> dict:
         from uvit_repro.results import set_aside
         set_aside(folder/"run.json"); return {}
 
-# %% ../nbs/04c_runs.ipynb #04c-chapterfailed
+# %% ../nbs/04c_runs.ipynb #04c-run_folder
+def run_folder(
+    exp: Experiment, # any
+    out_dir=None     # folder of runs; None: results/runs
+) -> Path:           # where its run is or will be
+    "The folder of an experiment's run; opens its data, whose content is part of the name."
+    return runs_root(out_dir)/open_data(exp)[0].run_id
+
 class ChapterFailed(RuntimeError):
     "A chapter stopped; the message is its own last line, and says where the partial copy is."
     def _render_traceback_(self): return [f"{type(self).__name__}: {self}"]
@@ -318,23 +319,26 @@ def run_chapter(
     nb = Path(nb).resolve(); check_names(nb, params)
     if out is None and nb.name.startswith("05"):
         fields = {k: v for k, v in params.items() if k in PARAMETERS or k in ("protocol", "seed")}
-        out = runs_root(params.get("out_dir"))/open_data(experiment(**fields))[0].run_id/"chapter.ipynb"
+        out = run_folder(experiment(**fields), params.get("out_dir"))/"chapter.ipynb"
     return execute(nb, out or project_root()/"results"/"chapters"/nb.name, params, say, label)
 
 # %% ../nbs/04c_runs.ipynb #04c-is_done
 def is_done(exp: Experiment, out_dir=None) -> bool:
     "Whether this machine has the run, with all its measurements."
-    exp, _ = open_data(exp); folder = runs_root(out_dir)/exp.run_id
-    info = _read_info(folder)
+    folder = run_folder(exp, out_dir); info = _read_info(folder)
     return info.get("status") == "ok" and not _missing(exp, folder, info)
 
-# %% ../nbs/04c_runs.ipynb #04c-cell_seconds
+# %% ../nbs/04c_runs.ipynb #04c-default_workers
+def default_workers() -> int:
+    "Cells at a time on this machine: one on a GPU, else one per core, at most 8."
+    return 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, 8)
+
 def cell_seconds(
     cell: dict,  # chapter parameters
     out_dir=None # folder of runs
 ) -> float:      # 0 where it has not run
     "What a cell took on this machine, with the start of its kernel."
-    t = _read_info(runs_root(out_dir)/open_data(experiment(**cell))[0].run_id).get("wall_seconds", 0)
+    t = _read_info(run_folder(experiment(**cell), out_dir)).get("wall_seconds", 0)
     return t + 10 if t else 0.0
 
 def run_sweep(
@@ -348,9 +352,8 @@ def run_sweep(
     say = _locked(say); state = dict(done=[], ran=[], failed=[], left=[]); start, lock = time.perf_counter(), threading.Lock()
     for c in cells: state["done" if is_done(experiment(**c), out_dir) else "left"].append(c)
     todo, times = state["left"], [cell_seconds(c, out_dir) for c in state["done"]]
-    gpu = torch.cuda.is_available()
-    workers = max(1, min(workers or (1 if gpu else min(os.cpu_count() or 1, 8)), len(todo)))
-    extra = dict(out_dir=str(out_dir) if out_dir else None, **({} if gpu else dict(threads=max(1, (os.cpu_count() or 1)//workers))))
+    workers = max(1, min(workers or default_workers(), len(todo)))
+    extra = dict(out_dir=str(out_dir) if out_dir else None, **({} if torch.cuda.is_available() else dict(threads=max(1, (os.cpu_count() or 1)//workers))))
     left = lambda: float("inf") if budget is None else budget - (time.perf_counter() - start)
     def take():
         with lock:
