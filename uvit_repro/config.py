@@ -189,16 +189,22 @@ class ExecConfig(Section):
     device: str = F("auto", "auto, cpu, cuda, cuda:1")
     threads: int = F(0, "CPU threads; 0: as found", low=0)
     workers: int = F(0, "processes that read images of streamed sets", low=0)
-    compile: bool = F(False, "torch.compile the network")
+    processes: int = F(1, "processes that train and sample together, one per GPU, started with torchrun", low=1)
+    compile: str = F("auto", "torch.compile of the blocks; auto: on a GPU, for runs of 1000 steps or more", ("auto", "on", "off"))
+    cuda_graph: bool = F(False, "replay the training pass as a CUDA graph")
     attention: str = F("auto", "auto: the faster one, measured", ("auto", "sdpa", "matrix"))
     use_checkpoint: bool = F(False, "recompute activations in the backward pass to save memory")
+    checkpoint_keep: float = F(0.0, "with use_checkpoint: what each block keeps all the same, in tensors of its width; 0: nothing, as released", low=0)
     checkpoint_seconds: float = F(60.0, "a killed run loses at most this much", low=0)
     log_every: int = F(50, "steps between reports", low=1)
     sample_batch: int = F(500, "images sampled at once", low=1)
     data_root: str = F("", "folder of the data sets; empty: UVIT_DATA or data/ in the project")
+    def __post_init__(self):
+        if isinstance(self.compile, bool): object.__setattr__(self, "compile", "on" if self.compile else "off")   # True and False are clear enough, and older records have them
+        super().__post_init__()
 
 # %% ../nbs/00a_config.ipynb #00a-resolve_name
-MODELS = {"UViT": "uvit_repro.uvit:from_config"}       # functions of (model, data, p_uncond, use_checkpoint)
+MODELS = {"UViT": "uvit_repro.uvit:from_config"}       # functions of (model, data, p_uncond, use_checkpoint, checkpoint_keep)
 DATASETS = {n: f"uvit_repro.data:load_{n}" for n in ("digits", "cifar10", "folder", "npz")}
 
 def resolve_name(
@@ -234,6 +240,7 @@ def check_experiment(e):
     if p.beta_max <= p.beta_min: raise ParameterError(f"beta_max = {p.beta_max} must exceed beta_min = {p.beta_min}")
     if len(t.betas) != 2 or max(t.betas) >= 1: raise ParameterError(f"betas = {t.betas}: two numbers in [0, 1)")
     if not t.ema_rates or max(t.ema_rates) >= 1: raise ParameterError(f"ema_rates = {t.ema_rates}: at least one number in [0, 1)")
+    if t.batch_size % e.execution.processes: raise ParameterError(f"batch_size = {t.batch_size} on processes = {e.execution.processes}: each takes an equal part, so the number of processes must divide the batch")
     if t.p_uncond >= 1: raise ParameterError(f"p_uncond = {t.p_uncond}: a probability below 1")
     if t.p_uncond and m.condition == "none": raise ParameterError(f"p_uncond = {t.p_uncond} with condition = 'none': there is no label to drop; try condition = 'class' or p_uncond = 0")
     if s.cfg_scale != 1 and not t.p_uncond: raise ParameterError(f"cfg_scale = {s.cfg_scale} needs a model trained with p_uncond > 0; try cfg_scale = 1")

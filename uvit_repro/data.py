@@ -512,6 +512,10 @@ def open_data(
 # %% ../nbs/03a_data.ipynb #03a-generator
 def _generator(*key) -> torch.Generator: return torch.Generator().manual_seed(key_seed(*key))
 
+def _send(t: Tensor, device: torch.device) -> Tensor:
+    "To the device, without waiting for it."
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
+
 def _collate(items) -> tuple[Tensor, Tensor]: return torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items])
 
 # %% ../nbs/03a_data.ipynb #03a-batches
@@ -553,17 +557,17 @@ class Batches:
     def finish(self, step: int, u8: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         "Flip, drop labels, scale; randomness of the whole batch, then this part of it."
         if self.flip:
-            mask = (torch.rand(self.batch_size, generator=_generator(self.seed, "flip", step)) < 0.5)[self.part].to(self.device)
+            mask = _send((torch.rand(self.batch_size, generator=_generator(self.seed, "flip", step)) < 0.5)[self.part], self.device)
             u8 = torch.where(mask[:, None, None, None], u8.flip(-1), u8)
         if self.p_uncond:
-            drop = (torch.rand(self.batch_size, generator=_generator(self.seed, "drop", step)) < self.p_uncond)[self.part].to(self.device)
+            drop = _send((torch.rand(self.batch_size, generator=_generator(self.seed, "drop", step)) < self.p_uncond)[self.part], self.device)
             y = torch.where(drop, self.null_class, y)
         return to_model(u8), y
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         idx = self.indices(step)
-        if self.data.stream is None: i = idx.to(self.device); return self.finish(step, self.images[i], self.labels[i])
-        return self.finish(step, *(a.to(self.device) for a in _collate([self.data.stream[i] for i in idx.tolist()])))
+        if self.data.stream is None: i = _send(idx, self.device); return self.finish(step, self.images[i], self.labels[i])
+        return self.finish(step, *(_send(a, self.device) for a in _collate([self.data.stream[i] for i in idx.tolist()])))
 
     def iterate(self, start_step: int = 0):
         "at(start_step), at(start_step + 1), ... without end; streamed sets are read ahead by `workers` processes."

@@ -52,16 +52,21 @@ class StableDiffusionBetas(Process):
         self.betas = torch.linspace(start**0.5, end**0.5, n, dtype=torch.float64)**2
         self.log_alphas = 0.5*torch.log1p(-self.betas).cumsum(0)          # at t = 1/n, 2/n, .. 1
         self.times = torch.arange(1, n+1, dtype=torch.float64)/n
-    def log_alpha(self, t): return _interp(t.double(), self.times.to(t.device), self.log_alphas.to(t.device)).to(t.dtype)
+        self._on = {}
+    def tables(self, device) -> tuple[Tensor, Tensor]:                     # copied to a device once: a copy in every step would make it wait
+        if device not in self._on: self._on[device] = self.times.to(device), self.log_alphas.to(device)
+        return self._on[device]
+    def log_alpha(self, t): return _interp(t.double(), *self.tables(t.device)).to(t.dtype)
     def t_of_lam(self, lam):
         la = -0.5*torch.logaddexp(-2*lam.double(), torch.zeros_like(lam, dtype=torch.float64))
-        return _interp(-la, -self.log_alphas.to(lam.device), self.times.to(lam.device)).to(lam.dtype)
+        times, log_alphas = self.tables(lam.device)
+        return _interp(-la, -log_alphas, times).to(lam.dtype)
     def sample_t(self, u): return ((u.double()*self.n).floor().clamp(max=self.n-1) + 1)/self.n
     def c_noise(self, t): return self.n*t
     def g2(self, t): return -2*self.f(t)
     def f(self, t):                                                        # slope of log alpha on the piece that ends at or after t
-        i = torch.searchsorted(self.times.to(t.device), t.double().contiguous()).clamp(1, self.n-1)
-        la, ts = self.log_alphas.to(t.device), self.times.to(t.device)
+        ts, la = self.tables(t.device)
+        i = torch.searchsorted(ts, t.double().contiguous()).clamp(1, self.n-1)
         return ((la[i]-la[i-1])/(ts[i]-ts[i-1])).to(t.dtype)
 
 # %% ../nbs/01_background.ipynb #01-cosine

@@ -556,7 +556,8 @@ def heldout_loss(
     labels=None,    # classes told to the network, (N,)
     levels=20, seed=0, batch=250, device="cpu",
     autocast=None,  # None, "bf16", "fp16" or a torch dtype
-    num_classes=0   # a conditional network without labels is told the null class, this number
+    num_classes=0,  # a conditional network without labels is told the null class, this number
+    part=(0, 1)     # (rank, processes): only every processes-th batch; the parts add up to the whole
 ) -> dict:          # t, lam, loss: float64 arrays (levels,)
     "Mean training loss over images at each noise level (Section 2)."
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}.get(autocast, autocast)
@@ -565,15 +566,15 @@ def heldout_loss(
     if labels is not None: labels = torch.as_tensor(labels).long()
     if was: model.eval()
     for level, t in enumerate(times):
-        eps, total = loss_noise(seed, level, tuple(images.shape)), 0.0
-        for i in torch.arange(len(images)).split(batch):
+        eps, total = loss_noise(seed, level, tuple(images.shape)), torch.zeros((), dtype=torch.float64, device=device)
+        for i in torch.arange(len(images)).split(batch)[part[0]::part[1]]:
             x0 = to_model(images[i].to(device)) if images.dtype == torch.uint8 else images[i].to(device).float()
             cond = {} if labels is None else dict(y=labels[i].to(device))
             with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype is not None):
-                total += diffusion.loss(model, x0, t.expand(len(i)).to(device), eps[i].to(device), **cond).double().sum().item()
-        losses.append(total/len(images))
+                total += diffusion.loss(model, x0, t.expand(len(i)).to(device), eps[i].to(device), **cond).double().sum()
+        losses.append(total/len(images))                                       # on the device: nobody waits for it before the last level
     if was: model.train()
-    return dict(t=times.numpy(), lam=diffusion.process.lam(times).numpy(), loss=np.array(losses))
+    return dict(t=times.numpy(), lam=diffusion.process.lam(times).numpy(), loss=torch.stack(losses).cpu().numpy())
 
 # %% ../nbs/04b_metrics.ipynb #04b-bootstrap_interval
 def bootstrap_interval(

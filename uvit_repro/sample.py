@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BLOCK', 'DIFFUSERS', 'initial_noise', 'step_noise', 'sample_labels', 'Denoiser', 'ExactMixture', 'euler_maruyama',
            'check_sampler', 'fast_orders', 'log_snr_times', 'fast_times', 'fast_plan', 'dpm_solver_fast',
-           'make_scheduler', 'diffusers_solver', 'evaluating', 'solve', 'null_condition', 'check_finite', 'sample']
+           'make_scheduler', 'diffusers_solver', 'evaluating', 'solve', 'null_condition', 'check_finite', 'fetch',
+           'batch_bounds', 'join_parts', 'sample']
 
 # %% ../nbs/04a_sampling.ipynb #04a-a872b2ed
 import math
@@ -354,14 +355,42 @@ def null_condition(
 
 # %% ../nbs/04a_sampling.ipynb #04a-check_finite
 def check_finite(
-    x: Tensor,                # a batch of images, (B, C, H, W)
+    finite: Tensor,           # of a batch, (B,): whether every value is a number
     start: int,               # index of its first image
     sampling: SamplingConfig  # how it was made
 ):
     "Raise `FloatingPointError` for an image with a value that is not a number."
-    bad = ~x.isfinite().flatten(1).all(1)
-    if bad.any(): raise FloatingPointError(f"{int(bad.sum())} of {len(x)} images are not finite with {sampling.sampler}, nfe = {sampling.nfe}, "
-        f"cfg_scale = {sampling.cfg_scale}; the first is image {start + int(bad.nonzero()[0])}. Try clip = True or a smaller cfg_scale, and check the weights")
+    if not finite.all(): raise FloatingPointError(f"{int((~finite).sum())} of {len(finite)} images are not finite with {sampling.sampler}, nfe = {sampling.nfe}, "
+        f"cfg_scale = {sampling.cfg_scale}; the first is image {start + int((~finite).nonzero()[0])}. Try clip = True or a smaller cfg_scale, and check the weights")
+
+def fetch(
+    x: Tensor # on any device
+):            # a function that gives it on the CPU, and waits until then
+    "Start to copy a tensor to the CPU, behind the work that makes it; the device goes on with what comes next."
+    if x.device.type != "cuda": return lambda: x
+    there, done = torch.empty(x.shape, dtype=x.dtype, pin_memory=True), torch.cuda.Event()
+    there.copy_(x, non_blocking=True); done.record()
+    def get(): done.synchronize(); return there
+    return get
+
+# %% ../nbs/04a_sampling.ipynb #04a-batch_bounds
+def batch_bounds(
+    n: int, batch: int, # images in all, and at a time
+    part=(0, 1)         # (rank, processes): every processes-th batch, from the rank-th on
+) -> list:              # (first, end) of this part's batches
+    "How n images are cut into batches, and who draws which. Whole batches are dealt out, so that each is computed as one process alone would."
+    return [(a, min(a+batch, n)) for a in range(0, n, batch)][part[0]::part[1]]
+
+def join_parts(
+    parts: list,  # what each process drew, in the order of ranks: arrays (n_r, ...)
+    n: int, batch: int # as for `batch_bounds`
+):                # array (n, ...)
+    "Put the images of several processes in the order of their indices."
+    out = parts[0][:0].new_empty(n, *parts[0].shape[1:])
+    for r, x in enumerate(parts):
+        i = 0
+        for a, b in batch_bounds(n, batch, (r, len(parts))): out[a:b] = x[i:i + b-a]; i += b-a
+    return out
 
 # %% ../nbs/04a_sampling.ipynb #04a-sample
 def sample(
@@ -379,8 +408,10 @@ def sample(
     batch: int = 500,             # images at a time
     autocast: torch.dtype = None, # bfloat16 or float16 inside the network
     progress=None,                # called with (done, n) after each batch
-    trace: list = None            # receives (t, clean image) of each evaluation of the first batch
-) -> tuple[Tensor, Tensor]:       # float32 images on the CPU, (n, C, H, W), not clamped; labels int64 (n,) or None
+    trace: list = None,           # receives (t, clean image) of each evaluation of the first batch
+    finish=torch.Tensor.float,    # what becomes of a batch on the device before it is fetched: `to_uint8`, or a decoder
+    part=(0, 1)                   # (rank, processes): only these batches, see `batch_bounds`
+) -> tuple[Tensor, Tensor]:       # images on the CPU, (n, C, H, W), float32 and not clamped unless `finish` says otherwise; labels int64 (n,) or None
     "Images start .. start + n - 1 of a sample seed (Appendix A)."
     s, p = sampling, diffusion.process
     check_sampler(s.sampler, s.nfe, p)
@@ -392,14 +423,18 @@ def sample(
     null = null_condition(s.cfg_scale, cond, num_classes, null_context, device)
     den = Denoiser(model, diffusion, s.cfg_scale, s.clip, null, autocast, trace)
     scale = max(1.0, p.sigma(torch.tensor(p.t_max, dtype=torch.float64)).item())        # 1 where variance is preserved, 80 for EDM
-    images = torch.empty(n, *shape)
+    images, waiting, bounds = [], [], batch_bounds(n, batch, part)
+    def take():                                                                         # the oldest batch under way, on the CPU
+        a, b, x, finite = waiting.pop(0)
+        check_finite(finite(), start+a, s); images.append(x().clone())
+        if progress: progress(b, n)
     with evaluating(model):
-        for a in range(0, n, batch):
-            b = min(a+batch, n)
+        for a, b in bounds:
             noise = lambda i: step_noise(s.sample_seed, i, start+a, b-a, shape, device)
             x = scale*initial_noise(s.sample_seed, start+a, b-a, shape, device)
             x = solve(den, x, s.sampler, s.nfe, noise, **{k: v[a:b].to(device) for k, v in cond.items()})
-            check_finite(x, start+a, s)
-            images[a:b], den.trace = x.float().cpu(), None
-            if progress: progress(b, n)
-    return images, labels if labels is None else labels.long().cpu()
+            den.trace = None; waiting.append((a, b, fetch(finish(x)), fetch(x.isfinite().flatten(1).all(1))))
+            if len(waiting) > 1 or x.device.type == "cpu": take()                       # while the device works on this batch
+        while waiting: take()
+    pick = torch.tensor([i for a, b in bounds for i in range(a, b)], dtype=torch.long)
+    return torch.cat(images) if images else torch.empty(0, *shape), labels if labels is None else labels.long().cpu()[pick]
