@@ -9,8 +9,8 @@ __all__ = ['TOLERANCES', 'PROGRESS', 'AUTOCAST', 'golden_forward', 'golden_sampl
            'ChapterFailed', 'check_names', 'papermill_command', 'execute', 'run_chapter', 'is_done', 'default_workers',
            'cell_seconds', 'run_sweep', 'main']
 
-# %% ../nbs/04c_runs.ipynb #04c-6fa34afa
-import contextlib, hashlib, json, os, re, subprocess, sys, tempfile, threading, time, traceback
+# %% ../nbs/04c_runs.ipynb #04c-55819993
+import contextlib, hashlib, json, os, re, shlex, subprocess, sys, tempfile, threading, time, traceback
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
@@ -197,7 +197,7 @@ def repeat_command(
     exp: Experiment # any
 ) -> str:           # one line
     "The papermill command that repeats an experiment: its protocol, its seed, and what differs from the protocol."
-    base, text = PROTOCOLS[exp.protocol], lambda v: ",".join(map(str, v)) if isinstance(v, tuple) else str(v)
+    base, text = PROTOCOLS[exp.protocol], lambda v: shlex.quote(",".join(map(str, v)) if isinstance(v, tuple) else str(v))
     diff = [(n, getattr(getattr(exp, s), n)) for n, (s, _) in PARAMETERS.items() if s != "execution" and n != "data_sha256" and getattr(getattr(exp, s), n) != getattr(getattr(base, s), n)]
     return " ".join(["papermill nbs/05_ablations.ipynb out.ipynb", f"-p protocol {exp.protocol} -p seed {exp.seed}", *(f"-p {n} {text(v)}" for n, v in diff)])
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['lr_at', 'EMA', 'pick_device', 'make_accelerator', 'Positional', 'graph_pass', 'wants_compile', 'Trainer',
-           'golden_file', 'golden_training', 'step_randomness', 'build_model', 'choose_attention', 'Team', 'join_team',
-           'save_checkpoint', 'check_checkpoint', 'find_checkpoint', 'TrainingFailed', 'clock', 'Progress', 'write_log',
-           'save_weights', 'load_weights', 'LossLog', 'train', 'read_log', 'plot_loss']
+           'golden_file', 'golden_training', 'step_randomness', 'empty_model', 'build_model', 'choose_attention',
+           'Team', 'join_team', 'save_checkpoint', 'check_checkpoint', 'find_checkpoint', 'TrainingFailed', 'clock',
+           'Progress', 'write_log', 'save_weights', 'load_weights', 'LossLog', 'train', 'read_log', 'plot_loss']
 
 # %% ../nbs/03b_training.ipynb #03b-d4968657
 import contextlib, csv, json, math, os, shutil, sys, time
@@ -147,7 +147,8 @@ def golden_file(
 
 def golden_training(
     name: str,                   # train_vpsde | train_discrete_class
-    device=torch.device("cpu")   # where to compute
+    device=torch.device("cpu"),  # where to compute
+    **how                        # compile, cuda_graph: as for `Trainer`
 ) -> dict:                       # largest relative differences: loss, lr, final, ema
     "Repeat 20 recorded updates of the released code and return how far we end from it."
     from uvit_repro.config import DiffusionConfig
@@ -156,7 +157,7 @@ def golden_training(
     opt, discrete = cfg["optimizer"], name == "train_discrete_class"
     train = TrainConfig(n_steps=len(d["loss"]), lr=opt["lr"], betas=tuple(opt["betas"]), weight_decay=opt["weight_decay"], warmup_steps=cfg["warmup_steps"],
                         ema_rates=(cfg["ema_rate"],), precision="fp32")
-    tr = Trainer(load_official(part("init"), num_heads=cfg["net"]["num_heads"]), Diffusion(DiffusionConfig(process="sd" if discrete else "vp")), train, device)
+    tr = Trainer(load_official(part("init"), num_heads=cfg["net"]["num_heads"]), Diffusion(DiffusionConfig(process="sd" if discrete else "vp")), train, device, **how)
     rel = lambda a, b: float((a.cpu().double() - b.double()).abs().max()/b.double().abs().max())
     losses, lrs = [], []
     for s in range(train.n_steps):
@@ -179,13 +180,23 @@ def step_randomness(
     t = diffusion.process.sample_t(torch.rand(shape[0], generator=gen("t"), device=device))
     return t, torch.randn(shape, generator=gen("eps"), device=device)
 
-# %% ../nbs/03b_training.ipynb #03b-build_model
-def build_model(
+# %% ../nbs/03b_training.ipynb #03b-empty_model
+def empty_model(
     exp: Experiment # with its data opened (number of classes known)
+) -> nn.Module:     # on the CPU; the parameters hold nothing yet
+    "The experiment's network without initial weights: they are written once, not three times."
+    make, args = resolve_name(MODELS, exp.model.model), (exp.model, exp.data, exp.train.p_uncond, exp.execution.use_checkpoint, exp.execution.checkpoint_keep)
+    with torch.device("meta"): net = make(*args)
+    if any(b.is_meta for b in net.buffers()): return make(*args)                               # tables that the constructor computes
+    for m in net.modules():
+        for n, p in m.named_parameters(recurse=False): setattr(m, n, nn.Parameter(torch.empty_like(p, device="cpu"), p.requires_grad))
+    return net
+
+def build_model(
+    exp: Experiment # with its data opened
 ) -> nn.Module:     # on the CPU
     "The experiment's network with initial weights keyed by (seed, name)."
-    net = resolve_name(MODELS, exp.model.model)(exp.model, exp.data, exp.train.p_uncond, exp.execution.use_checkpoint, exp.execution.checkpoint_keep)
-    return init_weights(net, exp.seed, exp.model.pos_std, exp.model.conv_init)
+    return init_weights(empty_model(exp), exp.seed, exp.model.pos_std, exp.model.conv_init)
 
 # %% ../nbs/03b_training.ipynb #03b-choose_attention
 def choose_attention(
@@ -321,7 +332,7 @@ def load_weights(
         kept = sorted(int(p.stem.split("-")[1]) for p in folder.glob("weights-*.safetensors"))
         raise FileNotFoundError(f"{folder.name} has no weights of step {step}; kept are {kept or 'none'}. Steps are kept when curve_steps or loss_steps name them before training.")
     name = f"ema_{exp.train.ema_rates[0]}" if which == "ema" else which
-    flat, net = load_tensors(path), build_model(exp)
+    flat, net = load_tensors(path), empty_model(exp)
     sd = {k.partition("/")[2]: v for k, v in flat.items() if k.startswith(name + "/")}
     try: net.load_state_dict(sd)
     except RuntimeError as e: raise CheckpointError(f"{path} does not fit this experiment: {str(e).splitlines()[-1].strip()}") from None
