@@ -120,7 +120,7 @@ def run_run_command(args, argv: list, say=print) -> dict:
     "Run `run`."
     from uvit_repro.plan import run
     if bad := [o for o in args.slurm if "=" not in o]: raise ParameterError(f"--slurm {bad[0]}: expected NAME=VALUE, as in slurm_partition=gpu")
-    out = run(args.what, args.protocol, args.budget, args.seeds, args.executor, args.workers, args.out_dir, say, **dict(o.split("=", 1) for o in args.slurm))
+    out = run(args.what, args.protocol, args.budget, args.seeds, args.executor, args.workers, args.out_dir, say, live=not args.json, **dict(o.split("=", 1) for o in args.slurm))
     if out["failed"]: raise Failed(f"{len(out['failed'])} failed: {', '.join(out['failed'])}")
     if out.get("interrupted"): raise KeyboardInterrupt
     return out

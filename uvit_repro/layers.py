@@ -151,7 +151,9 @@ def init_parameter(
 ):
     "The released initialisation of one parameter (`uvit_setup` section 2)."
     if isinstance(owner, nn.Linear) or leaf == "pos_embed":
-        return nn.init.zeros_(p) if leaf == "bias" else nn.init.trunc_normal_(p, std=pos_std if leaf == "pos_embed" else 0.02, generator=gen)
+        if leaf == "bias": return nn.init.zeros_(p)
+        std = pos_std if leaf == "pos_embed" else 0.02                      # the released truncation at 2 is a hundred standard deviations away
+        return nn.init.normal_(p, std=std, generator=gen) if std < 0.1 else nn.init.trunc_normal_(p, std=std, generator=gen)
     if isinstance(owner, nn.LayerNorm): return nn.init.ones_(p) if leaf == "weight" else nn.init.zeros_(p)
     if isinstance(owner, nn.Embedding): return nn.init.normal_(p, generator=gen)
     if isinstance(owner, nn.Conv2d):
@@ -190,10 +192,13 @@ def cast_weights(
 
 # %% ../nbs/02a_layers.ipynb #02a-compile_blocks
 def compile_blocks(
-    net: nn.Module # a network with blocks: modules whose class says `is_block = True`
-) -> nn.Module:    # the same network
+    net: nn.Module,   # a network with blocks: modules whose class says `is_block = True`
+    strict: bool=True # False: what can't be compiled on this machine runs as it is, with a warning
+) -> nn.Module:       # the same network
     "Compile each block; equal blocks share their code. One graph for each kind of block, shape and mode (training, inference)."
     blocks = [m for m in net.modules() if getattr(m, "is_block", False)]
     if not blocks: raise ParameterError(f"{type(net).__name__} has no blocks to compile: set compile = 'off'")
+    import torch._dynamo
+    torch._dynamo.config.suppress_errors = not strict
     for m in blocks: m.compile(dynamic=False)
     return net

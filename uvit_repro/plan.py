@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'QUALITY', 'COUNTS', 'TIMES_AND_BYTES', 'PARTS', 'CIFAR', 'TABLE2_ON', 'NOT_RUN', 'SEEDS', 'OPEN',
-           'EXECUTORS', 'SEAL', 'spec', 'needs', 'scaled', 'figure_spec', 'uvit_spec', 'quality_spec', 'other_spec',
-           'slug', 'cell_id', 'registry', 'keep_steps', 'paper_experiment', 'smaller_experiment', 'no_experiment',
+           'EXECUTORS', 'spec', 'needs', 'scaled', 'figure_spec', 'uvit_spec', 'quality_spec', 'other_spec', 'slug',
+           'cell_id', 'registry', 'keep_steps', 'paper_experiment', 'smaller_experiment', 'no_experiment',
            'cell_experiments', 'cell_experiment', 'position', 'measurement', 'computed', 'chosen', 'ledger', 'measured',
            'ours', 'machine_key', 'precision_on', 'timed_updates', 'probe_throughput', 'paper_gpu', 'predict', 'Job',
-           'select', 'chapter_parameters', 'command', 'from_command', 'jobs', 'data_status', 'obstacle', 'held',
-           'progress', 'state', 'plan', 'hours', 'plan_lines', 'plan_json', 'claim', 'Live', 'attempts', 'habits',
-           'note_attempt', 'BudgetSpent', 'Campaign', 'run_one', 'run', 'submitted_run', 'submit', 'prediction_report',
-           'plot_predictions', 'seal', 'check', 'verify_seal', 'verify_run', 'statistics_values', 'verify_measurements',
-           'verify_log', 'verify', 'doctor_versions', 'doctor', 'doctor_machine']
+           'select', 'from_command', 'jobs', 'data_status', 'obstacle', 'held', 'progress', 'state', 'plan', 'hours',
+           'plan_lines', 'plan_json', 'claim', 'Live', 'attempts', 'habits', 'note_attempt', 'BudgetSpent', 'Campaign',
+           'run_one', 'run', 'submitted_run', 'submit', 'prediction_report', 'plot_predictions', 'check', 'verify_seal',
+           'verify_run', 'statistics_values', 'verify_measurements', 'verify_log', 'verify', 'doctor_versions',
+           'doctor', 'doctor_machine']
 
-# %% ../nbs/13a_campaign.ipynb #13a-5a38ce73
+# %% ../nbs/13a_campaign.ipynb #13a-2e182fd1
 import contextlib, functools, importlib, importlib.util, json, math, os, re, shlex, shutil, sys, threading, time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +24,8 @@ from .ablations import main_metric, parameters_of, variants
 from .config import CONFIGS, DATASETS, FACTS, MODELS, PARAMETERS, PROTOCOLS, Experiment, ParameterError, content_name, data_root, digest, eval_id, experiment, from_dict, project_root, variant_name, with_overrides
 from .metrics import NETWORKS, feature_status, recompute
 from .paper import FIGURE2, all_numbers, as_table5, read_table
-from .results import load_runs, published_root, runs_root, sha256_file, write_atomic, write_json
-from .run import _evaluations, _missing, cached_certificate, default_workers, run_chapter
+from .results import SEAL, load_runs, published_root, runs_root, seal, sha256_file, write_atomic, write_json
+from .run import _evaluations, _missing, cached_certificate, chapter_parameters, default_workers, repeat_command, run_chapter
 from .train import Trainer, build_model, clock, lr_at, pick_device, step_randomness
 
 # %% ../nbs/13a_campaign.ipynb #13a-8633f195
@@ -410,20 +410,6 @@ def select(
     near = difflib.get_close_matches(bare(what), [*dict.fromkeys(places), *cells.cell], n=5, cutoff=0.5)
     raise ParameterError(f"{what!r} is no table, figure or cell" + (f": did you mean {', '.join(near)}?" if near else ".") + " Known: all, fig2, fig3, fig5, fig7, table1 ... table7, appendixe, readme, or an id of the registry")
 
-def chapter_parameters(
-    exp: Experiment # any
-) -> dict:          # parameters of chapter 05: protocol, seed, and what differs from what these two (and the data set) give
-    "What to type to get an experiment; numbers of a tuple are joined by commas."
-    base, other = PROTOCOLS[exp.protocol], exp.data.dataset != PROTOCOLS[exp.protocol].data.dataset
-    if other: base = experiment(exp.protocol, dataset=exp.data.dataset)
-    text = lambda v: ",".join(map(str, v)) if isinstance(v, tuple) else v
-    diff = {n: text(getattr(getattr(exp, s), n)) for n, (s, _) in PARAMETERS.items() if s != "execution" and n not in ("data_sha256", "dataset") and getattr(getattr(exp, s), n) != getattr(getattr(base, s), n)}
-    return dict(protocol=exp.protocol, seed=exp.seed, **(dict(dataset=exp.data.dataset) if other else {}), **diff)
-
-def command(exp: Experiment) -> str:
-    "The papermill command of an experiment, ready for a shell."
-    return " ".join(["papermill nbs/05_ablations.ipynb out.ipynb", *(f"-p {k} {shlex.quote(str(v))}" for k, v in chapter_parameters(exp).items())])
-
 def from_command(
     text: str      # a papermill command
 ) -> Experiment:   # what it would run
@@ -537,7 +523,7 @@ def plan(
         e, (st, why) = j.exp, state(j.exp, out_dir); share = 1.0 if e.run_id in trained else progress(runs_root(out_dir)/e.run_id, e)
         trained.add(e.run_id); here, there = ({k: 0.0 for k in ("train", "sample", "total")},)*2 if st == "done" else (predict(e, r, share) for r in (rate, big))
         rows.append(dict(run_id=e.run_id, state=st, why=why, protocol=protocol, seed=e.seed, variant=variant_name(e.model), steps=e.train.n_steps, sampler=f"{e.sampling.sampler} {e.sampling.nfe}", places=", ".join(j.places),
-                         cells=len(j.cells), train_seconds=here["train"], sample_seconds=here["sample"], seconds=here["total"], gpu_hours=there["total"]/3600, command=command(e)))
+                         cells=len(j.cells), train_seconds=here["train"], sample_seconds=here["sample"], seconds=here["total"], gpu_hours=there["total"]/3600, command=repeat_command(e)))
         for c in j.cells: run_of.setdefault(c, []).append(e.run_id)
     df = pd.DataFrame(rows, columns=["run_id", "state", "why", "protocol", "seed", "variant", "steps", "sampler", "places", "cells", "train_seconds", "sample_seconds", "seconds", "gpu_hours", "command"])
     cells = [dict(cell=c.cell, kind=c.kind, runs=run_of.get(c.cell, []), reason="" if c.cell in run_of else no_experiment(c, protocol) or f"protocol {protocol} has no measurement at this fraction of the run") for c in select(what).itertuples()]
@@ -824,16 +810,7 @@ def plot_predictions(
     fig.tight_layout()
     return axes
 
-# %% ../nbs/13a_campaign.ipynb #13a-seal
-SEAL = "SHA256SUMS"
-
-def seal(
-    folder: Path  # of a published run
-) -> Path:        # the file of sums
-    "Write the sums of a run's files, in the form of `sha256sum`."
-    folder = Path(folder); files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (SEAL, ".lock"))
-    return write_atomic(folder/SEAL, lambda p: p.write_text("".join(f"{sha256_file(f)}  {f.relative_to(folder).as_posix()}\n" for f in files)))
-
+# %% ../nbs/13a_campaign.ipynb #13a-check
 def check(
     rows: list, what: str, where: str, recorded, recomputed,
     rel=0.0, low=0.0      # allowed relative and absolute difference of numbers

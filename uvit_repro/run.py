@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TOLERANCES', 'PROGRESS', 'AUTOCAST', 'golden_forward', 'golden_sampling', 'certificate', 'source_sum',
            'cached_certificate', 'draw_samples', 'measure_samples', 'measure_loss', 'keep_picture', 'Run',
-           'repeat_command', 'run_experiment', 'ProcessesFailed', 'together_command', 'run_together', 'run_folder',
-           'ChapterFailed', 'check_names', 'papermill_command', 'execute', 'run_chapter', 'is_done', 'default_workers',
-           'cell_seconds', 'run_sweep', 'main']
+           'chapter_parameters', 'repeat_command', 'run_experiment', 'ProcessesFailed', 'together_command',
+           'run_together', 'run_folder', 'ChapterFailed', 'check_names', 'papermill_command', 'execute', 'run_chapter',
+           'is_done', 'default_workers', 'cell_seconds', 'run_sweep', 'main']
 
 # %% ../nbs/04c_runs.ipynb #04c-55819993
 import contextlib, hashlib, json, os, re, shlex, subprocess, sys, tempfile, threading, time, traceback
@@ -93,7 +93,7 @@ def _network(exp: Experiment, folder: Path, step: int, device):
     "The weights of a step, ready to be evaluated: (network, diffusion)."
     net = cast_weights(load_weights(exp, folder, step).to(device), AUTOCAST[exp.train.precision])
     set_attention(net, choose_attention(exp, device))
-    if wants_compile(exp.execution.compile, device, exp.train.n_steps): compile_blocks(net)
+    if wants_compile(exp.execution.compile, device, exp.train.n_steps): compile_blocks(net, strict=exp.execution.compile != "auto")
     return net, Diffusion(exp.diffusion)
 
 def draw_samples(
@@ -192,14 +192,22 @@ def _missing(exp: Experiment, folder: Path, info: dict) -> list:
     def stale(eid): return not info.get("evaluations", {}).get(eid, {}).get("features_found", True) and feature_status(exp.evaluation.features)[0]
     return [(e, s, n) for e, s, n in _evaluations(exp) if not _has(folder, eid := eval_id(e, s, n)) or stale(eid)]
 
-# %% ../nbs/04c_runs.ipynb #04c-repeat_command
+# %% ../nbs/04c_runs.ipynb #04c-chapter_parameters
+def chapter_parameters(
+    exp: Experiment # any
+) -> dict:          # parameters of chapter 05: protocol, seed, and what differs from what these two (and the data set) give
+    "What to type to get an experiment; numbers of a tuple are joined by commas."
+    base, other = PROTOCOLS[exp.protocol], exp.data.dataset != PROTOCOLS[exp.protocol].data.dataset
+    if other: base = experiment(exp.protocol, dataset=exp.data.dataset)
+    text = lambda v: ",".join(map(str, v)) if isinstance(v, tuple) else v
+    diff = {n: text(getattr(getattr(exp, s), n)) for n, (s, _) in PARAMETERS.items() if s != "execution" and n not in ("data_sha256", "dataset") and getattr(getattr(exp, s), n) != getattr(getattr(base, s), n)}
+    return dict(protocol=exp.protocol, seed=exp.seed, **(dict(dataset=exp.data.dataset) if other else {}), **diff)
+
 def repeat_command(
     exp: Experiment # any
-) -> str:           # one line
-    "The papermill command that repeats an experiment: its protocol, its seed, and what differs from the protocol."
-    base, text = PROTOCOLS[exp.protocol], lambda v: shlex.quote(",".join(map(str, v)) if isinstance(v, tuple) else str(v))
-    diff = [(n, getattr(getattr(exp, s), n)) for n, (s, _) in PARAMETERS.items() if s != "execution" and n != "data_sha256" and getattr(getattr(exp, s), n) != getattr(getattr(base, s), n)]
-    return " ".join(["papermill nbs/05_ablations.ipynb out.ipynb", f"-p protocol {exp.protocol} -p seed {exp.seed}", *(f"-p {n} {text(v)}" for n, v in diff)])
+) -> str:           # one line, ready for a shell
+    "The papermill command that repeats an experiment: its protocol, its seed, and what differs from them."
+    return " ".join(["papermill nbs/05_ablations.ipynb out.ipynb", *(f"-p {k} {shlex.quote(str(v))}" for k, v in chapter_parameters(exp).items())])
 
 def run_experiment(
     exp: Experiment,        # what to do

@@ -102,7 +102,7 @@ class Trainer:
     "Network, optimiser and averages, and the update that they share (Table 5)."
     def __init__(self, net: nn.Module, diffusion: Diffusion, cfg: TrainConfig, device=torch.device("cpu"), compile=False, cuda_graph=False):
         self.net, self.diffusion, self.cfg, self.step, self.cuda_graph = net.to(device).train(), diffusion, cfg, 0, cuda_graph
-        if compile: compile_blocks(net)
+        if compile: compile_blocks(net, strict=compile != "auto")
         self.acc = make_accelerator(cfg.precision, device)
         if cuda_graph and self.acc.num_processes > 1: raise ParameterError(f"cuda_graph = True on {self.acc.num_processes} processes: use it with one")
         opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)
@@ -383,7 +383,7 @@ def train(
     state = find() if there is not False else None
     path = state["attention"] if state and ex.attention == "auto" else team.first(lambda: choose_attention(exp, device))
     set_attention(net, path)
-    tr = Trainer(net, diffusion, cfg, device, compiled := wants_compile(ex.compile, device, cfg.n_steps), ex.cuda_graph)
+    tr = Trainer(net, diffusion, cfg, device, (compiled := wants_compile(ex.compile, device, cfg.n_steps)) and ex.compile, ex.cuda_graph)
     if state: tr.load_state_dict(state); log.load_state_dict(state["log"]); say(f"resumed at step {tr.step}") if team.rank == 0 else None
     batches = Batches(data, cfg.batch_size, exp.seed, exp.data.flip, cfg.p_uncond, exp.data.num_classes, device, ex.workers, (team.rank, team.size))
     first, start, saved = tr.step, time.perf_counter(), time.perf_counter()

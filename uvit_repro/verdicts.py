@@ -504,8 +504,7 @@ def what_would_decide(
     exps = list({(e.run_id, e.sampling, e.evaluation.num_samples): e for e in (arm_experiment(a, protocol, n_steps) for a in arms.values())}.values())
     taken = max((s for r in rows if r["protocol"] == protocol for s in r["old"]), default=-1) + 1                     # seeds that nobody has seen
     count = seeds or test["seeds"]; each_seconds = [c["total"] if isinstance(c, dict) else c for c in map(cost, exps)] if cost else []
-    quoted = lambda c: re.sub(r"(-p \w+) (?= -p |$)", r"\1 ''", c).replace("-p seed 0", "-p seed $s", 1)              # an empty value needs its quotes
-    loop = "; ".join(quoted(repeat_command(e)) for e in exps)
+    loop = "; ".join(repeat_command(e).replace("-p seed 0", "-p seed $s", 1) for e in exps)
     hours = sum(each_seconds)*count/3600 if cost and seeds else None
     return Plan(seeds, exps[0].train.n_steps, protocol, count*len(exps), hours, f"for s in {' '.join(str(s) for s in range(taken, taken + count))}; do {loop}; done", basis)
 
