@@ -17,7 +17,7 @@ __all__ = ['TINY', 'RELEASED', 'SAME_OUTPUT', 'SAME_IMAGES', 'DTYPES', 'BENCH_CO
            'contest_table', 'ablation_table', 'job_lines', 'target_lines', 'speed_table', 'labels', 'bars',
            'plot_speedup', 'plot_ceiling', 'plot_worth']
 
-# %% ../nbs/06b_speed.ipynb #06b-b211ad89
+# %% ../nbs/06b_speed.ipynb #06b-b467c304
 import contextlib, copy, csv, gc, hashlib, importlib, importlib.util, io, json, logging, math, os, re, shutil, subprocess, sys, tempfile, time, types, warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from torch import nn
 from .config import CONFIGS, DataConfig, ExecConfig, Experiment, ModelConfig, ParameterError, SamplingConfig, TrainConfig, key_seed, preset
 from .data import Batches, Data, load_folder, save_png
 from .diffusion import Diffusion
-from .layers import cast_weights, compile_blocks, set_attention
+from .layers import compile_blocks, set_attention
 from .metrics import build_network, extract, feature_status, network
 from .results import conditions, published_root, runs_root, write_atomic, write_json
 from .run import AUTOCAST
@@ -160,7 +160,6 @@ class How:
     checkpoint: bool = False  # activations recomputed
     keep: float = 0.0         # of which this much of each block is kept
     data: str = ""            # empty: one batch, on the device; device: batches from images there; pinned, blocking: from the CPU
-    cast: bool = True         # sampling: weights stored in the autocast type
     doubled: bool = True      # sampling: guidance in one doubled batch
     inference: bool = True    # sampling: inference mode (else only without gradients)
 
@@ -234,7 +233,6 @@ class Sampling:
         self.autocast = AUTOCAST[exp.train.precision]
         if net is None:
             net = bench_network(exp).to(self.device).eval(); set_attention(net, how.attention)
-            if how.cast: cast_weights(net, self.autocast)
             if how.compile: compile_blocks(net)
         self.net = net if how.doubled else TwoCalls(net)
         if not how.inference: self.net = NoInferenceMode(self.net)
@@ -740,7 +738,7 @@ def ablate_sample(model: str, s, device) -> tuple:
     "Sampling with one thing off at a time; guided where the model has a null condition."
     exp = bench_experiment(model, s.images, s.precision[-1]); how = replace(s.how(exp, device, checkpoint="off"), cuda_graph=False)
     guided = exp.train.p_uncond > 0; exp = guided_experiment(exp) if guided else exp
-    options = [o for o in train_options(exp, how, device, 0.0, s.quick) if o[0].startswith(("bf16", how.attention, "compile"))] + [("weights cast once", exp, replace(how, cast=False)),
+    options = [o for o in train_options(exp, how, device, 0.0, s.quick) if o[0].startswith(("bf16", how.attention, "compile"))] + [
         ("guidance in one doubled batch", *((exp, replace(how, doubled=False)) if guided else (None, f"not run: {model} was not released with guidance"))),
         ("inference mode (against no gradients)", exp, replace(how, inference=False))]
     return ablate("sample", exp, how, options, s, device, model, lambda e, h: Sampling(e, device, h, s.images, s.nfe, guided))

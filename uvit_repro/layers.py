@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['timestep_embedding', 'unpatchify', 'patchify', 'PatchEmbed', 'sincos2d', 'attention', 'Attention', 'Mlp',
-           'set_attention', 'time_attention', 'AdaLN', 'init_parameter', 'init_weights', 'cast_weights',
-           'compile_blocks']
+           'set_attention', 'time_attention', 'AdaLN', 'init_parameter', 'init_weights', 'compile_blocks']
 
 # %% ../nbs/02a_layers.ipynb #02a-9754fe19
 import math, time
@@ -179,16 +178,6 @@ def init_weights(
         if hasattr(module, "init_special"): module.init_special()
         if conv_init == "identity" and name == "final_layer" and isinstance(module, nn.Conv2d): nn.init.dirac_(module.weight); nn.init.zeros_(module.bias)
     return model
-
-# %% ../nbs/02a_layers.ipynb #02a-cast_weights
-def cast_weights(
-    net: nn.Module,    # for inference only: training needs the float32 weights
-    dtype              # autocast type, or None for no change
-) -> nn.Module:        # the same network
-    "Store the weights of linear layers and convolutions in the autocast type. Under autocast the outputs are the same, bit for bit."
-    for m in net.modules():
-        if dtype is not None and isinstance(m, (nn.Linear, nn.Conv2d)): m.to(dtype)
-    return net
 
 # %% ../nbs/02a_layers.ipynb #02a-compile_blocks
 def compile_blocks(

@@ -9,7 +9,7 @@ __all__ = ['TOLERANCES', 'PROGRESS', 'AUTOCAST', 'golden_forward', 'golden_sampl
            'run_together', 'run_folder', 'ChapterFailed', 'check_names', 'papermill_command', 'execute', 'run_chapter',
            'is_done', 'default_workers', 'cell_seconds', 'run_sweep', 'main']
 
-# %% ../nbs/04c_runs.ipynb #04c-55819993
+# %% ../nbs/04c_runs.ipynb #04c-329ccc13
 import contextlib, hashlib, json, os, re, shlex, subprocess, sys, tempfile, threading, time, traceback
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from .config import PARAMETERS, PROTOCOLS, Experiment, ParameterError, content_name, deviations, eval_id, experiment, from_dict, project_root, variant_name
 from .data import Data, image_grid, open_data, save_png, summary, to_uint8
 from .diffusion import Diffusion
-from .layers import cast_weights, compile_blocks, set_attention
+from .layers import compile_blocks, set_attention
 from .metrics import feature_status, heldout_loss, measure_images, nearest_training
 from .results import conditions, load_results, record, run_lock, runs_root, sha256_file, sweep_unfinished, write_atomic, write_json
 from .sample import check_sampler, join_parts, sample
@@ -91,7 +91,7 @@ AUTOCAST = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)
 
 def _network(exp: Experiment, folder: Path, step: int, device):
     "The weights of a step, ready to be evaluated: (network, diffusion)."
-    net = cast_weights(load_weights(exp, folder, step).to(device), AUTOCAST[exp.train.precision])
+    net = load_weights(exp, folder, step).to(device)
     set_attention(net, choose_attention(exp, device))
     if wants_compile(exp.execution.compile, device, exp.train.n_steps): compile_blocks(net, strict=exp.execution.compile != "auto")
     return net, Diffusion(exp.diffusion)
@@ -209,6 +209,7 @@ def repeat_command(
     "The papermill command that repeats an experiment: its protocol, its seed, and what differs from them."
     return " ".join(["papermill nbs/05_ablations.ipynb out.ipynb", *(f"-p {k} {shlex.quote(str(v))}" for k, v in chapter_parameters(exp).items())])
 
+# %% ../nbs/04c_runs.ipynb #04c-run_experiment
 def run_experiment(
     exp: Experiment,        # what to do
     out_dir=None,           # folder of runs; None: results/runs (smoke: a temporary folder)
