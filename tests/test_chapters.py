@@ -1,5 +1,5 @@
 "Chapters through papermill, as a person calls it."
-import json, os, subprocess, sys
+import html, json, os, re, subprocess, sys
 from pathlib import Path
 import nbformat, pytest
 from uvit_repro.config import ParameterError, parameters_cell
@@ -51,4 +51,6 @@ def test_report_of_nothing_says_not_run(tmp_path):
     r = subprocess.run([sys.executable, "-m", "papermill", str(root/"nbs"/"99_report.ipynb"), str(root/"out.ipynb")], cwd=root, env=env, capture_output=True, text=True, timeout=300)
     assert r.returncode == 0, r.stderr[-2000:]
     page = to_html(root/"out.ipynb", root/"report.html").read_text()
+    from uvit_repro.plan import registry
+    cells = dict(re.findall(r'<td [^>]*id="cell-([^"]+)"[^>]*>([^<]*)</td>', page)); assert all(html.unescape(cells[c.cell]) == c.value for c in registry().itertuples())
     assert page.count("not run") > 30 and "8.96" in page and "papermill nbs/05_ablations.ipynb out.ipynb -p protocol gpu" in page and "44,255,328" in page

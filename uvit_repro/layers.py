@@ -170,6 +170,7 @@ def init_weights(
     conv_init="default" # identity: the final 3x3 convolution starts by passing its input
 ) -> nn.Module:       # the same model
     "Initial weights keyed by (seed, parameter name)."
+    if next(model.parameters()).is_meta: return model                       # nothing there to fill
     for name, module in model.named_modules():
         for leaf, p in module.named_parameters(recurse=False):
             gen = None if seed is None else torch.Generator().manual_seed(key_seed(seed, "init", f"{name}.{leaf}".lstrip(".")))
