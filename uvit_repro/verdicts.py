@@ -8,20 +8,21 @@ __all__ = ['TESTED', 'KINDS', 'VERDICTS', 'NOT_RUN', 'all_records', 'tests_file'
            'seeds_needed', 'planned_evaluations', 'run_started', 'Ledger', 'arm_experiment', 'metric_of', 'arms_of',
            'arm_name', 'comparison_name', 'steps_to_reach', 'log_speed', 'gather', 'pool', 'differences', 'judge_row',
            'settings', 'correct', 'effects', 'side', 'Plan', 'Verdict', 'conclude', 'deciding', 'seeds_for',
-           'what_would_decide', 'multiply_accumulates', 'count_claim', 'judge_claim', 'verdict', 'all_verdicts',
-           'verdict_frame', 'made_up_results', 'paper_effect', 'plot_forest']
+           'what_would_decide', 'count_claim', 'judge_claim', 'verdict', 'all_verdicts', 'verdict_frame',
+           'made_up_results', 'paper_effect', 'plot_forest']
 
-# %% ../nbs/98_verdicts.ipynb #98-3e076240
+# %% ../nbs/98_verdicts.ipynb #98-5802373b
 import functools, json, math, re
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 import numpy as np
 from .ablations import main_metric, parameters_of
-from .config import CONFIGS, MODELS, PROTOCOLS, ParameterError, eval_id, experiment, resolve_name
+from .config import CONFIGS, PROTOCOLS, ParameterError, eval_id, experiment
 from .paper import figure2, load_claims, published, table2
 from .results import load_results
 from .run import repeat_command
+from .scaling import macs_of
 
 # %% ../nbs/98_verdicts.ipynb #98-all_records
 def all_records(
@@ -508,20 +509,7 @@ def what_would_decide(
     hours = sum(each_seconds)*count/3600 if cost and seeds else None
     return Plan(seeds, exps[0].train.n_steps, protocol, count*len(exps), hours, f"for s in {' '.join(str(s) for s in range(taken, taken + count))}; do {loop}; done", basis)
 
-# %% ../nbs/98_verdicts.ipynb #98-multiply_accumulates
-def multiply_accumulates(exp) -> int:
-    "Multiply-accumulates of one forward pass for one image, counted by torch on tensors without memory."
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    with torch.device("meta"): net = resolve_name(MODELS, exp.model.model)(exp.model, exp.data, exp.train.p_uncond, False).eval()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        net.to_empty(device="cpu")
-        x, t = torch.empty(1, exp.data.in_chans, exp.data.img_size, exp.data.img_size), torch.empty(1)
-        y = torch.empty(1, dtype=torch.long) if exp.model.condition == "class" else None
-        with FlopCounterMode(display=False) as count, torch.no_grad(): net(x, t, y)
-    return count.get_total_flops()//2
-
+# %% ../nbs/98_verdicts.ipynb #98-count_claim
 @functools.lru_cache(None)
 def count_claim(claim: str) -> tuple:
     "(whether it holds, in words), for claims of kind count."
@@ -531,7 +519,7 @@ def count_claim(claim: str) -> tuple:
         got = {n: (int(p), parameters_of(CONFIGS[where[n]])) for n, p in table2().params_M.items()}
         return all(round(c/1e6) == p for p, c in got.values()), ", ".join(f"{n}: {c:,} (paper {p}M)" for n, (p, c) in got.items())
     if claim == "U37":
-        paper, got = published("Table 7", "ImageNet 256x256", "U-ViT-H/2", "gflops"), multiply_accumulates(CONFIGS["ImageNet 256x256 U-ViT-H/2"])
+        paper, got = published("Table 7", "ImageNet 256x256", "U-ViT-H/2", "gflops"), macs_of(CONFIGS["ImageNet 256x256 U-ViT-H/2"])
         return round(got/1e9) == paper, f"{got:,} multiply-accumulates of one forward pass (paper {paper:g} GFLOPs)"
     raise ParameterError(f"claim = {claim!r}: counted are U36, U37")
 
