@@ -100,9 +100,9 @@ def test_cost_model():
     e, m = PROTOCOLS["gpu"], macs_of(PROTOCOLS["gpu"]); s = predict_seconds(e, 1e13)
     assert s["train"] == pytest.approx(10_000*128*6*m/1e13) and s["sample"] == pytest.approx(15_000*50*2*m/1e13) and s["loss"] == pytest.approx(4*2000*20*2*m/1e13)
     assert s["total"] == pytest.approx(s["train"] + s["sample"] + s["loss"]) and predict_seconds(e, 1e13, sampling=2e13)["sample"] == pytest.approx(s["sample"]/2)
-    from uvit_repro.run import _evaluations
+    from uvit_repro.run import measurements_of
     for e in (*PROTOCOLS.values(), *CONFIGS.values()):
-        passes = sum((n*x.sampling.nfe*(2 if x.sampling.cfg_scale != 1 else 1) if n else x.evaluation.loss_images*x.evaluation.loss_levels) for x, _, n in _evaluations(e))
+        passes = sum((n*x.sampling.nfe*(2 if x.sampling.cfg_scale != 1 else 1) if n else x.evaluation.loss_images*x.evaluation.loss_levels) for x, _, n in measurements_of(e))
         assert sum(n for _, n in evaluations(e)) == passes
     assert predict_cost(e, 1e14, 0.4)["train_hours"] == pytest.approx(experiment_flops(e)["train"]/4e13/3600)
     for bad in (0, -1.0, 1.2):

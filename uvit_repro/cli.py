@@ -114,13 +114,14 @@ def run_options(p: argparse.ArgumentParser):
     p.add_argument("--budget", type=duration, default=None, help="stop cleanly inside this time (25m); a run starts only when it is expected to fit")
     p.add_argument("--executor", default="local", help="local; slurm: one job for each run, through submitit; submitit-local: the same on this machine")
     p.add_argument("--workers", type=int, default=None, help="runs at a time (default: one per core, at most 8; one on a GPU)")
+    p.add_argument("--processes", type=int, default=1, help="processes that train and sample one run together, one per GPU (default: 1)")
     p.add_argument("--slurm", action="append", default=[], metavar="NAME=VALUE", help="an option for submitit, as in --slurm slurm_partition=gpu")
 
 def run_run_command(args, argv: list, say=print) -> dict:
     "Run `run`."
     from uvit_repro.plan import run
     if bad := [o for o in args.slurm if "=" not in o]: raise ParameterError(f"--slurm {bad[0]}: expected NAME=VALUE, as in slurm_partition=gpu")
-    out = run(args.what, args.protocol, args.budget, args.seeds, args.executor, args.workers, args.out_dir, say, live=not args.json, **dict(o.split("=", 1) for o in args.slurm))
+    out = run(args.what, args.protocol, args.budget, args.seeds, args.out_dir, executor=args.executor, workers=args.workers, processes=args.processes, say=say, live=not args.json, **dict(o.split("=", 1) for o in args.slurm))
     if out["failed"]: raise Failed(f"{len(out['failed'])} failed: {', '.join(out['failed'])}")
     if out.get("interrupted"): raise KeyboardInterrupt
     return out

@@ -6,23 +6,24 @@
 __all__ = ['CIFAR10_CLASSES', 'EXTENSIONS', 'FORMATS', 'MODES', 'RESIDENT_BYTES', 'Data', 'to_model', 'to_uint8', 'image_grid',
            'show_images', 'save_png', 'canonical', 'content_sha256', 'hold_out', 'load_digits', 'find_cifar10',
            'load_cifar10', 'load_npz', 'prepare', 'to_8bit', 'decode', 'list_folder', 'read_image', 'scan_folder',
-           'FolderStream', 'load_folder', 'summary', 'open_data', 'Batches']
+           'FolderStream', 'load_folder', 'summary', 'open_data', 'draw_latents', 'Order', 'read_ahead', 'Batches']
 
-# %% ../nbs/03a_data.ipynb #03a-9b0d1f04
+# %% ../nbs/03a_data.ipynb #03a-460135ed
 import hashlib, io, itertools, math, os, sys, time, warnings, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
+from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from .config import CONTENT, DATASETS, DataConfig, Experiment, ParameterError, data_root, key_seed, resolve_name
+from .config import CONTENT, DATASETS, PATHS, DataConfig, Experiment, ParameterError, data_root, key_seed, resolve_name
 
 # %% ../nbs/03a_data.ipynb #03a-data
 @dataclass(eq=False, repr=False)
 class Data:
     "A data set, opened. Objects are shared between callers: do not write into them."
-    name: str                       # digits, cifar10, folder or npz
+    name: str                       # a key of DATASETS
     train_images: Tensor | None     # uint8 (N, C, H, W); None when streamed
     train_labels: Tensor            # int64 (N,); zeros when unlabelled
     test_images: Tensor             # uint8 (M, C, H, W), M may be 0
@@ -32,12 +33,17 @@ class Data:
     sha256: str                     # sum of the content, whatever path it came from
     notes: list[str] = field(default_factory=list)  # `kind: file (detail)`; see `summary`
     stream: torch.utils.data.Dataset | None = None  # large sets: item i is (uint8 (C, H, W), label)
+    inputs: object = None           # latents (chapter 07): read(index, mirror) gives moments (B, 2C, h, w); what the network is trained on in place of pixels
+    test_inputs: Tensor | None = None # held-out images as the network sees them, float32 (M, C, h, w); None: their pixels
+    decode: object = None           # function from latents (B, C, h, w) to pixels uint8 (B, *shape), on the same device
+    texts: object = None            # captions (chapter 08): read(index, u), test(index), prompts(n), prompt(i), null
+    judge: object = None            # function from samples uint8 (N, *shape), in the order of `prompts`, to statistics of its own
 
     @property
     def shape(self) -> tuple[int, int, int]: return tuple(self.test_images.shape[1:])
     def __len__(self) -> int: return len(self.train_labels)
     def __repr__(self):
-        where = "in memory" if self.stream is None else "streamed from files"
+        where = "as latents" if self.inputs is not None else "in memory" if self.stream is None else "streamed from files"
         return (f"Data {self.name}: {len(self)} training images ({where}), {len(self.test_labels)} held out, shape {self.shape}, "
                 f"{self.num_classes or 'no'} classes, sum {self.sha256[:12]}, {len(self.notes)} notes")
 
@@ -245,16 +251,16 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
 
 # %% ../nbs/03a_data.ipynb #03a-locate
 def _locate(dataset: str, root) -> Path:
-    "The path after `folder:` or `npz:`: as given, or relative to here, or relative to the folder of the data sets."
+    "The path after `folder:`, `latents:` or `npz:`: as given, or relative to here, or relative to the folder of the data sets."
     kind, _, given = dataset.partition(":")
     path = Path(given).expanduser()
     places = [path.absolute()] if path.is_absolute() else [path.absolute(), (Path(root)/path).absolute()]
     for p in places:
         if p.exists():
-            if p.is_dir() != (kind == "folder"):
-                raise ValueError(f"{p} is a {'folder' if p.is_dir() else 'file'}: folder:PATH takes a folder of images, npz:PATH a file of arrays")
+            if p.is_dir() != (kind != "npz"):
+                raise ValueError(f"{p} is a {'folder' if p.is_dir() else 'file'}: folder:PATH takes a folder of images, latents:PATH one of encoded images, npz:PATH a file of arrays")
             return p
-    raise FileNotFoundError(f"dataset = {dataset!r}: no such {'folder' if kind == 'folder' else 'file'}; looked for {' and '.join(map(str, dict.fromkeys(places)))}")
+    raise FileNotFoundError(f"dataset = {dataset!r}: no such {'file' if kind == 'npz' else 'folder'}; looked for {' and '.join(map(str, dict.fromkeys(places)))}")
 
 def load_npz(
     cfg: DataConfig, # dataset npz:PATH, with the img_size and in_chans of the arrays
@@ -468,10 +474,10 @@ def summary(
 def _stamp(cfg: DataConfig, root):
     "What changes when the files behind a data set change: names, sizes and times."
     kind = cfg.dataset.partition(":")[0]
-    if kind not in ("cifar10", "folder", "npz"): return None
+    if kind not in ("cifar10", *PATHS): return None
     try: where = find_cifar10(root) if kind == "cifar10" else _locate(cfg.dataset, root)
     except (OSError, ValueError): return None                              # the loader says what is wrong
-    files = [where] if where.is_file() else [Path(d, n) for d, _, names in os.walk(where, followlinks=kind == "folder") for n in names] + [where]
+    files = [where] if where.is_file() else [where/"index.json"] if kind == "latents" else [Path(d, n) for d, _, names in os.walk(where, followlinks=kind == "folder") for n in names] + [where]
     stat = lambda f: (s.st_size, s.st_mtime_ns) if (s := os.stat(f) if os.path.exists(f) else None) else None
     return _digest(sorted((str(f), stat(f)) for f in files))
 
@@ -483,7 +489,7 @@ _opened = {}    # (configuration, root, stamp): Data, the latest last
 
 def _open(cfg: DataConfig, root: str) -> Data:
     "Load, or find what was loaded from the same files: at most four sets are kept, each also under its resolved number of classes."
-    cfg = replace(cfg, flip=True, latent_scale=1.0, data_sha256="")        # what does not change the images is not part of the key
+    cfg = replace(cfg, flip=True, data_sha256="")                          # what does not change the images is not part of the key
     key = (cfg, root, _stamp(cfg, root))
     if key not in _opened:
         data = resolve_name(DATASETS, cfg.dataset.partition(":")[0])(cfg, Path(root))
@@ -497,9 +503,6 @@ def open_data(
 ) -> tuple[Experiment, Data]: # the experiment with data_sha256 and num_classes filled in, and its images
     "Open the data set of an experiment, under `data_root` or `UVIT_DATA` or data/ in the project."
     cfg, kind = exp.data, exp.data.dataset.partition(":")[0]
-    if kind not in DATASETS:
-        raise ParameterError(f"dataset = {cfg.dataset!r}: its facts are known, but this version has no loader for it. Loaders: {', '.join(DATASETS)}. "
-                             "If you have the images, use folder:PATH, one sub-folder for each class")
     data = _open(cfg, str(data_root(exp.execution.data_root).absolute()))
     if cfg.data_sha256 not in ("", data.sha256):
         raise ValueError(f"{cfg.dataset}: the experiment was made with data of sum {cfg.data_sha256[:16]}..., but what lies there now has {data.sha256[:16]}...; "
@@ -507,6 +510,10 @@ def open_data(
     if exp.model.condition == "class" and not data.num_classes:
         raise ParameterError(f"condition = 'class', but {cfg.dataset} has no labels: use condition = 'none' with p_uncond = 0 and cfg_scale = 1, or give labels ("
                              "folder: one sub-folder for each class; npz: an array `labels`)")
+    if exp.model.condition == "text":
+        if data.texts is None: raise ParameterError(f"condition = 'text', but {cfg.dataset} has no captions: the sets with captions are mscoco256 and shapes")
+        if (found := tuple(data.texts.null.shape)) != (cfg.text_tokens, cfg.text_dim):
+            raise ParameterError(f"text_tokens = {cfg.text_tokens}, text_dim = {cfg.text_dim}: the captions of {cfg.dataset} are encoded as {found[0]} x {found[1]}")
     return replace(exp, data=replace(cfg, num_classes=data.num_classes, data_sha256="" if kind in CONTENT else data.sha256)), data
 
 # %% ../nbs/03a_data.ipynb #03a-generator
@@ -518,61 +525,105 @@ def _send(t: Tensor, device: torch.device) -> Tensor:
 
 def _collate(items) -> tuple[Tensor, Tensor]: return torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items])
 
+# %% ../nbs/03a_data.ipynb #03a-draw_latents
+def draw_latents(
+    moments: Tensor, # (B, 2C, h, w): mean, then log-variance
+    noise: Tensor,   # standard normal, (B, C, h, w)
+    scale: float     # latent_scale
+) -> Tensor:         # float32 (B, C, h, w)
+    "A latent from its moments (setup, section 6)."
+    mean, logvar = moments.float().chunk(2, dim=1)
+    return scale*(mean + (0.5*logvar.clamp(-30, 20)).exp()*noise)
+
+# %% ../nbs/03a_data.ipynb #03a-order
+class Order:
+    "Which examples make up each batch: a permutation per epoch, and batches that run across its end."
+    def __init__(self, n: int, batch_size: int, seed: int): self.n, self.batch_size, self.seed, self.epochs = n, batch_size, seed, {}
+    def epoch(self, e: int) -> Tensor:
+        "The permutation of one epoch, (N,)."
+        if e not in self.epochs:
+            if len(self.epochs) > 2: self.epochs.clear()
+            self.epochs[e] = torch.randperm(self.n, generator=_generator(self.seed, "order", e))
+        return self.epochs[e]
+    def at(self, step: int) -> Tensor:
+        "Indices of the whole batch of a step, (B,)."
+        start, out = step*self.batch_size, []
+        stop = start + self.batch_size
+        while start < stop:
+            e, i = divmod(start, self.n)
+            out.append(self.epoch(e)[i:i + stop - start]); start += len(out[-1])
+        return torch.cat(out)
+
+def read_ahead(
+    read,      # function of a step
+    steps,     # iterator of steps
+    depth=2    # how many are read before they are asked for
+):
+    "(step, read(step)) for each step, read in a thread while the caller computes."
+    with ThreadPoolExecutor(1) as pool:
+        ahead = deque((s, pool.submit(read, s)) for s in itertools.islice(steps, depth))
+        while ahead:
+            s, got = ahead.popleft(); ahead.extend((k, pool.submit(read, k)) for k in itertools.islice(steps, 1))
+            yield s, got.result()
+
 # %% ../nbs/03a_data.ipynb #03a-batches
 class Batches:
-    "Training batches: `at(step)` gives (x0 float32 (B, C, H, W) in [-1, 1], y int64 (B,)), a pure function of (seed, step)."
+    "Training batches: `at(step)` gives (x0 float32 (B, C, H, W), y: labels int64 (B,) or texts float32 (B, L, D)), a pure function of (seed, step)."
     def __init__(self,
-        data: Data,        # resident or streamed
+        data: Data,        # resident, streamed or latent
         batch_size: int,   # images per step, over all processes
         seed: int,         # of the run
         flip: bool,        # random horizontal flip (setup, section 6)
-        p_uncond: float,   # labels replaced by the null class
+        p_uncond: float,   # conditions replaced by the null condition
         null_class: int,   # its id, num_classes (released: 1000 of 1001 rows)
         device="cpu",      # where batches are put together
         workers: int = 0,  # processes that read a streamed set
-        part=(0, 1)        # (rank, processes): rows rank::processes of the global batch
+        part=(0, 1),       # (rank, processes): rows rank::processes of the global batch
+        condition="class", # what y is: text for encoded captions, else labels
+        latent_scale=1.0   # factor on latents
     ):
         if batch_size < 1 or not len(data): raise ParameterError(f"batch_size = {batch_size} on {len(data)} training images: both must be at least 1")
-        if p_uncond and null_class is None: raise ParameterError(f"p_uncond = {p_uncond} needs the id of the null class")
-        self.data, self.batch_size, self.seed, self.flip, self.p_uncond, self.null_class = data, batch_size, seed, flip, p_uncond, null_class
-        self.device, self.workers, self.part, self.orders = torch.device(device), workers, slice(part[0], None, part[1]), {}
-        if data.stream is None: self.images, self.labels = data.train_images.to(self.device), data.train_labels.to(self.device)
+        self.data, self.order, self.batch_size, self.seed, self.flip, self.p_uncond = data, Order(len(data), batch_size, seed), batch_size, seed, flip, p_uncond
+        self.device, self.workers, self.part, self.latent_scale = torch.device(device), workers, slice(part[0], None, part[1]), latent_scale
+        self.texts, self.inputs = data.texts if condition == "text" else None, data.inputs
+        self.null = null_class if self.texts is None else self.texts.null.float().to(self.device)
+        if p_uncond and self.null is None: raise ParameterError(f"p_uncond = {p_uncond} needs the id of the null class")
+        self.images = data.train_images.to(self.device) if data.stream is None and data.inputs is None else None
+        self.labels = data.train_labels.to(self.device)
 
-    def order(self, epoch: int) -> Tensor:
-        "The permutation of one epoch, (N,)."
-        if epoch not in self.orders:
-            if len(self.orders) > 2: self.orders.clear()
-            self.orders[epoch] = torch.randperm(len(self.data), generator=_generator(self.seed, "order", epoch))
-        return self.orders[epoch]
+    def uniform(self, what: str, step: int) -> Tensor:
+        "Random numbers of this part of a batch, in [0, 1)."
+        return torch.rand(self.batch_size, generator=_generator(self.seed, what, step))[self.part]
+    def condition(self, step: int, i: Tensor) -> Tensor:
+        "Labels, or one of the captions of each image."
+        return self.labels[_send(i, self.device)] if self.texts is None else self.texts.read(i, self.uniform("caption", step))
+    def fetch(self, step: int) -> tuple[Tensor, Tensor]:
+        "Pixels or moments, and the conditions, as they lie in memory or on disk."
+        i = self.order.at(step)[self.part]; y = self.condition(step, i)
+        if self.inputs is not None: return self.inputs.read(i, self.uniform("flip", step) < (0.5 if self.flip else 0)), y
+        return self.images[_send(i, self.device)] if self.images is not None else torch.stack([self.data.stream[k][0] for k in i.tolist()]), y
+    def finish(self, step: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        "Flip or draw, drop conditions, scale; randomness of the whole batch, then this part of it."
+        x, y = (v if v.device == self.device else _send(v, self.device) for v in (x, y))
+        if self.inputs is not None:
+            noise = torch.randn((self.batch_size, x.shape[1]//2, *x.shape[2:]), generator=torch.Generator(self.device).manual_seed(key_seed(self.seed, "latent", step)), device=self.device)
+            x = draw_latents(x, noise[self.part], self.latent_scale)
+        else:
+            if self.flip: x = torch.where(_send(self.uniform("flip", step) < 0.5, self.device)[:, None, None, None], x.flip(-1), x)
+            x = to_model(x)
+        if self.texts is not None: y = y.float()
+        if self.p_uncond: y = torch.where(_send(self.uniform("drop", step) < self.p_uncond, self.device).view(-1, *[1]*(y.dim() - 1)), self.null, y)
+        return x, y
 
-    def indices(self, step: int) -> Tensor:
-        "Which images make up this part of a step's batch."
-        start, N, out = step*self.batch_size, len(self.data), []
-        stop = start + self.batch_size
-        while start < stop:
-            epoch, i = divmod(start, N)
-            out.append(self.order(epoch)[i:i + stop - start]); start += len(out[-1])
-        return torch.cat(out)[self.part]
-
-    def finish(self, step: int, u8: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        "Flip, drop labels, scale; randomness of the whole batch, then this part of it."
-        if self.flip:
-            mask = _send((torch.rand(self.batch_size, generator=_generator(self.seed, "flip", step)) < 0.5)[self.part], self.device)
-            u8 = torch.where(mask[:, None, None, None], u8.flip(-1), u8)
-        if self.p_uncond:
-            drop = _send((torch.rand(self.batch_size, generator=_generator(self.seed, "drop", step)) < self.p_uncond)[self.part], self.device)
-            y = torch.where(drop, self.null_class, y)
-        return to_model(u8), y
-
-    def at(self, step: int) -> tuple[Tensor, Tensor]:
-        idx = self.indices(step)
-        if self.data.stream is None: i = _send(idx, self.device); return self.finish(step, self.images[i], self.labels[i])
-        return self.finish(step, *(_send(a, self.device) for a in _collate([self.data.stream[i] for i in idx.tolist()])))
-
+    def at(self, step: int) -> tuple[Tensor, Tensor]: return self.finish(step, *self.fetch(step))
     def iterate(self, start_step: int = 0):
-        "at(start_step), at(start_step + 1), ... without end; streamed sets are read ahead by `workers` processes."
-        if self.data.stream is None: yield from (self.at(s) for s in itertools.count(start_step))
-        loader = torch.utils.data.DataLoader(self.data.stream, batch_sampler=(self.indices(s).tolist() for s in itertools.count(start_step)),
-            collate_fn=_collate, num_workers=self.workers, pin_memory=self.device.type == "cuda",
-            generator=torch.Generator())                          # its own generator: the global one stays as it is
-        for s, (u8, y) in zip(itertools.count(start_step), loader): yield self.finish(s, u8.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True))
+        "at(start_step), at(start_step + 1), ... without end. Streamed sets are read ahead by `workers` processes, latents and texts by a thread."
+        steps = itertools.count(start_step)
+        if self.inputs is None and self.data.stream is not None: ahead = self.stream(start_step)
+        else: ahead = ((s, self.fetch(s)) for s in steps) if self.inputs is None and self.texts is None else read_ahead(self.fetch, steps)
+        for s, (x, y) in ahead: yield self.finish(s, x, y)
+    def stream(self, start_step: int):
+        "(step, (pixels, conditions)) of a streamed set, read by worker processes; the global random state stays as it is."
+        steps = lambda: itertools.count(start_step); picks = (self.order.at(s)[self.part].tolist() for s in steps())
+        loader = torch.utils.data.DataLoader(self.data.stream, batch_sampler=picks, collate_fn=_collate, num_workers=self.workers, pin_memory=self.device.type == "cuda", generator=torch.Generator())
+        for s, (x, y) in zip(steps(), loader): yield s, (x, y if self.texts is None else self.condition(s, self.order.at(s)[self.part]))

@@ -5,29 +5,29 @@
 # %% auto #0
 __all__ = ['ORDER', 'MEASURED', 'OURS', 'SEEN', 'TITLES', 'MEASURES', 'BENCH', 'STYLE', 'LARGE', 'Evidence', 'evidence', 'cell',
            'box', 'table_html', 'fold', 'beside', 'keep_figure', 'machine', 'certificate_frame', 'fill', 'counted',
-           'cost_model', 'operations', 'claims_frame', 'need', 'duration', 'run_links', 'effect_text', 'decide_text',
-           'claims_html', 'summary_frame', 'summary_lines', 'seen_in', 'legend', 'places', 'anchor', 'is_entry',
-           'names_of', 'arrange', 'ours_html', 'paper_html', 'how_html', 'heads', 'measure_name', 'place_table',
-           'matrix_table', 'place_frame', 'place_cost', 'place_head', 'place_html', 'figure2_points', 'plot_cells',
-           'cka_rows', 'draw_place', 'headline_frame', 'plot_pairs', 'ceiling_lines', 'conditions_frame',
-           'disagreements', 'provenance_frame', 'chapter_list', 'contents', 'to_html', 'highlight_style', 'seconds',
-           'spent', 'smaller_png', 'publish_copy', 'write_chapters', 'chapter_pages', 'write_report', 'md_table',
-           'md_frame', 'md_value', 'md_ours', 'md_place', 'published_figures', 'md_claims', 'md_sections',
-           'published_report', 'write_published', 'publish_cells', 'main']
+           'cost_model', 'claims_frame', 'need', 'duration', 'run_links', 'effect_text', 'decide_text', 'claims_html',
+           'summary_frame', 'summary_lines', 'seen_in', 'legend', 'places', 'anchor', 'is_entry', 'names_of', 'arrange',
+           'ours_html', 'paper_html', 'how_html', 'heads', 'measure_name', 'place_table', 'matrix_table', 'place_frame',
+           'place_cost', 'place_head', 'place_html', 'figure2_points', 'plot_cells', 'cka_rows', 'draw_place',
+           'headline_frame', 'plot_pairs', 'ceiling_lines', 'conditions_frame', 'disagreements', 'provenance_frame',
+           'chapter_list', 'contents', 'to_html', 'highlight_style', 'seconds', 'spent', 'smaller_png', 'publish_copy',
+           'write_chapters', 'chapter_pages', 'write_report', 'md_table', 'md_frame', 'md_value', 'md_ours', 'md_place',
+           'published_figures', 'md_claims', 'md_sections', 'published_report', 'write_published', 'publish_cells',
+           'main']
 
-# %% ../nbs/99_report.ipynb #99-e53c3b6d
-import argparse, base64, contextlib, functools, hashlib, html, io, json, math, os, re, sys, tempfile, time
+# %% ../nbs/99_report.ipynb #99-fc772516
+import argparse, base64, functools, hashlib, html, io, json, math, os, re, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 import numpy as np
 from .ablations import figure2_cells, main_metric
-from .config import CONFIGS, PROTOCOLS, ParameterError, experiment, project_root, variant_name
+from .config import PROTOCOLS, ParameterError, experiment, project_root, variant_name
 from .paper import figure2, figure7, load_claims, read_table
-from .plan import KINDS, PARTS, chosen, cell_experiments, computed, hours, jobs, ledger, measured, paper_gpu, predict, registry, slug
-from .results import load_runs, publish, published_root, write_atomic, write_json
-from .run import cell_seconds, clock, default_workers, execute, is_done, repeat_command, run_chapter, run_folder, run_sweep, source_sum
+from .plan import KINDS, PARTS, chosen, cell_experiments, computed, hours, jobs, ledger, measured, paper_gpu, registry, slug
+from .results import load_runs, publish, published_root, write_atomic
+from .run import cell_seconds, clock, default_workers, execute, is_done, repeat_command, run_chapter, run_folder, run_sweep
+from .scaling import experiment_flops
 from .verdicts import NOT_RUN as NEEDS, VERDICTS, all_records, all_verdicts, effects, load_tests, plot_forest
 
 # %% ../nbs/99_report.ipynb #99-evidence
@@ -148,25 +148,9 @@ def fill(
             if runs and all(runs): out.setdefault(c.cell, {})[p] = runs
     return out
 
-@functools.lru_cache(None)
-def _kept_counts() -> tuple:
-    from importlib import metadata
-    torch = metadata.version("torch")
-    path = project_root()/"results"/"cache"/f"counts-{hashlib.sha256(f'{source_sum()} {torch}'.encode()).hexdigest()[:12]}.json"
-    try: return path, json.loads(path.read_text())
-    except (OSError, ValueError): return path, {}
-
-def _count(base: str, fields: str, measure: str):
-    "A count by this code with this torch: made once, then read."
-    path, known = _kept_counts(); key = f"{base} {fields} {measure}"
-    if key not in known:
-        known[key] = computed(SimpleNamespace(base=base, fields=json.loads(fields), measure=measure))
-        with contextlib.suppress(OSError): write_json(path, known)
-    return known[key]
-
 def counted(c) -> str:
     "What we count, or have chosen, for a cell that needs no run; empty where there is nothing of the kind."
-    if c.kind == "computed": v = _count(c.base, json.dumps(c.fields), c.measure); return f"{v:,}" if isinstance(v, int) else f"{v:.4g}"
+    if c.kind == "computed": v = computed(c); return f"{v:,}" if isinstance(v, int) else f"{v:.4g}"
     if c.kind == "setting" and c.base: return str(chosen(c))
     return ""
 
@@ -179,15 +163,9 @@ def cost_model(
     for p in ORDER:
         mine = [r for r in runs if r["experiment"].protocol == p and r.get("training", {}).get("seconds")]
         if not mine: continue
-        each = [operations(r["experiment"])["train"]/r["training"]["seconds"] for r in mine]
+        each = [experiment_flops(r["experiment"])["train"]/r["training"]["seconds"] for r in mine]
         rates[p], words[p] = float(np.median(each)), f"{machine(mine[0])}, at the rate of {len(mine)} recorded runs"
-    return lambda e: sum(operations(e).values())/rates[e.protocol], words
-
-def operations(exp) -> dict:  # floating-point operations: train, sample
-    "What an experiment computes, by the closed form of chapter 06, which is quicker than counting."
-    from uvit_repro.scaling import constructor, evaluations, macs_formula, training_flops
-    macs = macs_formula(**constructor(exp))
-    return dict(train=exp.train.n_steps*exp.train.batch_size*training_flops(macs), sample=2*macs*sum(n for _, n in evaluations(exp)))
+    return lambda e: sum(experiment_flops(e).values())/rates[e.protocol], words
 
 # %% ../nbs/99_report.ipynb #99-claims_frame
 def claims_frame(
@@ -418,7 +396,7 @@ def place_frame(cells, filled: dict):
 def place_cost(what: str) -> tuple:  # (commands, GPU-hours, name of the GPU)
     "What the runs behind a place would cost at protocol paper."
     name, rate = paper_gpu(); todo, trained, total = jobs(what, "paper"), set(), 0.0
-    for j in todo: total += sum(n for k, n in operations(j.exp).items() if k != "train" or j.exp.run_id not in trained)/rate; trained.add(j.exp.run_id)
+    for j in todo: total += sum(n for k, n in experiment_flops(j.exp).items() if k != "train" or j.exp.run_id not in trained)/rate; trained.add(j.exp.run_id)
     return len(todo), total/3600, name
 
 # %% ../nbs/99_report.ipynb #99-place_head

@@ -6,7 +6,7 @@
 __all__ = ['BLOCK', 'DIFFUSERS', 'initial_noise', 'step_noise', 'sample_labels', 'Denoiser', 'ExactMixture', 'euler_maruyama',
            'check_sampler', 'fast_orders', 'log_snr_times', 'fast_times', 'fast_plan', 'dpm_solver_fast',
            'make_scheduler', 'diffusers_solver', 'evaluating', 'solve', 'null_condition', 'check_finite', 'fetch',
-           'batch_bounds', 'join_parts', 'sample']
+           'batch_bounds', 'sample_batches', 'sample']
 
 # %% ../nbs/04a_sampling.ipynb #04a-a872b2ed
 import math
@@ -46,13 +46,17 @@ def step_noise(
 
 # %% ../nbs/04a_sampling.ipynb #04a-sample_labels
 def sample_labels(
-    sample_seed: int, # kept for samplers that draw; unused by the uniform order
+    sample_seed: int, # seed of the whole set of images
     start: int,       # index of the first image
     n: int,           # how many
-    num_classes: int  # real classes, without the null class
+    num_classes: int, # real classes, without the null class
+    counts: Tensor = None # (num_classes,) how often each comes in training: draw in that proportion; None: uniform
 ) -> Tensor:          # int64, (n,)
-    "Class of image i: i modulo the number of classes, so that every class comes equally often (Appendix A: uniform over classes)."
-    return torch.arange(start, start+n) % num_classes
+    "Class of image i: i modulo the number of classes (Appendix A: uniform over classes), or drawn by frequency from (seed, i), as the released code does on ImageNet 64x64."
+    if counts is None: return torch.arange(start, start+n) % num_classes
+    u = torch.tensor([key_seed(sample_seed, "label", i)/2**63 for i in range(start, start+n)], dtype=torch.float64)
+    edges = counts.double().cumsum(0)
+    return torch.searchsorted(edges, u*edges[-1], right=True).clamp(max=num_classes-1)
 
 # %% ../nbs/04a_sampling.ipynb #04a-denoiser
 class Denoiser:
@@ -381,60 +385,68 @@ def batch_bounds(
     "How n images are cut into batches, and who draws which. Whole batches are dealt out, so that each is computed as one process alone would."
     return [(a, min(a+batch, n)) for a in range(0, n, batch)][part[0]::part[1]]
 
-def join_parts(
-    parts: list,  # what each process drew, in the order of ranks: arrays (n_r, ...)
-    n: int, batch: int # as for `batch_bounds`
-):                # array (n, ...)
-    "Put the images of several processes in the order of their indices."
-    out = parts[0][:0].new_empty(n, *parts[0].shape[1:])
-    for r, x in enumerate(parts):
-        i = 0
-        for a, b in batch_bounds(n, batch, (r, len(parts))): out[a:b] = x[i:i + b-a]; i += b-a
-    return out
-
-# %% ../nbs/04a_sampling.ipynb #04a-sample
-def sample(
+# %% ../nbs/04a_sampling.ipynb #04a-sample_batches
+def sample_batches(
     model: nn.Module,             # the network, on `device`
     diffusion: Diffusion,         # its process and prediction
     sampling: SamplingConfig,     # sampler, nfe, cfg_scale, clip, sample_seed
     shape: tuple,                 # of one image, (C, H, W)
+    bounds: list,                 # (first, end) of each batch, indices of images
+    cond: dict,                   # conditions of all images from 0 on: y (N,), context (N, L, D); anything that a slice gives a tensor of
+    null: dict = None,            # unconditional arguments, see `null_condition`
+    device="cpu",                 # where to compute
+    autocast: torch.dtype = None, # bfloat16 or float16 inside the network
+    trace: list = None,           # receives (t, clean image) of each evaluation of the first batch
+    finish=torch.Tensor.float     # what becomes of a batch on the device before it is fetched: `to_uint8`, or a decoder
+):                                # yields (first, end, images on the CPU)
+    "Images by batches, in the order of `bounds`; the device works on the next batch while the caller has this one."
+    s, p, waiting = sampling, diffusion.process, []
+    check_sampler(s.sampler, s.nfe, p)
+    den = Denoiser(model, diffusion, s.cfg_scale, s.clip, null, autocast, trace)
+    scale = max(1.0, p.sigma(torch.tensor(p.t_max, dtype=torch.float64)).item())        # 1 where variance is preserved, 80 for EDM
+    def take():                                                                         # the oldest batch under way, on the CPU
+        a, b, x, finite = waiting.pop(0)
+        check_finite(finite(), a, s)
+        return a, b, x().clone()
+    for a, b in bounds:
+        with evaluating(model):
+            noise = lambda i: step_noise(s.sample_seed, i, a, b-a, shape, device)
+            x = scale*initial_noise(s.sample_seed, a, b-a, shape, device)
+            x = solve(den, x, s.sampler, s.nfe, noise, **{k: v[a:b].to(device) for k, v in cond.items()})
+            den.trace = None; waiting.append((a, b, fetch(finish(x)), fetch(x.isfinite().flatten(1).all(1))))
+        if len(waiting) > 1 or x.device.type == "cpu": yield take()                     # while the device works on this batch
+    while waiting: yield take()
+
+# %% ../nbs/04a_sampling.ipynb #04a-sample
+def sample(
+    model: nn.Module, diffusion: Diffusion, sampling: SamplingConfig, shape: tuple,  # as for `sample_batches`
     n: int,                       # how many images
     start: int = 0,               # index of the first one
     num_classes: int = 0,         # real classes; labels are drawn when none are given
     labels: Tensor = None,        # (n,) classes
     context: Tensor = None,       # (n, L, D) encoded texts
     null_context: Tensor = None,  # (L, D) of the empty text, for guidance
-    device="cpu",                 # where to compute
-    batch: int = 500,             # images at a time
+    device="cpu", batch: int = 500, # where to compute, images at a time
     autocast: torch.dtype = None, # bfloat16 or float16 inside the network
     progress=None,                # called with (done, n) after each batch
     trace: list = None,           # receives (t, clean image) of each evaluation of the first batch
-    finish=torch.Tensor.float,    # what becomes of a batch on the device before it is fetched: `to_uint8`, or a decoder
-    part=(0, 1)                   # (rank, processes): only these batches, see `batch_bounds`
+    finish=torch.Tensor.float     # what becomes of a batch on the device: `to_uint8`, or a decoder
 ) -> tuple[Tensor, Tensor]:       # images on the CPU, (n, C, H, W), float32 and not clamped unless `finish` says otherwise; labels int64 (n,) or None
     "Images start .. start + n - 1 of a sample seed (Appendix A)."
-    s, p = sampling, diffusion.process
-    check_sampler(s.sampler, s.nfe, p)
     if n < 1 or batch < 1: raise ParameterError(f"n = {n}, batch = {batch}: both must be at least 1")
-    if labels is None and num_classes: labels = sample_labels(s.sample_seed, start, n, num_classes)
+    if labels is None and num_classes: labels = sample_labels(sampling.sample_seed, start, n, num_classes)
     cond = {k: v for k, v in dict(y=labels, context=context).items() if v is not None}
     for k, v in cond.items():
         if len(v) != n: raise ParameterError(f"{len(v)} conditions ({k}) for {n} images: give one for each")
-    null = null_condition(s.cfg_scale, cond, num_classes, null_context, device)
-    den = Denoiser(model, diffusion, s.cfg_scale, s.clip, null, autocast, trace)
-    scale = max(1.0, p.sigma(torch.tensor(p.t_max, dtype=torch.float64)).item())        # 1 where variance is preserved, 80 for EDM
-    images, waiting, bounds = [], [], batch_bounds(n, batch, part)
-    def take():                                                                         # the oldest batch under way, on the CPU
-        a, b, x, finite = waiting.pop(0)
-        check_finite(finite(), start+a, s); images.append(x().clone())
-        if progress: progress(b, n)
-    with evaluating(model):
-        for a, b in bounds:
-            noise = lambda i: step_noise(s.sample_seed, i, start+a, b-a, shape, device)
-            x = scale*initial_noise(s.sample_seed, start+a, b-a, shape, device)
-            x = solve(den, x, s.sampler, s.nfe, noise, **{k: v[a:b].to(device) for k, v in cond.items()})
-            den.trace = None; waiting.append((a, b, fetch(finish(x)), fetch(x.isfinite().flatten(1).all(1))))
-            if len(waiting) > 1 or x.device.type == "cpu": take()                       # while the device works on this batch
-        while waiting: take()
-    pick = torch.tensor([i for a, b in bounds for i in range(a, b)], dtype=torch.long)
-    return torch.cat(images) if images else torch.empty(0, *shape), labels if labels is None else labels.long().cpu()[pick]
+    null, images = null_condition(sampling.cfg_scale, cond, num_classes, null_context, device), []
+    cond = {k: _Shifted(v, start) for k, v in cond.items()}
+    bounds = [(start + a, start + b) for a, b in batch_bounds(n, batch)]
+    for a, b, x in sample_batches(model, diffusion, sampling, shape, bounds, cond, null, device, autocast, trace, finish):
+        images.append(x)
+        if progress: progress(b - start, n)
+    return torch.cat(images), labels if labels is None else labels.long().cpu()
+
+class _Shifted:
+    "Conditions whose first one belongs to image `start`."
+    def __init__(self, values, start: int): self.values, self.start = values, start
+    def __getitem__(self, s: slice): return self.values[s.start - self.start:s.stop - self.start]

@@ -15,16 +15,17 @@ __all__ = ['FIGURE3', 'GROUPS', 'NOMINAL', 'LINKS', 'PLANNED', 'hollow', 'model_
            'cost_table', 'paper_hours', 'paper_sampling', 'plot_paper_costs', 'allreduce_bytes', 'plan_step',
            'plot_plan', 'machines_table']
 
-# %% ../nbs/06_scaling.ipynb #06-05323b0e
-import copy, functools, inspect, itertools, os, re, statistics, time, weakref
-from contextlib import nullcontext
-from dataclasses import replace
+# %% ../nbs/06_scaling.ipynb #06-7ca11787
+import copy, functools, hashlib, inspect, itertools, json, os, re, statistics, time, weakref
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, replace
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from .config import CONFIGS, MODELS, Experiment, ParameterError, resolve_name
+from .config import CONFIGS, MODELS, Experiment, ParameterError, digest, project_root, resolve_name
 from .layers import set_attention
-from .run import AUTOCAST
+from .results import write_json
+from .run import AUTOCAST, source_sum
 
 # %% ../nbs/06_scaling.ipynb #06-hollow
 def hollow(
@@ -89,9 +90,21 @@ def meta_model(
     with torch.device("meta"): return build(exp.model, exp.data, exp.train.p_uncond, **extra).train()
 
 @functools.lru_cache(None)
+def _kept_counts() -> tuple:
+    "The file of counts that this code and this torch have made, and what it holds."
+    path = project_root()/"results"/"cache"/f"counts-{hashlib.sha256(f'{source_sum()} {torch.__version__}'.encode()).hexdigest()[:12]}.json"
+    try: return path, json.loads(path.read_text())
+    except (OSError, ValueError): return path, {}
+
+@functools.lru_cache(None)
 def _counts(model, data, p_uncond) -> tuple:
-    net = meta_model(replace(Experiment(), model=model, data=data, train=replace(Experiment().train, p_uncond=p_uncond)))
-    return sum(p.numel() for p in net.parameters() if p.requires_grad), count_macs(net)
+    "Parameters and multiply-accumulates: counted once, then read."
+    path, known = _kept_counts(); key = digest([asdict(model), asdict(replace(data, data_sha256="", dataset="digits")), p_uncond], 16)
+    if key not in known:
+        net = meta_model(replace(Experiment(), model=model, data=data, train=replace(Experiment().train, p_uncond=p_uncond)))
+        known[key] = sum(p.numel() for p in net.parameters() if p.requires_grad), count_macs(net)
+        with suppress(OSError): write_json(path, known)
+    return tuple(known[key])
 
 def macs_of(exp: Experiment) -> int:
     "Multiply-accumulates of one forward pass of an experiment's network, per image; counted once."
@@ -163,7 +176,7 @@ def constructor(exp: Experiment) -> dict:
     m, d = exp.model, exp.data
     names = "patch_size embed_dim depth mlp_ratio skip time conv patch_embed mlp_time_embed".split()
     classes = d.num_classes + (exp.train.p_uncond > 0) if m.condition == "class" else None
-    return dict({n: getattr(m, n) for n in names}, img_size=d.img_size, in_chans=d.in_chans, num_classes=classes, clip_dim=768 if m.condition == "text" else None)
+    return dict({n: getattr(m, n) for n in names}, img_size=d.img_size, in_chans=d.in_chans, num_classes=classes, **(dict(clip_dim=d.text_dim, num_clip_token=d.text_tokens) if m.condition == "text" else {}))
 
 def table2_costs():
     "One row per released configuration: parameters and multiply-accumulates as counted, and the record's."
@@ -172,7 +185,7 @@ def table2_costs():
     exact, rows = load_paper("Table 2 (exact)"), []
     for name, e in CONFIGS.items():
         known = {r.metric: r.number for r in exact.itertuples() if f"{r.dataset} {r.method}" == name}
-        tokens = (e.data.img_size//e.model.patch_size)**2 + dict(none=1, **{"class": 2}, text=78)[e.model.condition]
+        tokens = (e.data.img_size//e.model.patch_size)**2 + dict(none=1, **{"class": 2}, text=1 + e.data.text_tokens)[e.model.condition]
         rows.append({"configuration": name, "tokens": tokens, "parameters": params_of(e), "record: parameters": int(known["params_exact"]),
                      "multiply-accumulates (1e9)": macs_of(e)/1e9, "closed form (1e9)": macs_formula(**constructor(e))/1e9, "record: GFLOPs": known["gflops"]})
     return pd.DataFrame(rows)

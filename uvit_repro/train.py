@@ -120,10 +120,15 @@ class Trainer:
         loss = self.diffusion.loss(self.network, x0, t, eps, **cond)
         self.acc.backward(loss.mean())
         if self.cfg.grad_clip: self.acc.clip_grad_norm_(self.net.parameters(), self.cfg.grad_clip)
+        if self.cfg.ema_before: self.average()
         self.optimizer.step(); self.optimizer.zero_grad(set_to_none=True)
-        for e in self.emas.values(): e.update(self.step)
+        if not self.cfg.ema_before: self.average()
         self.step += 1
         return loss.detach()
+
+    def average(self):
+        "Let the averages follow the weights (GenViT does so before the update)."
+        for e in self.emas.values(): e.update(self.step)
 
     def state_dict(self) -> dict:
         "Everything that the next update depends on."
@@ -206,7 +211,7 @@ def choose_attention(
     "The faster attention path for this experiment on this machine; `attention` of the experiment overrules."
     if exp.execution.attention != "auto": return exp.execution.attention
     m, dtype = exp.model, dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[exp.train.precision]
-    length = (exp.data.img_size//m.patch_size)**2 + dict(none=1, **{"class": 2}, text=78)[m.condition]
+    length = (exp.data.img_size//m.patch_size)**2 + dict(none=1, **{"class": 2}, text=1 + exp.data.text_tokens)[m.condition]
     shape = (min(exp.train.batch_size, 16 if device.type == "cpu" else 128), m.num_heads, length, m.embed_dim//m.num_heads)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
     key = f"{name}, torch {torch.__version__}, {exp.train.precision}, {shape}"
@@ -385,14 +390,15 @@ def train(
     set_attention(net, path)
     tr = Trainer(net, diffusion, cfg, device, (compiled := wants_compile(ex.compile, device, cfg.n_steps)) and ex.compile, ex.cuda_graph)
     if state: tr.load_state_dict(state); log.load_state_dict(state["log"]); say(f"resumed at step {tr.step}") if team.rank == 0 else None
-    batches = Batches(data, cfg.batch_size, exp.seed, exp.data.flip, cfg.p_uncond, exp.data.num_classes, device, ex.workers, (team.rank, team.size))
+    told = dict(none=None, text="context", **{"class": "y"})[exp.model.condition]                 # the name under which the network is told its condition
+    batches = Batches(data, cfg.batch_size, exp.seed, exp.data.flip, cfg.p_uncond, exp.data.num_classes, device, ex.workers, (team.rank, team.size), exp.model.condition, exp.data.latent_scale)
     first, start, saved = tr.step, time.perf_counter(), time.perf_counter()
     if device.type == "cuda": torch.cuda.reset_peak_memory_stats(device)
 
     for x0, y in batches.iterate(first):
         if tr.step >= cfg.n_steps: break
         t, eps = (v[team.part] for v in step_randomness(exp.seed, tr.step, (cfg.batch_size, *x0.shape[1:]), diffusion, device))
-        log.pending.append(team.mean(tr.update(x0, t, eps, **(dict(y=y) if exp.model.condition == "class" else {})).mean()))
+        log.pending.append(team.mean(tr.update(x0, t, eps, **({told: y} if told else {})).mean()))
         last = tr.step == cfg.n_steps
         if tr.step % ex.log_every == 0 or last: log.report(tr.step)
         if team.rank: continue                                                                  # the first process writes

@@ -176,7 +176,7 @@ def from_config(
     names = "patch_size embed_dim depth num_heads mlp_ratio qkv_bias mlp_time_embed skip time conv patch_embed pos_embed".split()
     kw = {k: getattr(model, k) for k in names}
     if model.condition == "class": kw["num_classes"] = data.num_classes + (p_uncond > 0)
-    if model.condition == "text": kw.update(clip_dim=768, num_clip_token=77)
+    if model.condition == "text": kw.update(clip_dim=data.text_dim, num_clip_token=data.text_tokens)
     return UViT(img_size=data.img_size, in_chans=data.in_chans, use_checkpoint=use_checkpoint, checkpoint_keep=checkpoint_keep, **kw)
 
 # %% ../nbs/02b_architecture.ipynb #02b-load_official
