@@ -74,7 +74,7 @@ def test_inception_from_a_path(tmp_path, monkeypatch):
     monkeypatch.setitem(M.NETWORKS, "inception", replace(M.network("inception"), sha256=hashlib.sha256(f.read_bytes()).hexdigest()))
     seen, load = [], torch.load
     with patch.object(torch, "load", lambda *a, **k: (seen.append(k.get("weights_only")), load(*a, **k))[1]): out = M.make_extractor("inception")
-    assert seen[0] is True and len(seen) == 2 and out.features_list == ["2048", "logits_unbiased"]     # checked before torch-fidelity reads it
+    assert seen[0] is True and len(seen) == 2 and out.features_list == ["2048", "logits_unbiased", "spatial"]     # checked before torch-fidelity reads it
 
 @pytest.mark.parametrize("images, name, says", [
     (torch.zeros(2, 1, 8, 8), "digits_cnn", "uint8"), (np.zeros((2, 1, 8, 8), np.uint8), "digits_cnn", "uint8 tensor"), (torch.zeros(0, 1, 8, 8, dtype=torch.uint8), "digits_cnn", "N > 0"),
@@ -173,3 +173,178 @@ def test_damage_and_bootstrap(digits):
     half, left = M.damage(x, y, "class", 0.5); assert abs((left == 3).sum() - (y == 3).sum()/2) <= 1
     grid = M.damage(torch.full((50, 1, 8, 8), 128, dtype=torch.uint8), y[:50], "patches", 20)[0].float(); assert torch.equal(grid[..., ::2, ::2], grid[..., 1::2, 1::2]) and 15 < grid.std() < 25
     lo, hi = M.bootstrap_interval(np.r_[np.zeros(50), np.ones(50)]); assert 0.37 < lo < 0.45 < 0.55 < hi < 0.63 and (lo, hi) == M.bootstrap_interval(np.r_[np.zeros(50), np.ones(50)])
+
+# ---- sFID, reference files, data without pixels, judges
+
+class StandIn(nn.Module):
+    "16 features, 12 logits, 10 spatial features from one pass, as from Inception's extractor."
+    def __init__(self):
+        super().__init__(); g = torch.Generator().manual_seed(0); self.w = [torch.randn(192, k, generator=g)/14 for k in (16, 12, 10)]; self.passes = 0
+    def forward(self, x): self.passes += 1; return tuple((x.flatten(1).float()/64 - 1) @ w for w in self.w)
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    net = StandIn(); monkeypatch.setattr(M, "make_extractor", lambda name, device="cpu": net)
+    monkeypatch.setitem(M.NETWORKS, "inception", replace(M.network("inception"), dim=16, spatial=10, sha256="stand-in")); return net
+
+@pytest.fixture
+def latent(digits): return replace(digits, train_images=None, stream=None, test_images=digits.test_images[:0], sha256="1"*64)
+
+TABLE7 = ("fid", "sfid", "inception_score", "precision_inception", "recall_inception")
+
+def rgb(x): return x.expand(-1, 3, -1, -1)
+
+def test_spatial_features_in_one_pass(tmp_path, monkeypatch, digits):
+    import torch_fidelity.feature_extractor_inceptionv3 as m
+    with patch.object(m, "load_state_dict_from_url", lambda *a, **k: {}), patch.object(m.FeatureExtractorInceptionV3, "load_state_dict", lambda *a: None):
+        net = m.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
+    g = torch.Generator().manual_seed(0)
+    for c in net.modules():
+        if isinstance(c, nn.Conv2d): c.weight.data.normal_(0, (2/c.weight[0].numel())**0.5, generator=g)
+        if isinstance(c, nn.BatchNorm2d): c.running_mean.normal_(0, 0.1, generator=g); c.bias.data.normal_(0, 0.1, generator=g)
+    f = tmp_path/M.network("inception").file; torch.save(net.state_dict(), f); monkeypatch.setenv("UVIT_WEIGHTS", str(tmp_path))
+    monkeypatch.setitem(M.NETWORKS, "inception", replace(M.network("inception"), sha256=hashlib.sha256(f.read_bytes()).hexdigest()))
+    seen = []; net.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+    x = digits.test_images[:2]; pooled, logits = net(rgb(x).contiguous()); block_input, after = seen[0]
+    conv = torch.nn.functional.conv2d(block_input, net.Mixed_6d.branch1x1.conv.weight)
+    for layer, want in (("conv", conv), ("relu", after)):
+        monkeypatch.setattr(M, "SPATIAL_LAYER", layer)
+        ours = M.make_extractor("inception"); calls = []; ours.Conv2d_1a_3x3.register_forward_hook(lambda *a: calls.append(1))
+        got = ours(rgb(x).contiguous()); assert len(calls) == 1 and ours.features_list == ["2048", "logits_unbiased", "spatial"] and [tuple(v.shape) for v in got] == [(2, 2048), (2, 1008), (2, 2023)]
+        want = want[:, :7].permute(0, 2, 3, 1).reshape(2, 2023)                       # rows, columns, channels: the order of guided-diffusion's files
+        for a, b in zip(got, (pooled, logits, want)): assert torch.allclose(a, b, atol=1e-4*b.std().item())
+    again = M.extract(x, "inception")["spatial"]; assert torch.allclose(again, want, atol=1e-4*want.std().item()) and again.dtype == torch.float32      # of the layer set last
+    assert (conv < 0).any() and not torch.allclose(conv, after)
+    from torch_fidelity import registry
+    name = M.register_network("inception"); one = registry.FEATURE_EXTRACTORS_REGISTRY[name](name, ["spatial"], str(f)); assert M.register_network("inception") == name
+    assert torch.allclose(one(rgb(x).contiguous())[0], want, atol=1e-4*want.std().item()) and one.get_default_feature_layer_for_metric("fid") == "2048" and "192" in one.get_provided_features_list()
+
+def test_table7_from_one_call(digits, stand_in, tmp_path):
+    from scipy.linalg import sqrtm
+    rows, s = M.measure_images(digits.test_images, None, digits, "inception", cache_dir=tmp_path); r = by_name(rows)
+    o, t = (dict(zip(("features", "logits", "spatial"), StandIn()(rgb(x)))) for x in (digits.test_images, digits.train_images))
+    def distance(a, b): (m, c), (n, d) = ((v.double().mean(0).numpy(), np.cov(v.double().numpy().T)) for v in (a, b)); return ((m - n)**2).sum() + np.trace(c + d - 2*sqrtm(c @ d).real)
+    assert r["fid"]["value"] == pytest.approx(distance(o["features"], t["features"]), rel=1e-5) and r["sfid"]["value"] == pytest.approx(distance(o["spatial"], t["spatial"]), rel=1e-5)
+    assert all(r[k]["value"] is not None and r[k]["num_samples"] == 297 for k in TABLE7) and str(s["spatial_layer"]) == M.SPATIAL_LAYERS[M.SPATIAL_LAYER] and s["spatial_cov"].shape == (10, 10)
+    buf = io.BytesIO(); np.savez(buf, **s); buf.seek(0)
+    with np.load(buf, allow_pickle=False) as z: assert M.recompute(dict(z)) == rows
+    before = stand_in.passes; warm = M.measure_images(digits.test_images, None, digits, "inception", cache_dir=tmp_path)[0]; assert warm == rows and stand_in.passes - before == -(-297//64)
+    few = by_name(M.measure_images(digits.test_images[:9], None, digits, "inception")[0]); assert "sFID: 9 images for 10 features" in few["sfid"]["why"] and "at least 10" in few["inception_score"]["why"]
+
+def test_reference_replaces_the_training_images(digits, latent, stand_in, tmp_path):
+    full = by_name(M.measure_images(digits.test_images, None, digits, "inception")[0]); f = M.save_reference(tmp_path/"r.npz", digits, images=1500)
+    with np.load(f, allow_pickle=False) as z: assert z["mu"].dtype == z["sigma_s"].dtype == np.float64 and z["n"] == 1500 and z["arr_0"].shape == (1500, 8, 8, 1); parts = dict(z)
+    rows, s = M.measure_images(digits.test_images, None, latent, "inception", reference=f); r = by_name(rows)
+    for k in TABLE7: assert r[k]["value"] == pytest.approx(full[k]["value"], rel=1e-5)
+    assert str(s["reference_sha256"]) == hashlib.sha256(f.read_bytes()).hexdigest() and s["train_n"] == 1500
+    np.savez(tmp_path/"theirs.npz", mu=parts["mu"], sigma=parts["sigma"]); rows, s = M.measure_images(digits.test_images, None, latent, "inception", reference=str(tmp_path/"theirs.npz")); r = by_name(rows)
+    assert r["fid"]["value"] == full["fid"]["value"] and "no mu_s" in r["sfid"]["why"] and "not at hand; reference=PATH" in r["precision_inception"]["why"] and M.recompute(s) == rows and s["train_n"] == 0
+    shifted = dict(parts, mu=parts["mu"] + 1, mu_s=parts["mu_s"] - 2); np.savez(tmp_path/"other.npz", **shifted); other = by_name(M.measure_images(digits.test_images, None, digits, "inception", reference=tmp_path/"other.npz")[0])
+    o = StandIn()(rgb(digits.test_images)); gap = lambda v, m: ((v.double().mean(0).numpy() - m)**2).sum()
+    assert other["fid"]["value"] - full["fid"]["value"] == pytest.approx(gap(o[0], parts["mu"] + 1) - gap(o[0], parts["mu"]), rel=1e-4)
+    assert other["sfid"]["value"] - full["sfid"]["value"] == pytest.approx(gap(o[2], parts["mu_s"] - 2) - gap(o[2], parts["mu_s"]), rel=1e-4)
+    np.savez(tmp_path/"wide.npz", **dict(parts, arr_0=np.zeros((9, 4, 4, 3), np.uint8))); assert "arr_0 is uint8 (9, 4, 4, 3)" in by_name(M.measure_images(digits.test_images, None, latent, "inception", reference=tmp_path/"wide.npz")[0])["recall_inception"]["why"]
+
+@pytest.mark.parametrize("mean, stated, layer", [(1., None, "relu"), (-1., None, "conv"), (1., "conv", "conv"), (-1., "relu", "relu"), (0., None, None)])
+def test_spatial_statistics_of_another_layer_are_refused(stand_in, tmp_path, monkeypatch, mean, stated, layer):
+    np.savez(tmp_path/"f.npz", mu=np.zeros(16), sigma=np.eye(16), mu_s=np.full(10, mean), sigma_s=np.eye(10), **({} if stated is None else dict(spatial_layer=np.array(stated))))
+    for ours in M.SPATIAL_LAYERS:
+        monkeypatch.setattr(M, "SPATIAL_LAYER", ours); r = M.read_reference(tmp_path/"f.npz", "inception")
+        assert (r.spatial is not None) == (layer in (None, ours)) and (r.spatial is not None or f"of the layer `{layer}`" in r.why)
+
+@pytest.mark.parametrize("arrays, says", [
+    (dict(mu=np.zeros(64)), "no sigma"), (dict(a=np.zeros(3)), "no mu and no sigma, only a"), (dict(mu=np.zeros(2048), sigma=np.eye(2048)), r"\(64,\) and \(64, 64\)"), (dict(mu=np.zeros((1, 64)), sigma=np.eye(64)), "expected floats"),
+    (dict(mu=np.zeros(64, int), sigma=np.eye(64)), "expected floats"), (dict(mu=np.full(64, np.inf), sigma=np.eye(64)), "not finite"), (dict(mu=np.zeros(64), sigma=np.triu(np.ones((64, 64)))), "not symmetric"),
+    (dict(mu=np.zeros(64), sigma=-np.eye(64)), "negative variance"), (dict(mu=np.zeros(64), sigma=np.eye(64), network=np.array("inception")), "of inception's features"), (dict(mu=np.array([{}]), sigma=np.eye(64)), "can't be read")])
+def test_bad_reference(digits, tmp_path, arrays, says):
+    np.savez(tmp_path/"bad.npz", **arrays)
+    with pytest.raises(ParameterError, match=says) as e: M.measure_images(digits.test_images, None, digits, "digits_cnn", reference=tmp_path/"bad.npz")
+    assert "bad.npz" in str(e.value)
+
+def test_unreadable_reference(digits, tmp_path):
+    np.savez(tmp_path/"a.npz", mu=np.zeros(64), sigma=np.eye(64)); whole = (tmp_path/"a.npz").read_bytes(); np.save(tmp_path/"b.npy", np.zeros(3))
+    for bad in (b"", b"mu", whole[:100], whole[:len(whole)//2], whole[:-30]):
+        (tmp_path/"a.npz").write_bytes(bad)
+        with pytest.raises(ParameterError, match="can't be read as npz"): M.read_reference(tmp_path/"a.npz", "digits_cnn")
+    with pytest.raises(ParameterError, match="can't be read as npz"): M.read_reference(tmp_path/"b.npy", "digits_cnn")
+    with pytest.raises(FileNotFoundError, match="save_reference"): M.measure_images(digits.test_images, None, digits, "digits_cnn", reference=tmp_path/"nowhere.npz")
+    with pytest.raises(ParameterError, match="features = none"): M.measure_images(digits.test_images, None, digits, "none", reference=tmp_path/"a.npz")
+
+def test_no_network(digits, latent):
+    assert M.network("none").dim == 0 and M.feature_status("none")[0] and M.metric_name("border_energy_p{p}", "none", 2) == "border_energy_p2" and "none" not in M.NETWORKS and not M.knows_classes("none", digits)
+    with patch.object(M, "extract", side_effect=AssertionError("a network was asked")):
+        rows, s = M.measure_images(digits.test_images, digits.test_labels, digits, "none", patch_size=2, reference="", extra=dict(prompt_shape_seen=np.int64([1, 4])))
+    r = by_name(rows); assert set(r) == {"border_energy_p2", "nn_train_median", "nn_heldout_median", "nn_ratio", "copies", "prompt_shape_seen"} and M.recompute(s) == rows
+    full = by_name(M.measure_images(digits.test_images, None, digits, "digits_cnn", patch_size=2)[0]); assert all(r[k] == full[k] for k in set(r) - {"prompt_shape_seen"})
+    for f in (lambda: M.extract(digits.test_images, "none"), lambda: M.load_weights("none"), lambda: M.make_extractor("none")):
+        with pytest.raises(ParameterError, match="no weights and no features"): f()
+
+def test_data_without_pixels(digits, latent):
+    for labels in (latent.test_labels, latent.test_labels[:0]):                           # held-out latents, or none
+        data = replace(latent, test_labels=labels); rows, s = M.measure_images(digits.test_images, digits.test_labels, data, "digits_cnn", patch_size=2); r = by_name(rows)
+        assert all(v["value"] is None and v["why"] for v in r.values()) and len(r) == 13 and M.recompute(s) == rows
+        assert "pixels of the training images" in r["border_energy_p2"]["why"] and ("pixels of the held-out" if len(labels) else "holdout") in r["kid_digits_cnn_test"]["why"]
+        assert by_name(M.measure_images(digits.test_images, None, data, "none", patch_size=2)[0])["copies"]["value"] is None
+    r = by_name(M.measure_images(digits.test_images, None, replace(latent, train_images=digits.train_images), "digits_cnn", patch_size=2)[0])      # nothing held out
+    assert {k for k, v in r.items() if v["value"] is not None} == {"fd_digits_cnn_train", "precision_digits_cnn", "recall_digits_cnn", "border_energy_p2", "nn_train_median"}
+    r = by_name(M.measure_images(digits.test_images, None, replace(latent, test_images=digits.test_images), "digits_cnn")[0])                     # nothing but held-out images
+    assert {k for k, v in r.items() if v["value"] is not None} == {"fd_digits_cnn_test", "kid_digits_cnn_test"}
+
+def test_classes_are_known_by_their_pixels(digits):
+    data = replace(digits, sha256="latents"); one = lambda: by_name(M.measure_images(digits.test_images, digits.test_labels, data, "digits_cnn")[0])["class_agreement"]
+    assert one()["value"] is None; data.pixels_sha256 = digits.sha256; assert one()["value"] > 0.97
+
+def test_every_formula_is_recomputed():
+    g = np.random.default_rng(0); cov = lambda: np.cov(g.normal(size=(50, 4)).T); s = dict(features="inception", patch_size=np.int64(2), n=np.int64(90), why="{}")
+    for who in ("sample", "train", "test", "real", "spatial", "spatial_train"): s.update({f"{who}_n": np.int64(90), f"{who}_mean": g.normal(size=4), f"{who}_cov": cov()})
+    s.update(kid=g.normal(size=7), scores=g.uniform(1, 9, 10), neighbours=np.array([[30, 40], [10, 80]]), confusion=g.integers(1, 9, (3, 3)), classes=np.array([4, 4, 8]), border=np.array([[2., 1], [1, 4]]),
+             nn_sample=g.uniform(1, 2, 9), nn_heldout=g.uniform(1, 2, 8), **{k: np.int64([i, 20]) for i, k in enumerate(M.PROMPTS)})
+    buf = io.BytesIO(); np.savez(buf, **s); buf.seek(0)
+    with np.load(buf, allow_pickle=False) as z: rows = M.recompute(dict(z))
+    r = by_name(rows); assert [x["metric"] for x in rows] == [M.metric_name(f, "inception", 2) for f, *_ in M.FORMULAS] and all(x["value"] is not None for x in rows) and len(M.PROMPTS) == 10
+    from scipy.linalg import sqrtm
+    def distance(a, b): return ((s[f"{a}_mean"] - s[f"{b}_mean"])**2).sum() + np.trace(s[f"{a}_cov"] + s[f"{b}_cov"] - 2*sqrtm(s[f"{a}_cov"] @ s[f"{b}_cov"]).real)
+    want = dict(fid=distance("sample", "train"), fd_inception_test=distance("sample", "test"), fd_inception_real=distance("real", "test"), sfid=distance("spatial", "spatial_train"), kid_inception_test=s["kid"].mean(),
+                inception_score=s["scores"].mean(), precision_inception=0.75, recall_inception=0.125, class_agreement=np.diag(s["confusion"]).sum()/s["confusion"].sum(), class_entropy=1.5*np.log(2), border_energy_p2=8,
+                nn_train_median=np.median(s["nn_sample"]), nn_heldout_median=np.median(s["nn_heldout"]), nn_ratio=np.median(s["nn_sample"])/np.median(s["nn_heldout"]), copies=(s["nn_sample"] <= np.percentile(s["nn_heldout"], 1)).mean(),
+                **{f"prompt_{a}_{b}": (2*i + j)/20 for i, a in enumerate(("colour", "shape", "position", "count", "exact")) for j, b in enumerate(("seen", "unseen"))})
+    assert set(want) == set(r) and {k: v["value"] for k, v in r.items()} == pytest.approx(want, rel=1e-9) and r["prompt_exact_unseen"]["num_samples"] == 20 and r["sfid"]["num_samples"] == 90
+
+def test_judge(digits):
+    rows, s = M.measure_images(digits.test_images[:9], None, digits, "none", extra=dict(prompt_count_seen=[3, 4], prompt_exact_unseen=np.zeros(2, int), notes=np.arange(3))); r = by_name(rows)
+    assert r["prompt_count_seen"] == dict(metric="prompt_count_seen", value=0.75, num_samples=4) and r["prompt_exact_unseen"]["value"] is None and "no such prompt" in r["prompt_exact_unseen"]["why"] and s["notes"].tolist() == [0, 1, 2]
+    for wrong in (dict(prompt_count_seen=[5, 4]), dict(prompt_count_seen=[-1, 4]), dict(prompt_count_seen=[1, 2, 3]), dict(prompt_count_seen=0.5), dict(n=1), dict(why="x"), dict(features="x"), dict(confusion=np.eye(2)), dict(nn_heldout=[1.]), dict(o=np.array([None]))):
+        with pytest.raises(ParameterError, match="extra: "): M.measure_images(digits.test_images[:9], None, digits, "none", extra=wrong)
+
+def test_large_sets_stay_where_they_are(tmp_path, latent, monkeypatch):
+    "A memory-mapped set of large images: batches are small, the whole is never converted."
+    disk = np.memmap(tmp_path/"x.u8", np.uint8, "w+", shape=(700, 3, 64, 64)); disk[:] = np.random.default_rng(0).integers(0, 256, disk.shape, np.uint8); disk.flush()
+    x = torch.from_numpy(np.memmap(tmp_path/"x.u8", np.uint8, "c", shape=disk.shape)); whole, sizes = x.numel(), []
+    for name in ("float", "double", "contiguous", "to", "clone"):
+        kept = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *a, kept=kept, **k: (sizes.append(self.numel()), kept(self, *a, **k))[1])
+    monkeypatch.setattr(M, "make_extractor", lambda name, device="cpu": lambda b: tuple(b.flatten(1)[:, :k].float() for k in (16, 12, 10)))
+    monkeypatch.setitem(M.NETWORKS, "inception", replace(M.network("inception"), dim=16, spatial=10)); np.savez(tmp_path/"r.npz", mu=np.zeros(16), sigma=np.eye(16), mu_s=np.zeros(10), sigma_s=np.eye(10))
+    data = replace(latent, test_images=torch.zeros(0, 3, 64, 64, dtype=torch.uint8)); r = by_name(M.measure_images(x, None, data, "inception", reference=tmp_path/"r.npz")[0])
+    assert all(r[k]["value"] is not None for k in TABLE7[:3]) and sizes and max(sizes) <= 64*x[0].numel() < whole/10
+
+def test_statistics_of_parts(digits):
+    whole = M.split_stats(digits, "digits_cnn", "train")["features"]; parts = M.split_stats(digits, "digits_cnn", "train", part=400)["features"]
+    assert parts.n == 1500 and np.allclose(parts.mean, whole.mean, atol=1e-12) and np.allclose(parts.cov, whole.cov, atol=1e-9) and M.Stats.merge([whole]) is whole
+    big = torch.randint(0, 256, (9, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)); d = big[..., 1:].double() - big[..., :-1].double(), big[..., 1:, :].double() - big[..., :-1, :].double()
+    across = [d[0][..., 7::8].square().mean(), d[1][..., 7::8, :].square().mean()]; assert M.border_energy(big, 8)[0] == pytest.approx(np.mean(across)/255**2, rel=1e-6)
+
+def test_heldout_loss_with_tokens(digits):
+    torch.manual_seed(0); net = nn.Conv2d(1, 1, 3, padding=1); x = digits.test_images[::60]; diffusion = Diffusion(DiffusionConfig(process="vp")); tokens = torch.randn(len(x), 4, 6).half()
+    def model(x, t, y=None, context=None):
+        assert context.dtype == torch.float32 and context.shape == (len(x), 4, 6)
+        return net(x) + context.mean((1, 2)).view(-1, 1, 1, 1) + (0 if y is None else y.view(-1, 1, 1, 1)/10)
+    for labels in (None, digits.test_labels[::60]):
+        got = M.heldout_loss(model, diffusion, x, labels, 3, seed=3, batch=2, context=tokens)
+        for l in range(3):
+            t = diffusion.process.sample_t(torch.tensor([(l + 0.5)/3], dtype=torch.float64)); eps = torch.randn(tuple(x.shape), generator=torch.Generator().manual_seed(key_seed("heldout", 3, l)))
+            cond = lambda j: dict(context=tokens[j:j+1].float()) | ({} if labels is None else dict(y=labels[j:j+1]))
+            with torch.no_grad(): hand = [diffusion.loss(model, x[j:j+1].float()/127.5 - 1, t, eps[j:j+1], **cond(j)).item() for j in range(len(x))]
+            assert got["loss"][l] == pytest.approx(np.mean(hand), rel=1e-5)
+    assert M.heldout_loss(model, diffusion, x.float()/127.5 - 1, labels, 3, seed=3, context=tokens)["loss"] == pytest.approx(got["loss"], rel=1e-6)        # already on the network's scale
+    with pytest.raises(ParameterError, match="context: 2 for 5 images"): M.heldout_loss(model, diffusion, x, context=tokens[:2])

@@ -1,11 +1,12 @@
 "Samplers of uvit_repro.sample against closed forms, diffusers and the authors' own outputs."
 import json, math, subprocess, sys
+from fractions import Fraction
 from importlib.resources import files
 import numpy as np, pytest, torch
 from uvit_repro.config import SAMPLERS, DiffusionConfig, ParameterError, SamplingConfig
 from uvit_repro.diffusion import Diffusion
-from uvit_repro.sample import (Denoiser, ExactMixture, check_sampler, diffusers_solver, dpm_solver_fast, euler_maruyama, evaluating, fast_orders, fast_times,
-                               initial_noise, log_snr_times, sample, sample_labels, step_noise)
+from uvit_repro.sample import (Denoiser, ExactMixture, ancestral, ancestral_plan, check_sampler, diffusers_solver, dpm_solver_fast, euler_maruyama, evaluating, fast_orders, fast_times,
+                               guidance_scale, initial_noise, log_snr_times, sample, sample_labels, spaced_steps, step_noise)
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +134,51 @@ def test_guidance():
     with pytest.raises(ParameterError, match="null condition"): Denoiser(net, d, 1.4)
 
 
+@pytest.mark.parametrize("n", [2, 7, 50, 100, 250, 999, 1000])
+def test_spacing_is_the_released_rule(n):
+    got, exact = spaced_steps(n), [Fraction(999*i, n-1) for i in range(n)]                 # exact arithmetic; a tie may fall either way
+    assert len(set(got)) == n and (got[0], got[-1]) == (0, 999) and all(abs(g - e) <= Fraction(1, 2) for g, e in zip(got, exact))
+
+
+@pytest.mark.parametrize("process", ["linear", "sd", "vp", "cosine"])
+@pytest.mark.parametrize("large", [False, True])
+def test_ancestral_moments_follow_their_recursion(process, large):
+    d, n, B, mu, s = diffusion(process), 40, 4000, 0.5, 0.3; p, m, v = d.process, 0.0, 1.0
+    out = ancestral(Denoiser(ExactMixture(d, torch.full((1, 2), mu), s), d), initial_noise(0, 0, B, (2,)).double(), n, lambda i: step_noise(0, i, 0, B, (2,)), large)
+    times = p.t_max*(torch.tensor(spaced_steps(n)).double() + 1)/1000; bar = torch.cat([torch.ones(1).double(), p.alpha(times)**2])
+    for i in range(n, 0, -1):                                                              # from alpha bar alone, as in the papers
+        beta = 1 - bar[i]/bar[i-1]; tilde = beta*(1 - bar[i-1])/(1 - bar[i]); k = bar[i].sqrt()*s**2/(bar[i]*s**2 + 1 - bar[i])
+        c0, cx = bar[i-1].sqrt()*beta/(1 - bar[i]), (1 - beta).sqrt()*(1 - bar[i-1])/(1 - bar[i])
+        m, v = c0*(mu - k*bar[i].sqrt()*mu) + (c0*k + cx)*m, (c0*k + cx)**2*v + ((beta if large else tilde) if i > 1 else 0)
+    assert abs(out.mean() - m) < 4*math.sqrt(v/out.numel()) and abs(out.var() - v) < 4*v*math.sqrt(2/out.numel())
+
+
+def test_ancestral_recovers_the_mixture():
+    d = diffusion("linear"); x, _ = sample(ExactMixture(d, MEANS, 0.3), d, SamplingConfig(sampler="ancestral", nfe=250), (2,), 2000)
+    cov = 0.3**2*torch.eye(2) + MEANS.T.float() @ MEANS.float()/6
+    assert torch.allclose(x.mean(0), torch.zeros(2), atol=4*math.sqrt(cov.max()/2000) + 0.01) and torch.allclose(x.T.cov(), cov, atol=4*cov.max().item()*math.sqrt(2/2000) + 0.02)
+
+
+def test_learned_variance_interpolates():
+    d = Diffusion(DiffusionConfig(process="linear", variance="learned")); net = ExactMixture(d, MEANS, 0.3); x = initial_noise(0, 0, 30, (2,)).double()
+    noise = lambda i: step_noise(0, i, 0, 30, (2,)); says = lambda v: Denoiser(lambda x, c: torch.cat([net(x, c), torch.full_like(x, v)], 1), d)
+    for v, large in ((-1.0, False), (1.0, True)): assert torch.allclose(ancestral(says(v), x, 20, noise), ancestral(Denoiser(net, diffusion("linear")), x, 20, noise, large))
+    t, c0, cx, low, high = ancestral_plan(d.process, 2)[0]                                  # one step by hand, half way between
+    x0 = Denoiser(net, d).x0(x, t); half = c0*x0 + cx*x + math.exp((low + high)/4)*noise(0)
+    assert torch.allclose(ancestral(says(0.0), x, 2, noise), Denoiser(net, d).x0(half, 1e-3))
+    with pytest.raises(ParameterError, match="no channels"): ancestral(Denoiser(net, d), x, 5, noise)
+
+
+def test_three_channels_and_power_cosine():
+    d = diffusion("linear"); net = lambda x, c, y: torch.cat([x, x], 1)*0 + (1 + torch.arange(8.))[:, None, None]*(1 + y)[:, None, None, None]; y = torch.arange(5); z = torch.zeros(5, 4, 2, 2)
+    for t in (1e-3, 0.3, 0.75, 1.0):
+        F, v = Denoiser(net, d, 4.4, null=dict(y=torch.tensor(9)), cfg_channels=3, cfg_schedule="power_cosine").outputs(z, t, y=y)
+        w = 1 + 3.4*(1 - math.cos(math.pi*(1 - (round(1000*t) - 1)/1000)**4))/2; cond, null = torch.arange(1., 9)*(1 + y)[:, None], torch.arange(1., 9)*10
+        assert torch.allclose(F[:, :3, 0, 0], (null + w*(cond - null))[:, :3], atol=1e-4) and torch.equal(F[:, 3, 0, 0], cond[:, 3]) and torch.equal(v[:, :, 0, 0], cond[:, 4:])
+    assert guidance_scale(4.4, 999.0, "power_cosine") == pytest.approx(1) and guidance_scale(4.4, 0.0, "power_cosine") == pytest.approx(4.4) and guidance_scale(4.4, 400.0) == 4.4
+    with pytest.raises(ParameterError, match="images have 4 channels"): sample(net, d, SamplingConfig(sampler="ancestral", nfe=3, cfg_channels=5), (4, 2, 2), 2, num_classes=3)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_real_network_does_not_depend_on_batching(sampler):
     net, d = trained("train_discrete_class"), diffusion("sd"); net.train()
@@ -165,6 +211,10 @@ def test_errors_say_what_to_do():
     with pytest.raises(ParameterError, match="19 and 21"): check_sampler("heun", 20, vp)
     with pytest.raises(ParameterError, match="at least 1"): check_sampler("dpm_solver_fast", 0, vp)
     with pytest.raises(ParameterError, match="use heun"): check_sampler("euler_maruyama", 100, edm)
+    for nfe in (1, 1001):
+        with pytest.raises(ParameterError, match="2 to 1000"): check_sampler("ancestral", nfe, vp)
+    with pytest.raises(ParameterError, match="use heun"): check_sampler("ancestral", 100, edm)
+    with pytest.raises(ParameterError, match="edm tells"): Denoiser(torch.nn.Identity(), diffusion("edm"), 2.0, null=dict(y=1), cfg_schedule="power_cosine")
     with pytest.raises(ParameterError, match="allowed are ddim"): diffusers_solver(exact(), torch.zeros(1, 2), 5, "plms")
     class Nan(torch.nn.Module):
         def forward(self, x, c): return x*math.nan

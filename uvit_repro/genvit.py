@@ -8,14 +8,14 @@ __all__ = ['TOKENS', 'PRESETS', 'IMAGES', 'OWN', 'EPOCHS', 'EPOCH_STEPS', 'WARMU
            'draw_flow', 'drop_masks', 'check_sizes', 'GenViT', 'load_genvit', 'refuse_fields', 'condition_fields',
            'from_config', 'own_recipe', 'match_width', 'arm']
 
-# %% ../nbs/11a_genvit.ipynb #11a-98f2846e
+# %% ../nbs/11a_genvit.ipynb #11a-f559df67
 import math
 from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from .config import Experiment, ModelConfig, ParameterError, check_geometry, experiment, read_options, with_overrides
-from .layers import Attention, Mlp, init_weights, patchify, timestep_embedding, unpatchify
+from .layers import Attention, Mlp, init_weights, patchify, unpatchify
 from .results import CheckpointError, load_tensors
 from .uvit import check_input, set_checkpoint
 
@@ -24,8 +24,10 @@ class TimeEmbedding(nn.Module):
     "The sinusoidal embedding of DDPM's code: sines, then cosines, wavelengths over 2 pi from 1 to exactly 10,000 (released `SinusoidalPosEmb`)."
     def __init__(self, dim: int): super().__init__(); self.dim = dim
     def forward(self, t: Tensor) -> Tensor:                                               # (B,) -> (B, dim)
-        half = self.dim//2
-        return timestep_embedding(t, self.dim, 10000**(half/(half - 1))).roll(half, -1)   # the shared one has cosines first and ends a step earlier
+        half = self.dim//2                                                                # the shared one has cosines first and ends a step earlier;
+        freqs = torch.exp(torch.arange(half, device=t.device)*(-math.log(10000)/(half - 1)))   # at t = 700 its last bit would show in the fifth digit
+        args = t[:, None].float()*freqs
+        return torch.cat([args.sin(), args.cos()], -1)
 
 def scale_shift(
     x: Tensor,    # tokens (B, L, D)
@@ -91,11 +93,13 @@ def draw_flow(
     import matplotlib.pyplot as plt
     colours = dict(token="#dbe9f6", layer="#fde3c8", time="#dcf0d8", ours="#f6d5e5", plain="#ffffff")
     ax = ax or plt.subplots(figsize=size)[1]
-    for x, y, text, kind in boxes: ax.text(x, y, text, ha="center", va="center", fontsize=9, zorder=3, bbox=dict(boxstyle="round,pad=0.35", fc=colours[kind], ec="0.35", lw=0.8))
-    for a, b, curve in arrows:
-        ax.annotate("", boxes[b][:2], boxes[a][:2], zorder=1, arrowprops=dict(arrowstyle="-|>", color="0.35", lw=1.1, shrinkA=16, shrinkB=19, connectionstyle=f"arc3,rad={curve}"))
     xs, ys = [b[0] for b in boxes], [b[1] for b in boxes]
-    ax.set(xlim=(min(xs) - 0.8, max(xs) + 0.8), ylim=(min(ys) - 0.7, max(ys) + 0.8), title=title); ax.axis("off")
+    ax.set(xlim=(min(xs) - 0.8, max(xs) + 0.8), ylim=(min(ys) - 1.0, max(ys) + 0.6), title=title); ax.axis("off")
+    drawn = [ax.text(x, y, text, ha="center", va="center", fontsize=9, zorder=3, bbox=dict(boxstyle="round,pad=0.35", fc=colours[kind], ec="0.35", lw=0.8)) for x, y, text, kind in boxes]
+    ax.figure.canvas.draw()                                                                # boxes know their size now; arrows end at them
+    for a, b, curve in arrows:
+        ends = {k: drawn[i].get_bbox_patch() for k, i in (("patchA", a), ("patchB", b))}
+        ax.annotate("", boxes[b][:2], boxes[a][:2], arrowprops=dict(arrowstyle="-|>", color="0.35", lw=1.1, shrinkA=0, shrinkB=1, connectionstyle=f"arc3,rad={curve}", **ends))
     return ax
 
 # %% ../nbs/11a_genvit.ipynb #11a-drop_masks
@@ -183,12 +187,14 @@ class GenViT(nn.Module):
 def load_genvit(
     source,                # path of a released checkpoint, or its state dictionary
     num_heads: int = None, # None: the released rule, 12 where it divides the width, else 8
-    in_chans: int = 3      # channels of the images
+    in_chans: int = 3,     # channels of the images
+    time_twice: bool = True # the time before attention and before the MLP, as the released scripts have it; False: before attention only
 ) -> GenViT:               # on the CPU, in eval mode
     "Build and fill a GenViT from released weights. Raises `CheckpointError` for what is not one."
     sd = source if isinstance(source, dict) else load_tensors(source)
     name = "the state dictionary" if isinstance(source, dict) else str(source)
-    sd = {k.removeprefix("denoise_fn."): v for k, v in sd.get("model_state_dict", sd).items() if "." not in k or k.startswith("denoise_fn.") or not k.startswith("betas")}
+    sd = sd.get("model_state_dict", sd)
+    if inner := {k.removeprefix("denoise_fn."): v for k, v in sd.items() if k.startswith("denoise_fn.")}: sd = inner    # a training file: the tables of the process lie beside the network
     for k in ("pos_embedding", "to_patch_embedding.1.weight", "transformer.layers.0.0.fn.to_qkv.weight", "recon_head.0.weight"):
         if k not in sd: raise CheckpointError(f"{name} is not a GenViT checkpoint: it has no {k} (it has {', '.join(list(sd)[:4])}, ...)")
     (_, L, dim), pixels = sd["pos_embedding"].shape, sd["to_patch_embedding.1.weight"].shape[1]
@@ -196,9 +202,8 @@ def load_genvit(
     if patch**2*in_chans != pixels or side**2 != L - 1: raise CheckpointError(f"{name}: {pixels} numbers per patch and {L - 1} patches do not make a square image of {in_chans} channels; say in_chans")
     depth = 1 + max(int(k.split(".")[2]) for k in sd if k.startswith("transformer.layers."))
     net = GenViT(side*patch, patch, in_chans, dim, depth, num_heads or (12 if dim % 12 == 0 else 8), sd["transformer.layers.0.1.fn.net.0.weight"].shape[0]/dim,
-                 classifier=sd["mlp_head.1.weight"].shape[0] if "mlp_head.1.weight" in sd else 0)
-    have = net.state_dict()
-    try: net.load_state_dict({k: v for k, v in sd.items() if k in have or "." in k})             # the process's tables lie beside the weights in a released file
+                 classifier=sd["mlp_head.1.weight"].shape[0] if "mlp_head.1.weight" in sd else 0, time_twice=time_twice)
+    try: net.load_state_dict(sd)
     except RuntimeError as e: raise CheckpointError(f"{name} does not fit a GenViT of width {dim} with {depth} layers: {e}") from None
     return net.eval()
 

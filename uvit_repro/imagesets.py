@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CELEBA', 'IMAGENET', 'WNID', 'celeba_crop', 'read_celeba', 'read_index', 'index_files', 'content_sum', 'prepared',
-           'index_folder', 'fetch_celeba', 'celeba_files', 'load_celeba64', 'fetch_imagenet', 'imagenet_folder',
-           'imagenet_files', 'load_imagenet64']
+           'index_folder', 'fetch_celeba', 'find_celeba64', 'celeba_files', 'load_celeba64', 'fetch_imagenet',
+           'imagenet_folder', 'find_imagenet64', 'imagenet_files', 'load_imagenet64']
 
 # %% ../nbs/03c_image_sets.ipynb #03c-6c2ff48d
 import hashlib, json, os, re, sys, time
@@ -139,14 +139,21 @@ def fetch_celeba(root) -> str:
     return (f"Fetch it (1.4 GB; needs the package gdown) with\n    python -c \"{fetch}\"\nor put img_align_celeba.zip and list_eval_partition.txt "
             f"(https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html) into {Path(root)/'celeba'} and unzip the first there")
 
+def find_celeba64(
+    root  # the folder of the data sets
+) -> Path: # its celeba/
+    "Where CelebA is, or `FileNotFoundError` with what is missing and how to get it."
+    base = Path(root)/"celeba"; listed, images = base/"list_eval_partition.txt", base/"img_align_celeba"
+    if missing := [p for p, there in ((listed, listed.is_file()), (images, images.is_dir())) if not there]:
+        raise FileNotFoundError(f"celeba64 is not under {root}: {' and '.join(map(str, missing))} not there. {fetch_celeba(root)}\nor set UVIT_DATA (parameter data_root) to the folder that has it")
+    return base
+
 def celeba_files(
     root,     # the folder of the data sets
     expect=CELEBA # images of each split; None: any
 ) -> dict:    # {0: files of the training split, 1: validation, 2: test}
     "The files of CelebA by split. Raises `FileNotFoundError` or `ValueError` with what is missing and how to get it."
-    base = Path(root)/"celeba"; listed, images = base/"list_eval_partition.txt", base/"img_align_celeba"
-    if missing := [p for p, there in ((listed, listed.is_file()), (images, images.is_dir())) if not there]:
-        raise FileNotFoundError(f"celeba64 is not under {root}: {' and '.join(map(str, missing))} not there. {fetch_celeba(root)}\nor set UVIT_DATA (parameter data_root) to the folder that has it")
+    base = find_celeba64(root); listed, images = base/"list_eval_partition.txt", base/"img_align_celeba"
     splits = {k: [] for k in CELEBA}
     for number, line in enumerate(listed.read_text().splitlines(), 1):
         name, _, k = line.strip().partition(" ")
@@ -198,6 +205,8 @@ def imagenet_folder(
     if train.is_dir() and any(WNID.fullmatch(e.name) and e.is_dir() for e in os.scandir(train)): return train
     state = f"{train} has no folder like n01440764" if train.is_dir() else f"{train} is not there"
     raise FileNotFoundError(f"imagenet is not under {root}: {state}. {fetch_imagenet(root)}\nor set UVIT_DATA (parameter data_root) to the folder that has imagenet/")
+
+def find_imagenet64(root) -> Path: "ImageNet's pixels, whatever their size: see `imagenet_folder`."; return imagenet_folder(root)
 
 # %% ../nbs/03c_image_sets.ipynb #03c-imagenet_files
 def imagenet_files(

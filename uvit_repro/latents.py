@@ -12,8 +12,8 @@ __all__ = ['AUTOENCODERS', 'DIGITS_VAE', 'FORMAT', 'VERSION', 'TABLE3_STEPS', 'T
            'load_digits_latents', 'remeasure', 'class_spread', 'guidance_sweep', 'solver_table', 'paper_table3',
            'table1_experiments', 'figure5_experiments', 'input_cost', 'open_source', 'main']
 
-# %% ../nbs/07_imagenet.ipynb #07-5e0b76a1
-import contextlib, hashlib, json, os, sys, tempfile, time
+# %% ../nbs/07_imagenet.ipynb #07-4f8270af
+import hashlib, json, os, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import resources
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .config import CONFIGS, DATASETS, FACTS, DataConfig, Experiment, ParameterError, data_root as data_folder, eval_id, experiment, key_seed, project_root, resolve_name
+from .config import CONFIGS, DATASETS, FACTS, DataConfig, ParameterError, data_root as data_folder, eval_id, experiment, project_root, resolve_name
 from .data import Batches, Data, _locate, draw_latents, hold_out, list_folder, load_digits, read_ahead, read_image, to_model, to_uint8
 from .results import load_tensors, run_lock, sha256_file, sweep_unfinished, write_atomic, write_json
 
@@ -100,8 +100,8 @@ def from_ldm(
 
 # %% ../nbs/07_imagenet.ipynb #07-find_autoencoder
 AUTOENCODERS = {   # decoder of the configuration: folder, public repository, its files, the released code's file
-    "original": ("sd-v1-vae", "CompVis/stable-diffusion-v1-4", "vae/*", "autoencoder_kl.pth"),
-    "ema": ("sd-vae-ft-ema", "stabilityai/sd-vae-ft-ema", "*.[js][sa]*", "autoencoder_kl_ema.pth"),
+    "original": ("sd-v1-vae", "CompVis/stable-diffusion-v1-4", ["vae/*.json", "vae/*.safetensors"], "autoencoder_kl.pth"),
+    "ema": ("sd-vae-ft-ema", "stabilityai/sd-vae-ft-ema", ["*.json", "*.safetensors"], "autoencoder_kl_ema.pth"),
 }
 
 def find_autoencoder(
@@ -352,8 +352,10 @@ def encode_images(
     if dtype not in ("float32", "float16") or batch < 1 or shard_rows < batch or shard_rows % batch:
         raise ParameterError(f"dtype = {dtype!r}, batch = {batch}, shard_rows = {shard_rows}: float32 or float16, and whole batches in a shard")
     C, H, W = source.image_shape
-    if C != autoencoder.image_chans or H != W or H % autoencoder.factor: raise ParameterError(f"images {C}x{H}x{W}: this autoencoder takes squares of {autoencoder.image_chans} channel(s), the side a multiple of {autoencoder.factor}")
-    job = dict(source=source.key, encoder_sha256=autoencoder.encoder_sha256, sha256=autoencoder.sha256, moments=list(autoencoder.shape(H)), dtype=dtype, batch=batch, shard_rows=shard_rows, pixels=pixels, mirror=mirror)
+    if C != autoencoder.image_chans or H != W or H % autoencoder.factor:
+        raise ParameterError(f"images {C}x{H}x{W}: this autoencoder takes squares of {autoencoder.image_chans} channel(s), the side a multiple of {autoencoder.factor}")
+    job = dict(source=source.key, encoder_sha256=autoencoder.encoder_sha256, sha256=autoencoder.sha256,
+        moments=list(autoencoder.shape(H)), dtype=dtype, batch=batch, shard_rows=shard_rows, pixels=pixels, mirror=mirror)
     path, n = Path(path), len(source)
     with run_lock(path, say):
         sweep_unfinished(path); begin_store(path, job)
@@ -375,13 +377,16 @@ class Store:
         self.path, self._maps = Path(path), {}
         if not (self.path/"index.json").is_file():
             done = len(list(self.path.glob("shard-*.json"))) if (self.path/"job.json").is_file() else None
-            raise FileNotFoundError(f"{path}: no store of latents" + (f" yet: {done} shards are encoded. Repeat the command that encodes it; it goes on where it stopped" if done is not None else " (no index.json)"))
+            raise FileNotFoundError(f"{path}: no store of latents" + (
+                f" yet: {done} shards are encoded. Repeat the command that encodes it; it goes on where it stopped" if done is not None else " (no index.json)"))
         try: i = self.index = json.loads((self.path/"index.json").read_text())
         except ValueError: raise StoreError(f"{self.path/'index.json'} is damaged. Delete it and repeat the command that encoded the store") from None
-        if i.get("format") != FORMAT or i.get("version") != VERSION: raise StoreError(f"{path}: format {i.get('format')!r} version {i.get('version')!r}; this code reads {FORMAT!r} version {VERSION}")
+        if i.get("format") != FORMAT or i.get("version") != VERSION:
+            raise StoreError(f"{path}: format {i.get('format')!r} version {i.get('version')!r}; this code reads {FORMAT!r} version {VERSION}")
         self.shape, self.dtype, self.mirror, self.image_shape, self.views = tuple(i["shape"]), np.dtype(i["dtype"]), i["mirror"], tuple(i["image_shape"]), 2 if i["mirror"] else 1
         if bad := [p for f, s, d in self.files() if (p := file_problem(f, s, d))]: raise StoreError(_repair(self.path, bad))
-        self.order, self.labels, self.ends = np.load(self.path/"order.npy"), torch.from_numpy(np.load(self.path/"labels.npy")), np.cumsum([s["rows"] for s in i["shards"]])
+        self.order, self.labels, rows = np.load(self.path/"order.npy"), torch.from_numpy(np.load(self.path/"labels.npy")), np.array([s["rows"] for s in i["shards"]])
+        self.ends = rows.cumsum(); self.first = self.ends - rows                                        # of each shard
 
     def files(self):
         "(path, shape, dtype) of every array."
@@ -400,8 +405,7 @@ class Store:
         rows = self.order[np.asarray(index)]; shard = np.searchsorted(self.ends, rows, side="right")
         for k in set(shard.tolist()):
             if (kind, k) not in self._maps: self._maps[kind, k] = np.asarray(np.load(self.path/_file(kind, k), mmap_mode="r"))
-        first = self.ends - np.array([s["rows"] for s in self.index["shards"]])
-        return [(self._maps[kind, k], r) for k, r in zip(shard.tolist(), (rows - first[shard]).tolist())]
+        return [(self._maps[kind, k], r) for k, r in zip(shard.tolist(), (rows - self.first[shard]).tolist())]
     def read(self, index: Tensor, mirror: Tensor = None) -> Tensor:
         "Moments (B, 2c, h, w) of examples, or of the mirrors of those marked."
         flags = [0]*len(index) if mirror is None else [int(m) for m in mirror.tolist()]
@@ -418,7 +422,8 @@ class Store:
 
 # %% ../nbs/07_imagenet.ipynb #07-repair
 def _repair(path: Path, bad: list) -> str:
-    return f"{path}: " + "; ".join(bad[:8]) + (f"; and {len(bad) - 8} more" if len(bad) > 8 else "") + ". Delete the named file(s) and repeat the command that encoded the store: only these are made again"
+    more = f"; and {len(bad) - 8} more" if len(bad) > 8 else ""
+    return f"{path}: {'; '.join(bad[:8])}{more}. Delete the named file(s) and repeat the command that encoded the store: only these are made again"
 
 def verify_store(
     path,     # the store's folder
@@ -457,7 +462,9 @@ class LatentDecoder:
 def store_decoder(store: Store, root, device, decoder: str) -> Autoencoder:
     "The autoencoder for a store's latents: the one that encoded them, or the one that the configuration names."
     a = load_autoencoder(decoder or store.index["autoencoder"]["name"], root, device); want = store.index["autoencoder"]
-    if not decoder and a.sha256 != want["sha256"]: raise StoreError(f"{store.path} was encoded with {want['name']} of sum {want['sha256'][:16]}..., what is found under this name has {a.sha256[:16]}...: name the right one with decoder, or bring it back")
+    if not decoder and a.sha256 != want["sha256"]:
+        raise StoreError(f"{store.path} was encoded with {want['name']} of sum {want['sha256'][:16]}..., "
+                         f"what is found under this name has {a.sha256[:16]}...: name the right one with decoder, or bring it back")
     if 2*a.latent_chans != store.shape[0]: raise ParameterError(f"decoder = {decoder!r} takes latents of {a.latent_chans} channels, {store.path} has {store.shape[0]//2}")
     return a
 
@@ -476,7 +483,8 @@ def from_store(
         raise ParameterError(f"{store.path}: latents of {c2//2}x{h}x{w}, but img_size = {cfg.img_size} and in_chans = {cfg.in_chans}; add -p img_size {h} -p in_chans {c2//2}")
     if cfg.latent_scale <= 0: raise ParameterError(f"latent_scale = {cfg.latent_scale}: a factor above 0; for unit variance {store.index['statistics']['scale']:.5g}")
     names, own = list(store.index["class_names"]), store.index["source"]["held_out"]
-    if cfg.num_classes and len(names) > cfg.num_classes: raise ParameterError(f"num_classes = {cfg.num_classes}: {store.path} has labels 0..{len(names)-1}; set num_classes = {len(names)}, or 0")
+    if cfg.num_classes and len(names) > cfg.num_classes:
+        raise ParameterError(f"num_classes = {cfg.num_classes}: {store.path} has labels 0..{len(names)-1}; set num_classes = {len(names)}, or 0")
     if own and cfg.holdout not in (0, own): raise ParameterError(f"holdout = {cfg.holdout}: {store.path} has {own} held-out images of its own; use holdout = 0")
     train, test = (torch.arange(N - own), torch.arange(N - own, N)) if own else hold_out(labels, cfg.holdout, store.index["source"]["sha256"])
     take = (lambda i: pixels[i]) if pixels is not None else store.pixels
@@ -514,10 +522,13 @@ def digits_store(
     ae: Autoencoder   # the digits' own
 ) -> Store:
     "The digits' latents, encoded when first needed: in results/cache, or in a temporary folder where that can't be written."
-    name = f"digits_latents-{hashlib.sha256(f'{digits.sha256} {ae.sha256}'.encode()).hexdigest()[:12]}"
-    quiet = lambda *a, **k: None
+    import shutil
+    name, quiet = f"digits_latents-{hashlib.sha256(f'{digits.sha256} {ae.sha256} {VERSION}'.encode()).hexdigest()[:12]}", lambda *a, **k: None
+    make = lambda path: encode_images(DataSource(digits, enlarge), ae, path, batch=100, shard_rows=500, say=quiet)
     for base in (project_root()/"results"/"cache", Path(tempfile.gettempdir())/f"uvit-latents-{os.getuid() if hasattr(os, 'getuid') else 0}"):
-        try: return encode_images(DataSource(digits, enlarge), ae, base/name, batch=100, shard_rows=500, say=quiet)
+        try:
+            try: return make(base/name)
+            except ValueError: shutil.rmtree(base/name); return make(base/name)             # a cache that is damaged is made again
         except OSError as e: reason = e
     raise reason
 
@@ -606,14 +617,17 @@ def table1_experiments() -> dict:
 def figure5_experiments() -> dict:
     "Long skip or none on ImageNet 256x256, FID on 10,000 samples without guidance every 50,000 iterations (Figure 5; which configuration it plots is not stated: L/2 is taken)."
     e = CONFIGS["ImageNet 256x256 U-ViT-L/2"]; n = 650_000
-    e = replace(e, train=replace(e.train, n_steps=n), sampling=replace(e.sampling, cfg_scale=1.0), evaluation=replace(e.evaluation, num_samples=10_000, curve_steps=tuple(range(50_000, n, 50_000))))
+    e = replace(e, train=replace(e.train, n_steps=n), sampling=replace(e.sampling, cfg_scale=1.0),
+                evaluation=replace(e.evaluation, num_samples=10_000, curve_steps=tuple(range(50_000, n, 50_000))))
     return {"with long skip": e, "without long skip": replace(e, model=replace(e.model, skip="none"))}
 
 # %% ../nbs/07_imagenet.ipynb #07-madeup
 class _MadeUp:
     "Source and autoencoder in one: random moments of real shape, to measure reading."
     name, notes, held_out, image_chans, latent_chans, factor, device = "made-up", [], 0, 3, 4, 8, torch.device("cpu")
-    def __init__(self, n: int, side: int): self.n, self.image_shape, self.key, self.sha256 = n, (3, side, side), dict(kind="made-up", images=n), "0"*64; self.encoder_sha256 = self.sha256
+    def __init__(self, n: int, side: int):
+        self.n, self.image_shape, self.key = n, (3, side, side), dict(kind="made-up", images=n)
+        self.sha256 = self.encoder_sha256 = "0"*64
     def __len__(self): return self.n
     def read(self, a, b): return torch.zeros((b - a, *self.image_shape), dtype=torch.uint8), [f"{i % 1000:04d}" for i in range(a, b)], [], []
     def finish(self, classes, sums): return self.sha256, list(range(self.n)), sorted(set(classes))
@@ -634,7 +648,8 @@ def input_cost(
     before = torch.get_num_threads(); torch.set_num_threads(threads)
     try:
         with tempfile.TemporaryDirectory(dir=folder) as d:
-            made = _MadeUp(rows, side); data = from_store(encode_images(made, made, Path(d)/"store", batch=batch, shard_rows=batch*(1024//batch or 1), say=lambda *a, **k: None), e.data, "imagenet256")
+            made = _MadeUp(rows, side); store = encode_images(made, made, Path(d)/"store", batch=batch, shard_rows=batch*(1024//batch or 1), say=lambda *a, **k: None)
+            data = from_store(store, e.data, "imagenet256")
             b = Batches(data, batch, 0, True, 0.1, 1000, latent_scale=e.data.latent_scale); n = max(2, rows//batch); b.at(0)
             t = time.perf_counter()
             for s in range(1, n + 1): x0, y = b.at(s)
@@ -680,18 +695,21 @@ def main(args=None) -> int:
     "`python -m uvit_repro.latents encode | verify | speed`."
     import argparse
     from uvit_repro.train import pick_device
-    ap = argparse.ArgumentParser(prog="python -m uvit_repro.latents", description="Encode images once, check what was encoded.", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sub = ap.add_subparsers(dest="command", required=True)
     how = dict(epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    enc, ver, spd = (sub.add_parser(n, help=h, description=h, **how) for n, h in (("encode", "encode a folder or a data set"), ("verify", "read a store and compare all sums"), ("speed", "time latent input beside a training step")))
+    ap = argparse.ArgumentParser(prog="python -m uvit_repro.latents", description="Encode images once, check what was encoded.", **how)
+    sub = ap.add_subparsers(dest="command", required=True)
+    commands = dict(encode="encode a folder or a data set", verify="read a store and compare all sums", speed="time latent input beside a training step")
+    enc, ver, spd = (sub.add_parser(n, help=h, description=h, **how) for n, h in commands.items())
     enc.add_argument("--source", required=True, help="imagenet | folder:PATH | npz:PATH | a data set by its name")
     enc.add_argument("--img-size", type=int, help="side of the prepared images")
     enc.add_argument("--autoencoder", default="original", help="original | ema | digits | a path (default: original)")
     enc.add_argument("--out", help="the store's folder (default: IMAGENETSIZE_latents under the data root)")
     enc.add_argument("--dtype", default="float32", choices=["float32", "float16"], help="numbers in the files")
-    enc.add_argument("--batch", type=int, default=32, help="images encoded at once (default: 32)"); enc.add_argument("--shard-rows", type=int, default=4096, help="images in a shard (default: 4096)")
+    enc.add_argument("--batch", type=int, default=32, help="images encoded at once (default: 32)")
+    enc.add_argument("--shard-rows", type=int, default=4096, help="images in a shard (default: 4096)")
     enc.add_argument("--pixels", action="store_true", help="keep the pixels, for small sets"); enc.add_argument("--no-mirror", action="store_true", help="leave the mirror images out")
-    enc.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:1"); enc.add_argument("--data-root", default="", help="folder of the data sets (default: UVIT_DATA, or data/ in the project)")
+    enc.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:1")
+    enc.add_argument("--data-root", default="", help="folder of the data sets (default: UVIT_DATA, or data/ in the project)")
     ver.add_argument("path", help="the store's folder")
     spd.add_argument("--rows", type=int, default=4096, help="encoded images (default: 4096)"); spd.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     a = ap.parse_args(args); say = lambda line, **k: print(line, flush=True)

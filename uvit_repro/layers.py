@@ -153,7 +153,7 @@ def init_parameter(
         if leaf == "bias": return nn.init.zeros_(p)
         std = pos_std if leaf == "pos_embed" else 0.02                      # the released truncation at 2 is a hundred standard deviations away
         return nn.init.normal_(p, std=std, generator=gen) if std < 0.1 else nn.init.trunc_normal_(p, std=std, generator=gen)
-    if isinstance(owner, nn.LayerNorm): return nn.init.ones_(p) if leaf == "weight" else nn.init.zeros_(p)
+    if isinstance(owner, (nn.LayerNorm, nn.GroupNorm)): return nn.init.ones_(p) if leaf == "weight" else nn.init.zeros_(p)
     if isinstance(owner, nn.Embedding): return nn.init.normal_(p, generator=gen)
     if isinstance(owner, nn.Conv2d):
         if leaf == "weight": return nn.init.kaiming_uniform_(p, a=math.sqrt(5), generator=gen)
@@ -171,10 +171,11 @@ def init_weights(
 ) -> nn.Module:       # the same model
     "Initial weights keyed by (seed, parameter name)."
     if next(model.parameters()).is_meta: return model                       # nothing there to fill
+    fill = getattr(model, "init_parameter", init_parameter)                 # a backbone from another library starts as its own code does
     for name, module in model.named_modules():
         for leaf, p in module.named_parameters(recurse=False):
             gen = None if seed is None else torch.Generator().manual_seed(key_seed(seed, "init", f"{name}.{leaf}".lstrip(".")))
-            init_parameter(module, leaf, p, gen, pos_std)
+            fill(module, leaf, p, gen, pos_std)
     for name, module in model.named_modules():
         if hasattr(module, "init_special"): module.init_special()
         if conv_init == "identity" and name == "final_layer" and isinstance(module, nn.Conv2d): nn.init.dirac_(module.weight); nn.init.zeros_(module.bias)

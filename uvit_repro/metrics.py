@@ -150,7 +150,7 @@ def build_network(name: str) -> nn.Module:
 
 # %% ../nbs/04b_metrics.ipynb #04b-spatial_inception
 SPATIAL_LAYERS = {"conv": "Mixed_6d.branch1x1.conv", "relu": "Mixed_6d.branch1x1"}
-SPATIAL_LAYER = "conv"   # a key of SPATIAL_LAYERS: where the features of sFID are taken
+SPATIAL_LAYER = "relu"   # a key of SPATIAL_LAYERS: where the features of sFID are taken; guided-diffusion's
 
 def spatial_inception(
     layer=SPATIAL_LAYER # a key of SPATIAL_LAYERS
@@ -354,8 +354,8 @@ def entropy(
     return float(-(p*np.log(p)).sum())
 
 def knows_classes(name: str, data) -> bool:
-    "Do the network's logits tell apart the classes of these data? Judged by content, not by name."
-    return network(name).knows != "" and data.sha256 == CONTENT[network(name).knows]
+    "Do the network's logits tell apart the classes of these data? Judged by content, not by name; where latents have a sum of their own, by the sum of their pixels (`pixels_sha256`)."
+    return network(name).knows != "" and (getattr(data, "pixels_sha256", None) or data.sha256) == CONTENT[network(name).knows]
 
 # %% ../nbs/04b_metrics.ipynb #04b-border_energy
 def border_energy(
@@ -467,7 +467,11 @@ def split_features(
     out = [extract(take_images(data, split, i), features, device) for i in index.split(rows)]
     return {k: torch.cat([o[k] for o in out]) for k in out[0]}
 
-# %% ../nbs/04b_metrics.ipynb #04b-split_stats
+# %% ../nbs/04b_metrics.ipynb #04b-side
+def _side(data) -> tuple:
+    "What the sum of a user's files does not say: the size at which they are read."
+    return tuple(data.shape) if data.name in ("folder", "latents") else ()
+
 def split_stats(
     data,                # `uvit_repro.data.Data`
     features: str,       # a key of NETWORKS
@@ -486,7 +490,7 @@ def split_stats(
             parts = [[Stats.of(out[k]) for k in kinds] for out in outs]
             found.update((k, Stats.merge(p)) for k, p in zip(kinds, zip(*parts)))
         return dict(n=np.int64(n), mean=found[kind].mean, cov=found[kind].cov)
-    key = ("stats", data.sha256, split, n, features, net.sha256)
+    key = ("stats", data.sha256, *_side(data), split, n, features, net.sha256)
     read = {k: cached(cache_dir, key if k == "features" else key + (k, SPATIAL_LAYERS[SPATIAL_LAYER]), lambda k=k: compute(k)) for k in kinds}
     return {k: Stats(int(d["n"]), d["mean"], d["cov"]) for k, d in read.items()}
 
@@ -505,7 +509,7 @@ def reference_features(
     "Features of a split, for kernel distance and for precision and recall."
     n, net = split_size(data, split), network(features)
     compute = lambda: dict(features=split_features(data, split, subset(n, most, split), features, device)["features"].numpy())
-    return torch.from_numpy(cached(cache_dir, ("features", data.sha256, split, n, most, features, net.sha256), compute)["features"])
+    return torch.from_numpy(cached(cache_dir, ("features", data.sha256, *_side(data), split, n, most, features, net.sha256), compute)["features"])
 
 # %% ../nbs/04b_metrics.ipynb #04b-reference
 @dataclass(frozen=True)

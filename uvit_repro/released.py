@@ -262,7 +262,8 @@ def _evaluate(sd: dict, exp: Experiment, data: Data, folder: Path, say, where: d
         if lead and data.notes: summary(data.notes)
         if lead and exp.evaluation.features != "none" and not (found := feature_status(exp.evaluation.features))[0]: say(f"its distances will be not run: {found[1]}")
         keep, start, n = (lambda: write_json(folder/"run.json", info) if lead else None), time.perf_counter(), exp.evaluation.num_samples
-        info.update(run_id=exp.run_id, status="running", experiment=exp.to_dict(), command=command, deviations=[list(d) for d in deviations(exp) if d[0] not in ("curve_steps", "loss_steps")], checkpoint=checkpoint, files=dict(exp.files),
+        changed = [list(d) for d in deviations(exp) if d[0] not in ("curve_steps", "loss_steps")]                      # those are about training
+        info.update(run_id=exp.run_id, status="running", experiment=exp.to_dict(), command=command, deviations=changed, checkpoint=checkpoint, files=dict(exp.files),
                     reference=dict(file=Path(exp.execution.reference).name, sha256=exp.evaluation.reference_sha256) if exp.execution.reference else None)
         info.setdefault("started", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())); info.setdefault("evaluations", {})
         keep()
@@ -308,6 +309,7 @@ def make_parser():
     ap.add_argument("--set", dest="fields", metavar="FIELD=VALUE", action="append", default=[], help="change a setting: nfe=20, sampler=ddim, cfg_scale=1, sample_seed=1, precision=bf16; may be repeated")
     return ap
 
+# %% ../nbs/04d_released.ipynb #04d-report_lines
 def report_lines(run: Run) -> list[str]:
     "What a person wants to see of an evaluation."
     at = eval_id(run.exp, run.exp.train.n_steps, run.exp.evaluation.num_samples)
