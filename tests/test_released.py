@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from uvit_repro import released as R
 from uvit_repro.config import CONFIGS, SMOKE, ParameterError, eval_id, with_overrides
 from uvit_repro.results import CheckpointError, load_results, sha256_file
-from uvit_repro.run import read_samples
+from uvit_repro.run import read_samples, samples_folder
 from uvit_repro.train import build_model, empty_model
 from uvit_repro.uvit import UViT
 
@@ -24,7 +24,7 @@ def small(tmp_path_factory):
     return d
 
 
-def pixels(run): return read_samples(run.folder/"samples"/eval_id(run.exp, run.exp.train.n_steps, run.exp.evaluation.num_samples))
+def pixels(run): return read_samples(samples_folder(run.exp, run.folder, run.exp.train.n_steps, run.exp.evaluation.num_samples))
 
 
 # ---------------------------------------------------------------- which one

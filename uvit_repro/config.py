@@ -324,7 +324,7 @@ def with_overrides(
     seed = overrides.get("seed")
     return replace(exp, **{s: replace(getattr(exp, s), **kw) for s, kw in parts.items()}, **({} if seed is None else dict(seed=seed)))
 
-# %% ../nbs/00a_config.ipynb #00a-4c2d11d5
+# %% ../nbs/00a_config.ipynb #00a-8f3120d5
 FACTS = {
     "digits":      dict(img_size=8,  in_chans=1, num_classes=10,   holdout=297, flip=False, features="digits_cnn"),
     "cifar10":     dict(img_size=32, in_chans=3, num_classes=10,   holdout=0, flip=True,  features="resnet20_cifar10"),
@@ -333,7 +333,7 @@ FACTS = {
     "imagenet256": dict(img_size=32, in_chans=4, num_classes=1000, holdout=0, flip=True,  features="inception", latent_scale=0.18215),
     "imagenet512": dict(img_size=64, in_chans=4, num_classes=1000, holdout=0, flip=True,  features="inception", latent_scale=0.18215),
     "mscoco256":   dict(img_size=32, in_chans=4, num_classes=0,    holdout=0, flip=False, features="inception", latent_scale=0.23010),
-    "digits_latents": dict(img_size=8, in_chans=4, num_classes=10, holdout=297, flip=False, features="digits_cnn"),
+    "digits_latents": dict(img_size=8, in_chans=4, num_classes=10, holdout=297, flip=False, features="digits_cnn", latent_scale=0.74),
     "shapes":      dict(img_size=16, in_chans=3, num_classes=0,    holdout=0, flip=False, features="none", text_tokens=16, text_dim=64),
     "latents":     dict(img_size=32, in_chans=4, num_classes=0,    holdout=0, flip=True,  features="inception", latent_scale=0.18215),
     "folder":      dict(img_size=32, in_chans=3, num_classes=0,    holdout=0, flip=True,  features="inception"),
@@ -343,20 +343,21 @@ PATHS = ("folder", "npz", "latents")   # a path follows: folder:PATH
 CONTENT = {   # sums of the sets whose content is known beforehand
     "digits": "2416f53c252145aee6ed650df0f5dddf38f6fd593dcb563e598b84e376e6a1bf",
     "cifar10": "60abcb233472de85d15a903122252b72e71ac98516de8b10f55ce18298abd4c1",
+    "digits_latents": "734ed6fed7123b2db05110e8c23b2d7f5e27cb8adb06cae0b001a9e904976b0c",   # the digits and the encoder in the package
 }
 
 # %% ../nbs/00a_config.ipynb #00a-released
 def released(dataset, name, n_steps, batch_size, *, lr=2e-4, betas=(0.99, 0.99), warmup_steps=5000, process="vp", p_uncond=0.0,
-             sampler="dpm_solver_fast", nfe=50, cfg_scale=1.0, decoder="", condition="none", num_samples=50_000, curve_nfe=0, use_checkpoint=False):
+             sampler="dpm_solver_fast", nfe=50, cfg_scale=1.0, decoder="", condition="none", num_samples=50_000, curve_nfe=0, use_checkpoint=False, labels="uniform"):
     "One released configuration as an `Experiment`; what is not said is common to all ten."
     facts = {k: v for k, v in FACTS[dataset].items() if k != "features"}
     return Experiment("paper", ModelConfig(condition=condition, **preset(name)), DataConfig(dataset=dataset, **facts), DiffusionConfig(process=process),
         TrainConfig(n_steps=n_steps, batch_size=batch_size, lr=lr, betas=betas, warmup_steps=warmup_steps, p_uncond=p_uncond),
-        SamplingConfig(sampler=sampler, nfe=nfe, cfg_scale=cfg_scale, decoder=decoder),
+        SamplingConfig(sampler=sampler, nfe=nfe, cfg_scale=cfg_scale, decoder=decoder, labels=labels),
         EvalConfig(num_samples=num_samples, curve_steps=tuple(range(50_000, n_steps, 50_000)), curve_sampler="dpm_solver_fast" if sampler == "euler_maruyama" else "",
                    curve_nfe=curve_nfe), ExecConfig(use_checkpoint=use_checkpoint), seed=1234)
 
-# %% ../nbs/00a_config.ipynb #00a-6d01cf28
+# %% ../nbs/00a_config.ipynb #00a-ae53b283
 _em = dict(sampler="euler_maruyama", nfe=1000, curve_nfe=50)
 _latent = dict(condition="class", use_checkpoint=True, decoder="original", p_uncond=0.15)
 _huge = dict(condition="class", use_checkpoint=True, decoder="ema", p_uncond=0.10, process="sd", sampler="dpm_solver_pp_fast")
@@ -364,8 +365,8 @@ _text = dict(condition="text", decoder="original", p_uncond=0.10, process="sd", 
 CONFIGS = {
     "CIFAR10 U-ViT-S/2":                 released("cifar10", "U-ViT-S/2", 500_000, 128, betas=(0.99, 0.999), warmup_steps=2500, **_em),
     "CelebA 64x64 U-ViT-S/4":            released("celeba64", "U-ViT-S/4", 500_000, 128, **_em),
-    "ImageNet 64x64 U-ViT-M/4":          released("imagenet64", "U-ViT-M/4", 300_000, 1024, lr=3e-4, condition="class", use_checkpoint=True),
-    "ImageNet 64x64 U-ViT-L/4":          released("imagenet64", "U-ViT-L/4", 300_000, 1024, lr=3e-4, condition="class", use_checkpoint=True),
+    "ImageNet 64x64 U-ViT-M/4":          released("imagenet64", "U-ViT-M/4", 300_000, 1024, lr=3e-4, condition="class", use_checkpoint=True, labels="frequency"),
+    "ImageNet 64x64 U-ViT-L/4":          released("imagenet64", "U-ViT-L/4", 300_000, 1024, lr=3e-4, condition="class", use_checkpoint=True, labels="frequency"),
     "ImageNet 256x256 U-ViT-L/2":        released("imagenet256", "U-ViT-L/2", 300_000, 1024, cfg_scale=1.4, **_latent),
     "ImageNet 256x256 U-ViT-H/2":        released("imagenet256", "U-ViT-H/2", 500_000, 1024, cfg_scale=1.4, **_huge),
     "ImageNet 512x512 U-ViT-L/4":        released("imagenet512", "U-ViT-L/4", 500_000, 1024, cfg_scale=1.7, **_latent),
@@ -391,9 +392,12 @@ GPU = replace(_cifar, protocol="gpu", seed=0, train=replace(_cifar.train, n_step
     evaluation=EvalConfig(features="resnet20_cifar10", num_samples=10_000, curve_steps=(5000,), curve_samples=5000, loss_steps=(2500, 7500)))
 PROTOCOLS = dict(smoke=SMOKE, laptop=LAPTOP, gpu=GPU, paper=_cifar)
 
-# %% ../nbs/00a_config.ipynb #00a-b18ed4bd
+# %% ../nbs/00a_config.ipynb #00a-3cf3b0cf
 RECIPES = {   # (protocol, data set): fields that differ from the protocol's
     ("smoke", "shapes"):  dict(condition="text", patch_size=4),
+    ("smoke", "digits_latents"):  dict(clip=False),                                 # a latent is not an image in [-1, 1]
+    ("laptop", "digits_latents"): dict(clip=False, n_steps=3000, curve_steps=(1000, 2000), cfg_scale=1.5),
+    ("gpu", "digits_latents"):    dict(condition="class", p_uncond=0.1),
     ("laptop", "shapes"): dict(condition="text", patch_size=4, embed_dim=96, n_steps=3000),
 }
 

@@ -35,8 +35,9 @@ class Data:
     stream: torch.utils.data.Dataset | None = None  # large sets: item i is (uint8 (C, H, W), label)
     inputs: object = None           # latents (chapter 07): read(index, mirror) gives moments (B, 2C, h, w); what the network is trained on in place of pixels
     test_inputs: Tensor | None = None # held-out images as the network sees them, float32 (M, C, h, w); None: their pixels
-    decode: object = None           # function from latents (B, C, h, w) to pixels uint8 (B, *shape), on the same device
+    decode: object = None           # function from latents (B, C, h, w) and the name of a decoder (empty: the default) to pixels uint8 (B, *shape), on the same device
     texts: object = None            # captions (chapter 08): read(index, u), test(index), prompts(n), prompt(i), null
+    pixels_sha256: str = ""         # sum of the set whose pixels these are, where `sha256` is that of their latents
     judge: object = None            # function from samples uint8 (N, *shape), in the order of `prompts`, to statistics of its own
 
     @property

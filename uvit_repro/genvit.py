@@ -8,9 +8,8 @@ __all__ = ['TOKENS', 'PRESETS', 'IMAGES', 'OWN', 'EPOCHS', 'EPOCH_STEPS', 'WARMU
            'draw_flow', 'drop_masks', 'check_sizes', 'GenViT', 'load_genvit', 'refuse_fields', 'condition_fields',
            'from_config', 'own_recipe', 'match_width', 'arm']
 
-# %% ../nbs/11a_genvit.ipynb #11a-f559df67
+# %% ../nbs/11a_genvit.ipynb #11a-9a98c195
 import math
-from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -261,7 +260,7 @@ def match_width(
     what: str = "params"  # params | macs
 ) -> Experiment:          # the same with the width that comes nearest
     "The experiment at the width nearest to a budget, a multiple of the number of heads."
-    from uvit_repro.scaling import macs_of, meta_model, params_of
+    from uvit_repro.scaling import macs_of, meta_model
     if what not in ("params", "macs"): raise ParameterError(f"what = {what!r}: allowed are 'params' and 'macs'")
     step, count = math.lcm(exp.model.num_heads, 4), dict(params=lambda e: sum(p.numel() for p in meta_model(e).parameters()), macs=macs_of)[what]
     at = lambda k: with_overrides(exp, embed_dim=k*step)

@@ -8,9 +8,10 @@ __all__ = ['AUTOENCODERS', 'DIGITS_VAE', 'FORMAT', 'VERSION', 'TABLE3_STEPS', 'T
            'train_digits_autoencoder', 'digits_autoencoder', 'FolderSource', 'DataSource', 'StoreError', 'npy_header',
            'file_problem', 'begin_store', 'shard_record', 'encode_batch', 'shard_statistics', 'encode_shard',
            'merge_statistics', 'finish_store', 'encode_images', 'Store', 'verify_store', 'Inputs', 'LatentDecoder',
-           'store_decoder', 'from_store', 'load_latents', 'load_imagenet256', 'load_imagenet512', 'digits_store',
-           'load_digits_latents', 'remeasure', 'class_spread', 'guidance_sweep', 'solver_table', 'paper_table3',
-           'table1_experiments', 'figure5_experiments', 'input_cost', 'open_source', 'main']
+           'store_decoder', 'from_store', 'load_latents', 'find_imagenet256', 'find_imagenet512', 'load_imagenet256',
+           'load_imagenet512', 'digits_store', 'load_digits_latents', 'remeasure', 'class_spread', 'guidance_sweep',
+           'solver_table', 'paper_table3', 'table1_experiments', 'figure5_experiments', 'input_cost', 'open_source',
+           'main']
 
 # %% ../nbs/07_imagenet.ipynb #07-4f8270af
 import hashlib, json, os, sys, tempfile, time
@@ -504,17 +505,20 @@ def load_latents(
     "A store of one's own."
     return from_store(Store(_locate(cfg.dataset, root)), cfg, "latents", root=root)
 
-def _load_imagenet(name: str, cfg: DataConfig, root) -> Data:
+def _find_imagenet(name: str, root) -> Path:
     path = Path(root)/f"{name}_latents"
     if not (path/"index.json").is_file():
         state = "is not complete" if (path/"job.json").is_file() else "is not there"
         raise FileNotFoundError(f"{name}: {path} {state}. Encode ImageNet once (about {'84' if name == 'imagenet256' else '336'} GB, half with --dtype float16) with\n"
             f"    python -m uvit_repro.latents encode --source imagenet --img-size {name[8:]} --autoencoder original --data-root {root}\n"
             "which says how to get ImageNet and the autoencoder where they are missing, and resumes where it stopped; or set UVIT_DATA (parameter data_root) to the folder that has it")
-    return from_store(Store(path), cfg, name, root=root)
+    return path
 
-def load_imagenet256(cfg: DataConfig, root) -> Data: "ImageNet at 256x256 as latents of 4x32x32 (setup, section 6)."; return _load_imagenet("imagenet256", cfg, root)
-def load_imagenet512(cfg: DataConfig, root) -> Data: "ImageNet at 512x512 as latents of 4x64x64 (setup, section 6)."; return _load_imagenet("imagenet512", cfg, root)
+def find_imagenet256(root) -> Path: "The store of ImageNet's latents at 256x256, or `FileNotFoundError` with the command that makes it."; return _find_imagenet("imagenet256", root)
+def find_imagenet512(root) -> Path: "The same at 512x512."; return _find_imagenet("imagenet512", root)
+
+def load_imagenet256(cfg: DataConfig, root) -> Data: "ImageNet at 256x256 as latents of 4x32x32 (setup, section 6)."; return from_store(Store(find_imagenet256(root)), cfg, "imagenet256", root=root)
+def load_imagenet512(cfg: DataConfig, root) -> Data: "ImageNet at 512x512 as latents of 4x64x64 (setup, section 6)."; return from_store(Store(find_imagenet512(root)), cfg, "imagenet512", root=root)
 
 # %% ../nbs/07_imagenet.ipynb #07-digits_store
 def digits_store(
@@ -540,8 +544,7 @@ def load_digits_latents(
     digits = load_digits(DataConfig(dataset="digits", img_size=8, in_chans=1), root); ae = digits_autoencoder()
     load = lambda decoder, device: digits_autoencoder(device) if decoder in ("", "original") else load_autoencoder(decoder, root, device)
     data = from_store(digits_store(digits, ae), cfg, "digits_latents", LatentDecoder(load, cfg.latent_scale, halve), root, digits.train_images)
-    data.pixels_sha256 = digits.sha256                       # the pixels are the digits, so what knows the digits' classes knows these
-    return data
+    return replace(data, pixels_sha256=digits.sha256)        # the pixels are the digits, so what knows the digits' classes knows these
 
 # %% ../nbs/07_imagenet.ipynb #07-remeasure
 def remeasure(
@@ -549,10 +552,10 @@ def remeasure(
     num_samples: int,  # images of each measurement
     variations: list,  # dicts of fields of SamplingConfig, each one measurement
     say=print, chapter="07_imagenet", paper_ref="" # progress; noted beside the measurements
-):                     # DataFrame: a row per variation, its fields, eval_id and every metric
+):                     # DataFrame: a row per variation, its fields, folder of samples, eval_id and every metric
     "Measure a trained network with other sampling; what is recorded is not measured again, and nothing is trained."
     import pandas as pd
-    from uvit_repro.run import measure_samples, missing_measurements, open_experiment
+    from uvit_repro.run import measure_samples, missing_measurements, open_experiment, samples_folder
     rows, step = [], run.exp.train.n_steps
     for v in variations:
         e = replace(run.exp, sampling=replace(run.exp.sampling, **v), evaluation=replace(run.exp.evaluation, num_samples=num_samples, curve_steps=(), loss_steps=()))
@@ -561,7 +564,7 @@ def remeasure(
             info = json.loads((run.folder/"run.json").read_text())
             if todo := [m for m in missing_measurements(e, run.folder, info) if m[2]]:
                 info["evaluations"].update(measure_samples(e, data, run.folder, step, num_samples, say, chapter=chapter, paper_ref=paper_ref)); write_json(run.folder/"run.json", info)
-        rows.append((v, eval_id(e, step, num_samples)))
+        rows.append((dict(v, samples=samples_folder(e, run.folder, step, num_samples)), eval_id(e, step, num_samples)))
     found = run.measurements(); found = found[found.status == "ok"]
     return pd.DataFrame([dict(v, eval_id=eid, **found[found.eval_id == eid].set_index("metric").value.to_dict()) for v, eid in rows])
 
@@ -586,7 +589,7 @@ def guidance_sweep(
     from uvit_repro.metrics import extract
     from uvit_repro.run import read_samples
     table = remeasure(run, num_samples, [dict(cfg_scale=float(w)) for w in scales], say, paper_ref="guidance"); look = lambda x: extract(x, features)["features"]
-    table["spread"] = [class_spread(look(x), y) for x, y in (read_samples(run.folder/"samples"/e) for e in table.eval_id)]
+    table["spread"] = [class_spread(look(x), y) for x, y in map(read_samples, table.samples)]
     if len(data.test_images): table["spread"] /= class_spread(look(data.test_images), data.test_labels)
     return table
 

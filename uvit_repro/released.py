@@ -164,7 +164,7 @@ def open_decoder(
     ae = resolve_name(AUTOENCODER, "autoencoder")(str(autoencoder or exp.sampling.decoder), root, device)
     if ae.latent_chans != exp.data.in_chans: raise ParameterError(f"autoencoder {ae.name}: its latents have {ae.latent_chans} channels, the model's have {exp.data.in_chans}")
     side, scale = exp.data.img_size*ae.factor, exp.data.latent_scale
-    return (lambda z: ae.decode(z.float()/scale)), (ae.image_chans, side, side), ae.sha256
+    return (lambda z, decoder="": ae.decode(z.float()/scale)), (ae.image_chans, side, side), ae.sha256
 
 def stand_in(
     exp: Experiment, why: str, shape: tuple, counts=None # in place of whose data; why they are not open; of an image; training images of each class

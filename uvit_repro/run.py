@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['TOLERANCES', 'PROGRESS', 'AUTOCAST', 'SWEEP', 'golden_forward', 'golden_sampling', 'certificate', 'source_sum',
-           'cached_certificate', 'sample_conditions', 'read_samples', 'draw_samples', 'measure_samples', 'measure_loss',
-           'keep_picture', 'open_experiment', 'Run', 'measurements_of', 'missing_measurements', 'chapter_parameters',
-           'repeat_command', 'run_experiment', 'ProcessesFailed', 'together_command', 'run_together', 'run_folder',
-           'ChapterFailed', 'check_names', 'papermill_command', 'execute', 'run_chapter', 'is_done', 'default_workers',
-           'cell_seconds', 'run_sweep', 'main']
+           'cached_certificate', 'sample_conditions', 'read_samples', 'samples_folder', 'draw_samples',
+           'measure_samples', 'measure_loss', 'keep_picture', 'with_reference', 'open_experiment', 'Run',
+           'measurements_of', 'missing_measurements', 'chapter_parameters', 'repeat_command', 'run_experiment',
+           'ProcessesFailed', 'together_command', 'run_together', 'run_folder', 'ChapterFailed', 'check_names',
+           'papermill_command', 'execute', 'run_chapter', 'is_done', 'default_workers', 'cell_seconds', 'run_sweep',
+           'main']
 
-# %% ../nbs/04c_runs.ipynb #04c-441542d0
+# %% ../nbs/04c_runs.ipynb #04c-38ab362e
 import contextlib, hashlib, json, os, re, shlex, subprocess, sys, tempfile, threading, time, traceback
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
-from .config import PARAMETERS, PROTOCOLS, Experiment, ParameterError, content_name, deviations, eval_id, experiment, from_dict, project_root, resolve_name
+from .config import PARAMETERS, PROTOCOLS, EvalConfig, Experiment, ParameterError, content_name, deviations, eval_id, experiment, from_dict, project_root, resolve_name
 from .data import Data, image_grid, open_data, save_png, summary, to_uint8
 from .diffusion import Diffusion
 from .layers import compile_blocks, set_attention
@@ -87,7 +88,7 @@ def cached_certificate(device="cpu") -> list:
     return rows
 
 # %% ../nbs/04c_runs.ipynb #04c-network
-PROGRESS = ("step ", "sampled ", "resumed ", "another process ")   # lines that are passed on from another process
+PROGRESS = ("step ", "sampled ", "resumed ", "read ", "encoded ", "another process ")   # lines that are passed on from another process
 AUTOCAST = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)
 
 def _network(exp: Experiment, folder: Path, step: int, device):
@@ -117,21 +118,22 @@ def read_samples(
     for a, b in batch_bounds(said["shape"][0], said["batch"]): out[a:b] = torch.from_numpy(np.load(where/f"{a:07d}.npy"))
     return out, torch.tensor(said["labels"]) if said["labels"] is not None else None
 
+def samples_folder(exp: Experiment, folder: Path, step: int, n: int) -> Path:
+    "Where n samples of a step lie: by their sampling alone, so that another feature network or reference measures the same images."
+    return folder/"samples"/eval_id(replace(exp, evaluation=EvalConfig()), step, n)
+
 def draw_samples(
     exp: Experiment, data: Data, folder: Path, step: int, n: int, # run, its data, its folder, kept step, how many
     say=print, team=Team(), network=None                          # progress, the processes that draw, () -> (network, diffusion); None: the run's weights of the step
 ) -> Path:                                                        # the folder of shards, see `read_samples`
     "Sample n images with the weights of a step; what is there already is not drawn again."
-    where, ex = folder/"samples"/eval_id(exp, step, n), exp.execution
+    where, ex = samples_folder(exp, folder, step, n), exp.execution; plan = where/"batch.json"
     if team.first((where/"whole.json").exists): return where
-    plan, B = where/"batch.json", ex.sample_batch
-    if team.rank == 0 and not (plan.exists() and json.loads(plan.read_text()) == B):              # begun with other batches: begin again
-        for p in where.glob("*.npy"): p.unlink()
-        write_json(plan, B)
-    team.gather(None); device, start = pick_device(ex.device), time.perf_counter(); last = start
+    B = team.first(lambda: json.loads(plan.read_text()) if plan.exists() else write_json(plan, ex.sample_batch) and ex.sample_batch)   # what was begun in batches of one size goes on in them
+    device, start = pick_device(ex.device), time.perf_counter(); last = start
     (net, diffusion), (cond, null, labels) = network() if network else _network(exp, folder, step, device), sample_conditions(exp, data, n, device)
     todo = [ab for ab in batch_bounds(n, B, (team.rank, team.size)) if not (where/f"{ab[0]:07d}.npy").exists()]
-    batches = sample_batches(net, diffusion, exp.sampling, (exp.data.in_chans, exp.data.img_size, exp.data.img_size), todo, cond, null, device, AUTOCAST[exp.train.precision], finish=data.decode or to_uint8)
+    batches = sample_batches(net, diffusion, exp.sampling, (exp.data.in_chans, exp.data.img_size, exp.data.img_size), todo, cond, null, device, AUTOCAST[exp.train.precision], finish=(lambda z: data.decode(z, exp.sampling.decoder)) if data.decode else to_uint8)
     for k, (a, b, x) in enumerate(batches):
         write_atomic(where/f"{a:07d}.npy", lambda p: np.save(p, x.numpy()))
         if (now := time.perf_counter()) - last > 15: last = now; say(f"sampled {b}/{n}, {clock((now-start)/(k+1)*(len(todo)-k-1))} left")
@@ -151,7 +153,7 @@ def measure_samples(exp: Experiment, data: Data, folder: Path, step: int, n: int
     eid, start = eval_id(exp, step, n), time.perf_counter(); where_they_are = draw_samples(exp, data, folder, step, n, say, team, network)
     if team.rank: return {}
     sampled = time.perf_counter() - start; net = exp.evaluation.features; images, labels = read_samples(where_they_are)
-    rows, stats = measure_images(images, labels, data, net, pick_device(exp.execution.device), project_root()/"results"/"cache", None if data.inputs else exp.model.patch_size, exp.data.flip,
+    rows, stats = measure_images(images, labels, data, net, pick_device(exp.execution.device), project_root()/"results"/"cache", None if data.decode else exp.model.patch_size, exp.data.flip,
                                  reference=exp.execution.reference or None, extra=data.judge(images) if data.judge else None)
     write_atomic(folder/"stats"/f"{eid}.npz", lambda p: np.savez_compressed(p, **stats))
     record(folder, exp, step, n, rows, **where)
@@ -159,11 +161,11 @@ def measure_samples(exp: Experiment, data: Data, folder: Path, step: int, n: int
     return {eid: dict(step=step, num_samples=n, sampling=asdict(exp.sampling), features=net, features_found=feature_status(net)[0], sampling_seconds=sampled, seconds=time.perf_counter() - start, stats_sha256=sha256_file(folder/"stats"/f"{eid}.npz"))}
 
 # %% ../nbs/04c_runs.ipynb #04c-measure_loss
-def measure_loss(exp: Experiment, data: Data, folder: Path, step: int, team=Team(), **where) -> dict:
+def measure_loss(exp: Experiment, data: Data, folder: Path, step: int, team=Team(), network=None, **where) -> dict:
     "Record the held-out denoising loss of a step. Returns an entry for run.json."
     eid, start, device, n = eval_id(exp, step, 0), time.perf_counter(), pick_device(exp.execution.device), min(exp.evaluation.loss_images, len(data.test_images))
     if n:
-        net, diffusion = _network(exp, folder, step, device)
+        net, diffusion = network() if network else _network(exp, folder, step, device)
         pick = torch.randperm(len(data.test_images), generator=torch.Generator().manual_seed(0))[:n]   # the same images for every run on these data
         labels = data.test_labels[pick] if exp.model.condition == "class" else None; context = data.texts.test(pick).float() if exp.model.condition == "text" else None
         images = (data.test_images if data.test_inputs is None else data.test_inputs)[pick]
@@ -187,16 +189,21 @@ def keep_picture(exp: Experiment, data: Data, folder: Path, n: int, k: int = 40)
         i, d = nearest_training(x, data.train_images, mirror=exp.data.flip); near = dict(nearest=data.train_images[i[:, 0]].numpy(), distance=d[:, 0].numpy())
     write_atomic(folder/"first.npz", lambda p: np.savez_compressed(p, images=x.numpy(), **near, **({} if labels is None else dict(labels=labels[:k].numpy()))))
 
-# %% ../nbs/04c_runs.ipynb #04c-open_experiment
-def open_experiment(
+# %% ../nbs/04c_runs.ipynb #04c-with_reference
+def with_reference(
     exp: Experiment # any
-) -> tuple:         # the experiment with what only the files know (sums, classes), its data
-    "Open data and reference statistics; both are part of what is measured by their content, never by their path."
-    exp, data = open_data(exp); path, want = exp.execution.reference, exp.evaluation.reference_sha256
-    if not path: return exp, data
+) -> Experiment:    # with the sum of its reference statistics
+    "Reference statistics are part of what is measured by their content, never by their path."
+    path, want = exp.execution.reference, exp.evaluation.reference_sha256
+    if not path: return exp
     if not Path(path).is_file(): raise FileNotFoundError(f"reference = {path!r}: no such file. It holds mu and sigma of the features of the reference images; leave it out to use the training images")
     if want not in ("", found := sha256_file(Path(path))): raise ValueError(f"reference = {path!r}: its sum is {found[:16]}..., the experiment was made with {want[:16]}...")
-    return replace(exp, evaluation=replace(exp.evaluation, reference_sha256=found)), data
+    return replace(exp, evaluation=replace(exp.evaluation, reference_sha256=found))
+
+def open_experiment(exp: Experiment) -> tuple:
+    "The experiment with what only the files know (sums, classes), and its data."
+    exp, data = open_data(exp)
+    return with_reference(exp), data
 
 # %% ../nbs/04c_runs.ipynb #04c-run
 @dataclass

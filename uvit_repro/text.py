@@ -338,7 +338,7 @@ HALVES = dict(top=(0, 1), bottom=(2, 3), left=(0, 2), right=(1, 3))             
 OPPOSITE = dict(top="bottom", bottom="top", left="right", right="left")
 UNSEEN = (("red", "cross"), ("green", "triangle"), ("blue", "square"), ("yellow", "circle"))   # never in a training picture
 KINDS = tuple(itertools.product(COLOURS, FORMS))
-BACKGROUND, CELL, SIZE, SHIFTS = (240, 240, 240), 8, 6, 2                                # pixels: side of a cell, of an object; positions of an object along each axis
+BACKGROUND, CELL, SIZE, SHIFTS = (240, 240, 240), 8, 7, 2                                # pixels: side of a cell, of an object; shifts along each axis
 
 class Group(NamedTuple):
     "One or two equal objects."
@@ -398,10 +398,10 @@ def parse_caption(text: str) -> Scene:
     return Scene(halves[words[r]] if r < len(words) else "top", (group(words[:r]), group(second)))
 
 # %% ../nbs/08_mscoco.ipynb #08-form_mask
-def form_mask(form: str) -> np.ndarray:  # bool (6, 6)
+def form_mask(form: str) -> np.ndarray:  # bool (7, 7)
     "The pixels of a form."
-    y, x = np.mgrid[:SIZE, :SIZE] - (SIZE - 1)/2
-    return dict(square=x == x, circle=x**2 + y**2 <= 8, triangle=2*abs(x) <= y + 3.5, cross=(abs(x - y) <= 1) | (abs(x + y) <= 1))[form]
+    y, x = np.mgrid[:SIZE, :SIZE] - SIZE//2
+    return dict(square=x == x, circle=x**2 + y**2 <= 12, triangle=2*abs(x) <= y + 4, cross=(abs(x - y) <= 1) | (abs(x + y) <= 1))[form]
 
 def object_cell(kind: int, dy: int, dx: int) -> np.ndarray:  # uint8 (8, 8, 3)
     "One cell with an object of a kind, or -1 for none, at a shift."
@@ -416,10 +416,9 @@ def draw_picture(
     rng: random.Random # decides what the caption leaves open
 ) -> np.ndarray:       # uint8 (16, 16, 3)
     "A picture of a scene."
-    cells = [TEMPLATES[0][1]]*4
+    cells, shift = [TEMPLATES[0][1]]*4, int(rng.random()*SHIFTS**2)                      # one shift for all: objects never touch
     for g, half in scene.parts():
-        for c in HALVES[half] if g.count == 2 else (HALVES[half][int(rng.random()*2)],):
-            cells[c] = TEMPLATES[1 + KINDS.index((g.colour, g.form))*SHIFTS**2 + int(rng.random()*SHIFTS**2)][1]
+        for c in HALVES[half] if g.count == 2 else (HALVES[half][int(rng.random()*2)],): cells[c] = TEMPLATES[1 + KINDS.index((g.colour, g.form))*SHIFTS**2 + shift][1]
     return np.concatenate([np.concatenate(cells[:2], 1), np.concatenate(cells[2:], 1)])
 
 def draw_pictures(scenes: list, seed) -> Tensor:  # uint8 (n, 3, 16, 16)
