@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np, pytest, torch
 from torch import nn
 from uvit_repro.config import MODELS, PROTOCOLS, ModelConfig, ParameterError, experiment, resolve_name, with_overrides
-from uvit_repro.genvit import ARMS, IMAGES, PRESETS, GenViT, TimeEmbedding, arm, drop_masks, from_config, load_genvit, match_width, own_recipe, scale_shift
+from uvit_repro.genvit import ARMS, IMAGES, PRESETS, GenViT, TimeEmbedding, arm, drop_masks, from_config, load_genvit, own_recipe, scale_shift
 from uvit_repro.layers import init_weights, set_attention
 from uvit_repro.results import CheckpointError
 from uvit_repro.scaling import macs_of, meta_model, model_inputs, params_of
@@ -22,7 +22,7 @@ def test_published_counts_exactly():
 @pytest.mark.parametrize("path", ["sdpa", "matrix"])
 def test_released_outputs(path):
     d, part = golden_file("genvit"); cfg, inp = json.loads(str(d["config"])), part("input")
-    net = GenViT(cfg["img_size"], cfg["patch_size"], 3, cfg["dim"], cfg["depth"], cfg["heads"], cfg["mlp_dim_ratio"], cfg["num_classes"], time_twice=False).eval()
+    net = GenViT(cfg["img_size"], cfg["patch_size"], 3, cfg["dim"], cfg["depth"], cfg["heads"], cfg["mlp_dim_ratio"], cfg["num_classes"]).eval()
     assert list(part("state")) and set(net.state_dict()) == set(part("state")); net.load_state_dict(part("state")); set_attention(net, path)
     with torch.inference_mode(): assert float((net(inp["x"], inp["t"]) - torch.tensor(d["output"])).abs().max()) < 1e-5
     twice = load_genvit(part("state"), cfg["heads"])
@@ -49,7 +49,7 @@ def test_scale_and_shift_are_per_token_by_a_direct_loop():
 
 def test_the_whole_network_by_hand():
     "Forward pass written out from the notes, one head at a time, with both uses of the time."
-    net = init_weights(GenViT(**small), 0).eval(); S = {k: v.double() for k, v in net.state_dict().items()}; x, t = torch.randn(2, 1, 8, 8, generator=gen()), torch.tensor([7.0, 431.0])
+    net = init_weights(GenViT(**small, time_twice=True), 0).eval(); S = {k: v.double() for k, v in net.state_dict().items()}; x, t = torch.randn(2, 1, 8, 8, generator=gen()), torch.tensor([7.0, 431.0])
     lin = lambda h, n: h @ S[f"{n}.weight"].T + S.get(f"{n}.bias", 0)
     def ln(h, n):
         m = h.mean(-1, keepdim=True); return (h - m)/((h - m).square().mean(-1, keepdim=True) + 1e-5).sqrt()*S[f"{n}.weight"] + S[f"{n}.bias"]
@@ -117,12 +117,6 @@ def test_arms_differ_in_what_they_say():
     paper = arm("paper", "own"); assert paper.train.n_steps == 195_000 and paper.train.warmup_steps == 3900 and paper.train.lr*paper.train.lr_final == pytest.approx(1e-6) and paper.sampling.sampler == "ancestral" and paper.sampling.nfe == 1000 and not paper.data.flip
     assert own_recipe(1000, weight=100)["grad_clip"] == pytest.approx(0.01)
     with pytest.raises(ParameterError, match="own, uvit"): arm("gpu", "theirs")
-
-
-def test_match_width():
-    base = experiment("laptop"); want = params_of(with_overrides(base, embed_dim=96)); assert match_width(base, want).model.embed_dim == 96
-    m = match_width(with_overrides(base, model="GenViT"), macs_of(base), "macs"); others = [abs(macs_of(with_overrides(m, embed_dim=m.model.embed_dim + d)) - macs_of(base)) for d in (-4, 4)]
-    assert abs(macs_of(m) - macs_of(base)) <= min(others)
 
 
 def test_trains_and_resumes_bit_for_bit(tmp_path, monkeypatch):

@@ -176,7 +176,8 @@ class Diffusion:
         diff = out[:, :C].float() - self.target(x0, t, eps)
         simple = (diff.square() if self.cfg.loss == "mse" else diff.abs()).flatten(1).mean(1)
         if self.cfg.variance == "fixed": return simple
-        if out.shape[1] != 2*C: raise ParameterError(f"variance = 'learned' needs a network with {2*C} output channels, and this one has {out.shape[1]}; use a backbone that predicts variances, or variance = 'fixed'")
+        if out.shape[1] != 2*C:
+            raise ParameterError(f"variance = 'learned' needs a network with {2*C} output channels, and this one has {out.shape[1]}; use a backbone that predicts variances, or variance = 'fixed'")
         return simple + variance_loss(self, out[:, :C], out[:, C:], x0, xt, t)
 
 # %% ../nbs/01_background.ipynb #01-posterior

@@ -6,9 +6,9 @@
 __all__ = ['TOKENS', 'PRESETS', 'IMAGES', 'OWN', 'EPOCHS', 'EPOCH_STEPS', 'WARMUP_EPOCHS', 'OWN_SAMPLING', 'ARMS',
            'TimeEmbedding', 'scale_shift', 'XavierLinear', 'SelfAttention', 'FeedForward', 'PreNorm', 'Block',
            'draw_flow', 'drop_masks', 'check_sizes', 'GenViT', 'load_genvit', 'refuse_fields', 'condition_fields',
-           'from_config', 'own_recipe', 'match_width', 'arm']
+           'from_config', 'own_recipe', 'arm']
 
-# %% ../nbs/11a_genvit.ipynb #11a-9a98c195
+# %% ../nbs/11a_genvit.ipynb #11a-f48f1174
 import math
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .config import Experiment, ModelConfig, ParameterError, check_geometry, experiment, read_options, with_overrides
 from .layers import Attention, Mlp, init_weights, patchify, unpatchify
 from .results import CheckpointError, load_tensors
+from .unet import match_experiment
 from .uvit import check_input, set_checkpoint
 
 # %% ../nbs/11a_genvit.ipynb #11a-timeembedding
@@ -136,7 +137,7 @@ def check_sizes(img_size, patch_size, embed_dim, depth, num_heads):
 # %% ../nbs/11a_genvit.ipynb #11a-genvit
 class GenViT(nn.Module):
     "GenViT, with the published CIFAR-10 configuration as its defaults: 11,185,068 parameters. Names and shapes of its state are the released ones."
-    def __init__(self, img_size=32, patch_size=4, in_chans=3, embed_dim=384, depth=9, num_heads=12, mlp_ratio=2.0, classifier=10, drop_path=0.1, time_twice=True,
+    def __init__(self, img_size=32, patch_size=4, in_chans=3, embed_dim=384, depth=9, num_heads=12, mlp_ratio=2.0, classifier=10, drop_path=0.1, time_twice=False,
                  num_classes=None, clip_dim=None, num_clip_token=77, use_checkpoint=False, checkpoint_keep=0.0):
         super().__init__()
         check_sizes(img_size, patch_size, embed_dim, depth, num_heads)
@@ -253,24 +254,6 @@ def own_recipe(
 
 OWN_SAMPLING = dict(sampler="ancestral", nfe=1000, clip=True)
 
-# %% ../nbs/11a_genvit.ipynb #11a-match_width
-def match_width(
-    exp: Experiment,      # whose width is to change; heads stay
-    budget: float,        # parameters, or multiply-accumulates of one image
-    what: str = "params"  # params | macs
-) -> Experiment:          # the same with the width that comes nearest
-    "The experiment at the width nearest to a budget, a multiple of the number of heads."
-    from uvit_repro.scaling import macs_of, meta_model
-    if what not in ("params", "macs"): raise ParameterError(f"what = {what!r}: allowed are 'params' and 'macs'")
-    step, count = math.lcm(exp.model.num_heads, 4), dict(params=lambda e: sum(p.numel() for p in meta_model(e).parameters()), macs=macs_of)[what]
-    at = lambda k: with_overrides(exp, embed_dim=k*step)
-    lo, hi = 1, 2
-    while count(at(hi)) < budget: lo, hi = hi, 2*hi
-    while hi - lo > 1:
-        mid = (lo + hi)//2
-        lo, hi = (mid, hi) if count(at(mid)) < budget else (lo, mid)
-    return at(min((lo, hi), key=lambda k: abs(count(at(k)) - budget)))
-
 # %% ../nbs/11a_genvit.ipynb #11a-arm
 ARMS = {"own": "GenViT, its own recipe", "uvit": "GenViT, U-ViT's recipe", "matched": "U-ViT of GenViT's size", "matched_patch": "U-ViT of GenViT's size and patch"}
 
@@ -288,11 +271,11 @@ def arm(
     if name == "uvit": return genvit
     if name == "own":
         paper = protocol == "paper"; steps = n_steps or (EPOCHS*EPOCH_STEPS if paper else base.train.n_steps)
-        return experiment(protocol, seed=seed, **_changes(genvit), **own_recipe(steps), **(dict(OWN_SAMPLING, precision="fp32") if paper else {}))
+        return experiment(protocol, seed=seed, **_changes(genvit), embed_dim=genvit.model.embed_dim, **own_recipe(steps), **(dict(OWN_SAMPLING, precision="fp32") if paper else {}))
     patch = genvit.model.patch_size if name == "matched_patch" else base.model.patch_size
-    if toy: return match_width(with_overrides(base, patch_size=patch), sum(p.numel() for p in from_config(genvit.model, genvit.data, genvit.train.p_uncond).parameters()))
+    if toy: return match_experiment(genvit, "params", range(8, 2049, base.model.num_heads), **{**_changes(base), "patch_size": patch})[0]
     return with_overrides(base, embed_dim=256, num_heads=4, patch_size=patch)
 
 def _changes(exp: Experiment) -> dict:
     "The fields of a backbone, by their names."
-    return {k: getattr(exp.model, k) for k in ("model", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
+    return {k: getattr(exp.model, k) for k in ("model", "patch_size", "depth", "num_heads", "mlp_ratio")}

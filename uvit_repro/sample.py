@@ -87,7 +87,8 @@ class Denoiser:
     ):
         if cfg_scale != 1 and not null: raise ParameterError(f"cfg_scale = {cfg_scale} needs the null condition; give null=dict(y=...) or use cfg_scale = 1")
         self.model, self.diffusion, self.cfg_scale, self.clip, self.autocast, self.trace = model, diffusion, cfg_scale, clip, autocast, trace
-        if cfg_schedule != "constant" and isinstance(diffusion.process, EDM): raise ParameterError(f"cfg_schedule = {cfg_schedule!r}: needs times of 0 .. 1000, and edm tells its network a logarithm; use cfg_schedule = 'constant'")
+        if cfg_schedule != "constant" and isinstance(diffusion.process, EDM):
+            raise ParameterError(f"cfg_schedule = {cfg_schedule!r}: needs times of 0 .. 1000, and edm tells its network a logarithm; use cfg_schedule = 'constant'")
         self.cfg_channels, self.cfg_schedule, self.cfg_power = cfg_channels, cfg_schedule, cfg_power
         self.null, self.nfe, self._coef = {k: torch.as_tensor(v) for k, v in (null or {}).items()}, 0, {}
 

@@ -211,11 +211,11 @@ def draw_unet(
     return ax
 
 def draw_blocks(
-    axes=None # two axes
+    axes=None # four axes
 ):
     "A residual block of each kind and the two attention blocks, with the places where time and text enter."
     import matplotlib.pyplot as plt
-    axes = plt.subplots(1, 4, figsize=(14, 5.2))[1] if axes is None else axes
+    axes = plt.subplots(1, 4, figsize=(14, 5.6))[1] if axes is None else axes
     res = lambda where: ["group norm, SiLU", "3x3 convolution", *where, "SiLU", "3x3 convolution (starts at 0)"]
     kinds = {"Residual block, LDM": res(["+ linear(time)", "group norm"]), "Residual block, ADM": res(["group norm", "x (1 + linear(time)) + linear(time)"]),
              "Attention, ADM": ["group norm", "self-attention of the pixels", "linear (starts at 0)"],
@@ -228,7 +228,7 @@ def draw_blocks(
         for a, b in zip([0, *ys], [*ys, end]): ax.annotate("", (0, b + 0.14), (0, a - 0.14), arrowprops=dict(arrowstyle="-|>", color="0.3"))
         ax.text(0, 0, "h", ha="center", va="center"); ax.text(0, end, "+", ha="center", va="center", fontsize=14)
         ax.annotate("", (0.12, end), (0.1, 0), arrowprops=dict(arrowstyle="-|>", color="#2a7f3f", connectionstyle="bar,fraction=%.3f" % (-1.55/abs(end))))
-        ax.set(xlim=(-1.9, 1.9), ylim=(-5.6, 0.4)); ax.set_axis_off(); ax.set_title(title, fontsize=11)
+        ax.set(xlim=(-1.9, 1.9), ylim=(-6.3, 0.4)); ax.set_axis_off(); ax.set_title(title, fontsize=11)
     return axes
 
 # %% ../nbs/10_unets.ipynb #10-factors

@@ -11,14 +11,14 @@ __all__ = ['TESTED', 'KINDS', 'VERDICTS', 'NOT_RUN', 'all_records', 'tests_file'
            'what_would_decide', 'count_claim', 'judge_claim', 'verdict', 'all_verdicts', 'verdict_frame',
            'made_up_results', 'paper_effect', 'plot_forest']
 
-# %% ../nbs/98_verdicts.ipynb #98-5802373b
+# %% ../nbs/98_verdicts.ipynb #98-229df88b
 import functools, json, math, re
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 import numpy as np
 from .ablations import main_metric, parameters_of
-from .config import CONFIGS, PROTOCOLS, ParameterError, eval_id, experiment
+from .config import CONFIGS, PROTOCOLS, ParameterError, eval_id, experiment, with_overrides
 from .paper import figure2, load_claims, published, table2
 from .results import load_results
 from .run import repeat_command
@@ -54,9 +54,11 @@ def load_tests(
     if claim not in known: raise ParameterError(f"claim = {claim!r}: known are {', '.join(known)}")
     return known[claim]
 
-def fixed_at() -> str:
+def fixed_at(
+    test: dict = None # of `load_tests`
+) -> str:
     "When the tests were fixed, UTC; what ran earlier was seen."
-    return tests_file()["fixed"]
+    return (test or {}).get("fixed", tests_file()["fixed"])
 
 # %% ../nbs/98_verdicts.ipynb #98-pooled_sd
 def pooled_sd(
@@ -287,8 +289,8 @@ def gather(
     return dict(claim=test["id"], kind=test["kind"], figure=test["figure"], protocol=protocol, comparison=comparison_name(test, arms), arms=arms,
                 metric=metric_of(names[-1], at(arms[-1])), second=test["second"] and metric_of(test["second"], e), dataset=e.data.dataset, n_steps=e.train.n_steps, step=step,
                 margin=math.log(test["factor"]) if speed else float(test["margin"]), value=test.get("value"), needed=test["seeds"],
-                decides=step >= test["steps"] and e.data.dataset in test["datasets"], seeds=seeds, fresh=[s for s in seeds if all(w >= fixed_at() for w in started[s])],
-                old=[s for s, w in started.items() if any(x is not None and x < fixed_at() for x in w)],
+                decides=step >= test["steps"] and e.data.dataset in test["datasets"], seeds=seeds, fresh=[s for s in seeds if all(w >= fixed_at(test) for w in started[s])],
+                old=[s for s, w in started.items() if any(x is not None and x < fixed_at(test) for x in w)],
                 logs=x, extra=logs([test["second"]]*len(arms))[0] if test["second"] else None, why="; ".join(why),
                 keys=[(speed, at(a).run_id, *sorted(planned_evaluations(at(a), step)), metric_of(m, at(a))) for a, m in zip(arms, names)],
                 run_ids=[at(a, s).run_id for s in seeds for a in arms])
@@ -521,7 +523,18 @@ def count_claim(claim: str) -> tuple:
     if claim == "U37":
         paper, got = published("Table 7", "ImageNet 256x256", "U-ViT-H/2", "gflops"), macs_of(CONFIGS["ImageNet 256x256 U-ViT-H/2"])
         return round(got/1e9) == paper, f"{got:,} multiply-accumulates of one forward pass (paper {paper:g} GFLOPs)"
-    raise ParameterError(f"claim = {claim!r}: counted are U36, U37")
+    if claim in ("D12", "D13"):
+        from uvit_repro.scaling import params_of
+        e = with_overrides(CONFIGS["ImageNet 256x256 U-ViT-L/2"], model="DiffiT-latent", embed_dim=1152, depth=28, conv="after", p_uncond=0.1)
+    if claim == "D12":
+        from uvit_repro.diffit import diffit_macs
+        p, m, less = params_of(e), macs_of(e) - diffit_macs()["attention products"], 100*(1 - params_of(e)/1e6/675) # DiT-XL/2 has 675M
+        return round(p/1e6) == 561 and round(m/1e9) == 114 and abs(less - 16.88) < 0.05, f"{p:,} parameters and {m:,} multiply-accumulates in linear layers with 28 blocks ({macs_of(e):,} with the products of attention); {less:.2f} % fewer parameters than DiT-XL/2's 675M"
+    if claim == "D13":
+        way = lambda t: params_of(with_overrides(e, options=f"time={t}")) - params_of(with_overrides(e, options="time=none")); d, n = e.model.embed_dim, e.model.depth
+        ours, theirs = way("tmsa")/n/d**2, way("adaln_zero")/n/d**2
+        return round(ours) == 3 and round(theirs) == 6, f"TMSA adds {ours:.3f} d^2 numbers per block, adaLN-zero {theirs:.3f} d^2 (d = {d})"
+    raise ParameterError(f"claim = {claim!r}: counted are U36, U37, D12, D13")
 
 # %% ../nbs/98_verdicts.ipynb #98-judge_claim
 NOT_RUN = dict(checkpoint="needs {}; released weights are evaluated in chapter 07", benchmark="needs {}", later="needs {}", not_testable="no test is possible without {}")
