@@ -123,6 +123,7 @@ def expand(t: Tensor, like: Tensor) -> Tensor:
     "(B,) to (B, 1, 1, 1) in the dtype of `like`."
     return t.to(like.dtype).reshape(-1, *(1,)*(like.dim()-1))
 
+# %% ../nbs/01_background.ipynb #01-diffusion
 class Diffusion:
     "A process together with what the network predicts: everything between a network and a loss or a sampler."
     def __init__(self, cfg: DiffusionConfig):

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'QUALITY', 'COUNTS', 'TIMES_AND_BYTES', 'PARTS', 'CIFAR', 'TABLE2_ON', 'NOT_RUN', 'SEEDS', 'EMBEDDED', 'OPEN',
-           'EXECUTORS', 'spec', 'needs', 'scaled', 'figure_spec', 'uvit_spec', 'quality_spec', 'other_spec', 'slug',
-           'cell_id', 'registry', 'keep_steps', 'paper_experiment', 'smaller_experiment', 'no_experiment',
-           'cell_experiments', 'cell_experiment', 'position', 'measurement', 'computed', 'chosen', 'ledger', 'measured',
-           'ours', 'machine_key', 'precision_on', 'timed_updates', 'probe_throughput', 'paper_gpu', 'predict', 'Job',
-           'select', 'from_command', 'jobs', 'data_status', 'obstacle', 'held', 'progress', 'state', 'plan', 'hours',
-           'plan_lines', 'plan_json', 'claim', 'Live', 'attempts', 'habits', 'note_attempt', 'BudgetSpent', 'Campaign',
-           'run_one', 'run_jobs', 'run', 'submitted_run', 'submit', 'prediction_report', 'plot_predictions', 'check',
-           'verify_seal', 'verify_run', 'statistics_values', 'verify_measurements', 'verify_log', 'verify',
-           'doctor_versions', 'doctor', 'doctor_machine']
+           'EXECUTORS', 'spec', 'configurations', 'scaled', 'figure_spec', 'uvit_spec', 'quality_spec', 'unet_spec',
+           'diffit_spec', 'genvit_spec', 'other_spec', 'slug', 'cell_id', 'registry', 'keep_steps', 'paper_experiment',
+           'smaller_experiment', 'no_experiment', 'cell_experiments', 'cell_experiment', 'position', 'measurement',
+           'computed', 'genvit_parameters', 'chosen', 'ledger', 'measured', 'ours', 'machine_key', 'precision_on',
+           'timed_updates', 'probe_throughput', 'paper_gpu', 'predict', 'Job', 'select', 'from_command', 'jobs',
+           'data_status', 'obstacle', 'held', 'progress', 'state', 'plan', 'hours', 'plan_lines', 'plan_json', 'claim',
+           'Live', 'attempts', 'habits', 'note_attempt', 'BudgetSpent', 'Campaign', 'run_one', 'run_jobs', 'run',
+           'submitted_run', 'submit', 'prediction_report', 'plot_predictions', 'check', 'verify_seal', 'verify_run',
+           'statistics_values', 'verify_measurements', 'verify_log', 'verify', 'doctor_versions', 'doctor',
+           'doctor_machine']
 
 # %% ../nbs/13a_campaign.ipynb #13a-7cb10093
 import contextlib, functools, importlib, importlib.util, json, math, os, re, shlex, shutil, sys, threading, time
@@ -28,7 +29,7 @@ from .results import SEAL, load_runs, published_root, runs_root, seal, sha256_fi
 from .run import measurements_of, missing_measurements, cached_certificate, chapter_parameters, default_workers, repeat_command, run_chapter
 from .train import Trainer, build_model, clock, lr_at, pick_device, step_randomness
 
-# %% ../nbs/13a_campaign.ipynb #13a-8633f195
+# %% ../nbs/13a_campaign.ipynb #13a-1813488b
 KINDS = {   # kind: what it means
     "reproducible": "measured on a training run of this model: has an experiment",
     "statement": "a finding in words; where it is about this model, with the runs that bear on it",
@@ -38,7 +39,7 @@ KINDS = {   # kind: what it means
     "memory": "bytes on the paper's machines",
     "quoted": "another method's number, or this model's as measured by others",
     "part": "an autoencoder or a text encoder that is taken, not built",
-    "other model": "a network that has a chapter of its own",
+    "other model": "another network's number for which no run is prepared here; the reason stands beside it",
 }
 QUALITY = dict(FID="fid", sFID="sfid", IS="inception_score", precision="precision_inception", recall="recall_inception")   # paper's metric: ours, over Inception features
 COUNTS = ("layers", "hidden_size", "mlp_size", "heads", "params_M", "params_exact", "gflops", "tokens")
@@ -63,13 +64,14 @@ def spec(
     "What is known about a cell beyond its row of the record."
     return dict(kind=kind, reason=reason, base=base, fields=tuple(fields) if base else (), measure=measure, step=step, num_samples=num_samples, sampling=sampling or {}, curve=curve)
 
-def needs(
-    module: str, # of this package, as design names it
-    what: str    # in words
-) -> str:        # the reason of a cell
-    "Why a cell has no experiment yet, true also on the day when the module exists."
-    there = importlib.util.find_spec(f"uvit_repro.{module}") is not None
-    return f"needs {what} (module {module}, " + ("built, its cells are not joined yet)" if there else "not yet built)")
+@functools.lru_cache(None)
+def configurations() -> dict:
+    "The released configurations, and the published runs of the other backbones (chapters 10, 11a, 12), by name."
+    from uvit_repro.diffit import RUNS, published_run
+    from uvit_repro.genvit import arm
+    from uvit_repro.unet import appendix
+    diffit = {f"DiffiT {k}": published_run(k) for k in RUNS}
+    return {**CONFIGS, **{f"U-Net, Appendix {k}": e for (k, n), e in appendix().items() if n == "U-Net"}, **diffit, "DiffiT ImageNet 256x256, 30 blocks": with_overrides(diffit["DiffiT ImageNet 256x256"], depth=30), "GenViT CIFAR10": arm("paper", "own")}
 
 # %% ../nbs/13a_campaign.ipynb #13a-scaled
 _fast = dict(sampler="dpm_solver_fast", nfe=50)
@@ -101,7 +103,7 @@ def figure_spec(r) -> dict:
     if r.source == "Figure 7":
         measure = dict(CKA_adjacent_mean="cka_neighbours", CKA_offdiagonal_mean="cka_all_pairs").get(r.metric, r.metric.lower().replace("_adjacent", ""))      # as chapter 09 calls them
         return spec("reproducible", "read off the heat map; noise levels and samples are not stated", CIFAR, [_figure7[r.method]], measure, None, 10_000, _fast, "all")
-    return spec("statement", needs("unet", "the ADM U-Net"))
+    return spec("statement", "the curve of the ADM U-Net is not printed in numbers; the cells of Appendix E have the runs")
 
 # %% ../nbs/13a_campaign.ipynb #13a-uvit_spec
 _gone = re.compile(r"no guidance|no classifier-free guidance")
@@ -113,7 +115,7 @@ def uvit_spec(r) -> dict:
     if r.source == "External": return spec("quoted", "measured by others on the released weights, or trained by others")
     if r.metric in TIMES_AND_BYTES:
         return spec(TIMES_AND_BYTES[r.metric], "a property of the paper's machines; uvit-repro bench measures this one", own if own in CONFIGS else "")
-    if unet and (r.metric in QUALITY or r.metric in COUNTS) and r.condition not in PARTS: return spec("other model", needs("unet", "the authors' U-Net"))
+    if unet and (r.metric in QUALITY or r.metric in COUNTS) and r.condition not in PARTS: return unet_spec(r)
     if r.source == "Section 3.1": return spec("statement", "judged by the metric of Figure 2", CIFAR, [dict(pos_embed="none")], "fid", 500_000, 10_000, _fast, "all")
     if r.metric == "n_images": return spec("setting", "a fact about the data")
     if r.metric == "gflops_decoder" or (r.condition in PARTS and (own in CONFIGS or unet)): return spec("part", "taken, not built: Stable Diffusion's autoencoder, CLIP's text encoder")
@@ -121,7 +123,7 @@ def uvit_spec(r) -> dict:
     if own in CONFIGS and r.metric in QUALITY: return quality_spec(r, own)
     if r.metric in QUALITY or r.metric in COUNTS: return spec("quoted", "taken by the paper from elsewhere")
     where = own if own in CONFIGS else "ImageNet 256x256 U-ViT-L/2" if r.dataset == "ImageNet 256x256" and not unet else "" if unet else CIFAR
-    return spec("setting", needs("unet", "the authors' U-Net") if unet else "", where, measure=r.metric)
+    return spec("setting", "the authors' U-Net; what is not printed is filled in as chapter 10 says" if unet else "", where, measure=r.metric)
 
 def quality_spec(r, own: str) -> dict:
     "A quality of samples of a released configuration: Tables 1, 3, 4, 7, Appendix E, README."
@@ -131,14 +133,39 @@ def quality_spec(r, own: str) -> dict:
     if r.source != "Table 3": return spec("reproducible", reason, own, measure=QUALITY[r.metric], sampling=sampling)
     return spec("reproducible", "50K samples assumed, the paper does not say", own, [{}], "fid", int(r.steps), 50_000, dict(nfe=int(r.nfe)), (200_000,))
 
+def unet_spec(r) -> dict:
+    "The specification of a row about the authors' U-Nets (Table 4, Appendices B and E)."
+    base, open_ = "U-Net, Appendix B" if r.dataset.startswith("MS-COCO") else "U-Net, Appendix E", "what the paper leaves open about the U-Net is filled in as chapter 10 says"
+    if r.metric in COUNTS: return spec("computed", open_, base, measure=r.metric)
+    return spec("reproducible", open_, base, measure=QUALITY[r.metric], sampling=dict(cfg_scale=1.0) if _gone.search(r.condition) else {})
+
+def diffit_spec(r) -> dict:
+    "The specification of a row about DiffiT itself."
+    latent = r.dataset.startswith("ImageNet"); base = "DiffiT " + r.dataset + (", 30 blocks" if "30 blocks" in r.method else "")
+    if r.metric in COUNTS: return spec("computed", "", base, measure="gflops_linear" if r.metric == "gflops" else r.metric)
+    if latent: return spec("reproducible", "the number of iterations is not stated; or its released file, by uvit_repro.diffit.load_released", base, measure=QUALITY[r.metric])
+    if r.dataset != "CIFAR10": return spec("other model", f"{r.dataset} has no loader; images of one's own: dataset = folder:PATH")
+    adopted = r.method == "DiffiT" or r.method.startswith(("E:", "H:", "mixed", "positional")) or r.condition.startswith("row 3")
+    time = dict(F="bias", G="mlp").get(r.method[0] if r.source == "Table 6" else "")
+    if not adopted and not time: return spec("other model", "a variant that chapter 12 does not have")
+    return spec("reproducible", "our reading of the image model; without the paper's augmentation", base, [dict(options=f"window=4,time={time}") if time else {}], QUALITY[r.metric])
+
+def genvit_spec(r) -> dict:
+    "The specification of a row about GenViT itself."
+    if r.metric in COUNTS: return spec("computed", "with the classifier that the released class carries", "GenViT CIFAR10", measure="genvit_" + r.metric)
+    if "HybViT" in r.method: return spec("other model", "joint training of classifier and generator is not built")
+    if r.dataset != "CIFAR10": return spec("other model", f"{r.dataset} has no loader; images of one's own: dataset = folder:PATH")
+    k = re.search(r"(\d+)(K?) samples", r.condition)
+    return spec("reproducible", "GenViT's own recipe (chapter 11a)", "GenViT CIFAR10", [{}], QUALITY[r.metric], num_samples=int(k[1])*(1000 if k[2] else 1) if k else 50_000)
+
 def other_spec(r) -> dict:
     "The specification of a row about DiffiT or GenViT."
-    module, what = dict(DiffiT=("diffit", "DiffiT"), GenViT=("genvit", "GenViT"))[r.paper]
     theirs = r.paper == "GenViT" or r.source not in ("Table 1", "Table 2", "Table 9") or r.method == "DiffiT"
     if not theirs: return spec("quoted", "taken by that paper from elsewhere")
-    if r.metric.endswith(("_direction", "_pct")) and r.metric != "accuracy_pct": return spec("statement", needs(module, what))
-    measured = r.metric in QUALITY or r.metric in COUNTS or r.metric == "accuracy_pct"
-    return spec("other model" if measured else "setting", needs(module, what))
+    chapter = dict(DiffiT="12", GenViT="11a")[r.paper]
+    if r.metric.endswith(("_direction", "_pct")) and r.metric != "accuracy_pct": return spec("statement", f"a relation of other cells of {r.paper}; chapter {chapter} has its commands")
+    if r.metric in QUALITY or r.metric in COUNTS or r.metric == "accuracy_pct": return dict(DiffiT=diffit_spec, GenViT=genvit_spec)[r.paper](r)
+    return spec("setting", f"{r.paper}'s own; chapter {chapter} has its configuration")
 
 # %% ../nbs/13a_campaign.ipynb #13a-slug
 def slug(text: str) -> str:
@@ -185,7 +212,7 @@ def paper_experiment(
     seed: int = 0
 ) -> Experiment:        # at protocol paper, measured where the cell is
     "The released configuration with the change and the evaluation of a cell."
-    e = with_overrides(CONFIGS[c.base], seed=seed, **fields); keep = keep_steps(e)
+    e = with_overrides(configurations()[c.base], seed=seed, **fields); keep = keep_steps(e)
     last = c.step is None or c.step == e.train.n_steps
     if last and c.num_samples is None and not c.sampling and c.curve is None: return e                # the configuration as it was released
     n = c.num_samples or e.evaluation.num_samples
@@ -247,7 +274,7 @@ def position(
     if exp.protocol == "paper":
         step = c.step or n
         return step, c.num_samples or e.num_samples
-    whole = 50_000 if c.place == "Figure 3" else CONFIGS[c.base].train.n_steps
+    whole = 50_000 if c.place == "Figure 3" else configurations()[c.base].train.n_steps
     step = (c.step or whole)*n/whole
     return (n, e.num_samples) if step == n else (int(step), e.curve_samples) if step in e.curve_steps else None
 
@@ -269,15 +296,28 @@ NOT_RUN, SEEDS = "not run", tuple(range(10)) + (1234,)
 def computed(c):
     "A count of a cell, from the architecture alone."
     from uvit_repro.scaling import macs_of
-    e = with_overrides(CONFIGS[c.base], **{k: v for f in c.fields for k, v in f.items()}); m = e.model
+    if c.measure.startswith("genvit_"): n = genvit_parameters(c.dataset); return n/1e6 if c.measure.endswith("_M") else n
+    e = with_overrides(configurations()[c.base], **{k: v for f in c.fields for k, v in f.items()}); m = e.model
     tokens = (e.data.img_size//m.patch_size)**2 + {"none": 1, "class": 2, "text": 1 + e.data.text_tokens}[m.condition]
+    def linear():                                                                      # of the tokens, as the record counts DiffiT
+        from uvit_repro.diffit import diffit_macs
+        parts = diffit_macs(e.data.img_size, m.patch_size, e.data.in_chans, m.embed_dim, m.depth)
+        return (macs_of(e) - sum(v for k, v in parts.items() if k != "linear layers of tokens"))/1e9
     return dict(layers=lambda: m.depth, hidden_size=lambda: m.embed_dim, mlp_size=lambda: round(m.embed_dim*m.mlp_ratio), heads=lambda: m.num_heads, tokens=lambda: tokens,
-                params_exact=lambda: parameters_of(e), params_M=lambda: parameters_of(e)/1e6, gflops=lambda: macs_of(e)/1e9)[c.measure]()
+                params_exact=lambda: parameters_of(e), params_M=lambda: parameters_of(e)/1e6, gflops=lambda: macs_of(e)/1e9, gflops_linear=linear)[c.measure]()
+
+def genvit_parameters(dataset: str) -> int:
+    "Trainable numbers of a published GenViT, with its classifier."
+    import torch
+    from uvit_repro.genvit import IMAGES, PRESETS, GenViT
+    name, (side, classes) = {"CIFAR100": ("GenViT CIFAR10", (32, 100)), "ImageNet 32x32": ("GenViT CIFAR10", (32, 1000))}.get(dataset) or (f"GenViT {dataset}", IMAGES[f"GenViT {dataset}"])
+    p = PRESETS[name]
+    with torch.device("meta"): return sum(v.numel() for v in GenViT(side, p["patch_size"], 3, p["embed_dim"], p["depth"], p["num_heads"], p["mlp_ratio"], classes).parameters())
 
 def chosen(c):
     "What our configuration says about a setting of the paper."
     fixed = dict(optimizer="AdamW", dropout="0.0")                                  # not fields: this package has no other
-    return {**as_table5(CONFIGS[c.base]), **fixed}.get(c.measure, "not a field of ours") if c.base else c.reason
+    return {**as_table5(configurations()[c.base]), **fixed}.get(c.measure, "not a field of ours") if c.base else c.reason
 
 def ledger(
     results   # `load_results()`
@@ -882,7 +922,7 @@ def verify_measurements(rows: list, folder: Path, expected: dict):
         eid, m = r["eval_id"], r["metric"]; place = f"{at}, {eid}"; seen.add((eid, m))
         if eid not in expected: check(rows, m, place, "in the ledger", "no such evaluation in run.json"); continue
         x, step, n = expected[eid]; value = given[eid].get(m, "not in the statistics")
-        check(rows, m, place, float(r["value"]) if r["value"] else None, value, rel=1e-7 if m.startswith(("fd_", "fid", "kid")) else 1e-12, low=1e-12)
+        check(rows, m, place, float(r["value"]) if r["value"] else None, value, rel=1e-7 if m.startswith(("fd_", "fid", "sfid", "kid")) else 1e-12, low=1e-12)
         fixed = dict(run_id=folder.name, seed=str(x.seed), step=str(step), protocol=x.protocol, variant=variant_name(x.model), model=x.model.model, dataset=content_name(x.data)[0], weights=x.sampling.weights)
         if n: fixed.update(sampler=x.sampling.sampler, nfe=str(x.sampling.nfe), cfg_scale=str(x.sampling.cfg_scale))
         check(rows, f"columns of {m}", place, {k: r[k] for k in fixed}, fixed)

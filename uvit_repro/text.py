@@ -14,7 +14,7 @@ __all__ = ['CLIP_MODEL', 'CLIP_FILES', 'N_PROMPTS', 'N_HELD_OUT', 'FORMAT', 'VER
            'ShapeTexts', 'load_shapes', 'prompt_accuracy', 'draw_captions', 'table4_experiments', 'paper_table4',
            'write_contexts', 'main']
 
-# %% ../nbs/08_mscoco.ipynb #08-7249ef3d
+# %% ../nbs/08_mscoco.ipynb #08-0aa38e5c
 import gzip, hashlib, itertools, json, math, os, random, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from .config import CONFIGS, DataConfig, ParameterError, data_root as data_folder, key_seed
+from .config import CONFIGS, CONTENT, DataConfig, ParameterError, data_root as data_folder, key_seed
 from .data import Data, _sum
 from .latents import StoreError, begin_store, encode_images, file_problem, from_store, load_autoencoder, Store, verify_store, weights_sum
 from .results import load_tensors, run_lock, sha256_file, sweep_unfinished, write_atomic, write_json
@@ -517,6 +517,7 @@ def load_shapes(
     held = torch.tensor([hashlib.sha256(p.tobytes()).digest()[0] % HOLD_SHAPES == 0 for p in x.numpy()]); some = lambda m: [s for s, m in zip(scenes, m.tolist()) if m]
     said = hashlib.sha256("\n".join(caption(s, w) for s in scenes for w in (0, 1)).encode()).hexdigest(); codes = repr((TEXT_TOKENS, FADE, [(w, c.int().tolist()) for w, c in _codes.items()]))
     sha = hashlib.sha256((said + _sum((x.permute(0, 2, 3, 1).numpy(), held.long().numpy())) + codes).encode()).hexdigest()
+    if sha != CONTENT.get("shapes", sha): raise ValueError(f"shapes: the pictures drawn here have the sum {sha}, expected {CONTENT['shapes']}: this Python or this code draws otherwise")
     judge = lambda images, start=0: judge_pictures(images, [prompt_scene(i) for i in range(start, start + len(images))])
     none = torch.zeros(len(x), dtype=torch.int64)
     return Data("shapes", x[~held], none[~held], x[held], none[held], 0, [], sha, texts=ShapeTexts(some(~held), some(held)), judge=judge)

@@ -50,8 +50,10 @@ class UNet(nn.Module):
     "What both U-Nets share: calling convention, sizes, initial weights, checkpointing. `diffusers` computes."
     zeros = ()                                                             # names of the layers that end a branch and start at zero
     def __init__(self, net: nn.Module, sizes: dict, use_checkpoint=False):
+        from diffusers.models.embeddings import TimestepEmbedding, Timesteps
         super().__init__()
-        self.net, self.sizes = net, sizes
+        self.net, self.sizes, C = net, sizes, sizes["channels"]
+        net.time_proj, net.time_embedding = Timesteps(C, flip_sin_to_cos=True, downscale_freq_shift=0), TimestepEmbedding(C, 4*C)   # of the base width, as in both papers' code
         for k in ("img_size", "in_chans", "num_classes", "clip_dim"): setattr(self, k, sizes[k])
         self.num_clip_token = sizes["num_clip_token"] if self.clip_dim else 0
         for b in (*net.down_blocks, net.mid_block, *net.up_blocks): b.is_block = True          # what `compile_blocks` compiles: one resolution at a time
@@ -93,7 +95,7 @@ class LatentUNet(UNet):
         net = UNet2DConditionModel(sample_size=img_size, in_channels=in_chans, out_channels=out, block_out_channels=[channels*m for m in mult], layers_per_block=res_blocks,
             down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in at], up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in at[::-1]],
             mid_block_type="UNetMidBlock2DCrossAttn", cross_attention_dim=[clip_dim or channels*m for m in mult], attention_head_dim=num_heads,   # diffusers' name for the number of heads
-            norm_num_groups=auto_groups(channels*math.gcd(*mult)), num_class_embeds=num_classes)
+            norm_num_groups=auto_groups(channels*math.gcd(*mult)), time_embedding_dim=4*channels, num_class_embeds=num_classes)
         super().__init__(net, dict(img_size=img_size, in_chans=in_chans, out_chans=out, channels=channels, mult=tuple(mult), res_blocks=res_blocks, attention=tuple(attention),
             num_classes=num_classes, clip_dim=clip_dim, num_clip_token=num_clip_token, transformer=True, scale_shift=False, resblock_updown=False), use_checkpoint)
 
@@ -109,14 +111,12 @@ class ADMUNet(UNet):
         common = channels*math.gcd(*mult); head_width, groups = head_width or auto_head(common), auto_groups(common)
         if common % head_width: raise ParameterError(f"head_width = {head_width} does not divide the widths {sorted({channels*m for m in mult})}")
         from diffusers import UNet2DModel
-        from diffusers.models.embeddings import TimestepEmbedding, Timesteps
         at, out, change = [2**i in attention for i in range(len(mult))], out_chans or in_chans, "resnet" if resblock_updown else "conv"
         plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if resblock_updown else ("DownBlock2D", "UpBlock2D")
         net = UNet2DModel(sample_size=img_size, in_channels=in_chans, out_channels=out, block_out_channels=[channels*m for m in mult], layers_per_block=res_blocks,
             down_block_types=["AttnDownBlock2D" if a else plain[0] for a in at], up_block_types=["AttnUpBlock2D" if a else plain[1] for a in at[::-1]],
             attention_head_dim=head_width, norm_num_groups=groups, attn_norm_num_groups=groups, resnet_time_scale_shift="scale_shift" if scale_shift else "default",
             downsample_type=change, upsample_type=change, time_embedding_dim=4*channels, num_class_embeds=num_classes)
-        net.time_proj, net.time_embedding = Timesteps(channels, flip_sin_to_cos=True, downscale_freq_shift=0), TimestepEmbedding(channels, 4*channels)
         super().__init__(net, dict(img_size=img_size, in_chans=in_chans, out_chans=out, channels=channels, mult=tuple(mult), res_blocks=res_blocks, attention=tuple(attention),
             num_classes=num_classes, clip_dim=None, num_clip_token=0, transformer=False, scale_shift=scale_shift, resblock_updown=resblock_updown), use_checkpoint)
 
