@@ -270,6 +270,9 @@ def check_experiment(e):
     if m.model == "UViT": check_geometry(d.img_size, m.patch_size, m.embed_dim, m.depth, m.num_heads)   # the other backbones say themselves what fits
     if m.model == "UViT" and m.options: raise ParameterError(f"options = {m.options!r}: U-ViT has none; its choices are skip, time, conv, patch_embed, pos_embed")
     if (p.process == "edm") != (p.prediction == "edm"): raise ParameterError(f"process = {p.process!r} with prediction = {p.prediction!r}: edm goes with edm")
+    if p.variance == "learned" and p.process not in ("sd", "linear"): raise ParameterError("variance = 'learned' needs the 1000 steps of process = 'linear' or 'sd'")
+    if s.cfg_channels > d.in_chans: raise ParameterError(f"cfg_channels = {s.cfg_channels}: images have {d.in_chans} channels; use 0 for all")
+    if s.cfg_schedule != "constant" and p.process == "edm": raise ParameterError("cfg_schedule = 'power_cosine': edm has no times from 0 to 1000; use constant")
     if p.beta_max <= p.beta_min: raise ParameterError(f"beta_max = {p.beta_max} must exceed beta_min = {p.beta_min}")
     if len(t.betas) != 2 or max(t.betas) >= 1: raise ParameterError(f"betas = {t.betas}: two numbers in [0, 1)")
     if not t.ema_rates or max(t.ema_rates) >= 1: raise ParameterError(f"ema_rates = {t.ema_rates}: at least one number in [0, 1)")

@@ -803,7 +803,7 @@ def heldout_loss(
             x0 = to_model(images[i].to(device)) if images.dtype == torch.uint8 else images[i].to(device).float()
             cond = ({} if labels is None else dict(y=labels[i].to(device))) | ({} if context is None else dict(context=context[i].to(device).float()))
             with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype is not None):
-                total += diffusion.loss(model, x0, t.expand(len(i)).to(device), eps[i].to(device), **cond).double().sum()
+                total += diffusion.error(model, x0, t.expand(len(i)).to(device), eps[i].to(device), **cond).double().sum()
         losses.append(total/len(images))                                       # on the device: nobody waits for it before the last level
     if was: model.train()
     return dict(t=times.numpy(), lam=diffusion.process.lam(times).numpy(), loss=torch.stack(losses).cpu().numpy())

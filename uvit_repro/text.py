@@ -14,8 +14,8 @@ __all__ = ['CLIP_MODEL', 'CLIP_FILES', 'N_PROMPTS', 'N_HELD_OUT', 'FORMAT', 'VER
            'ShapeTexts', 'load_shapes', 'prompt_accuracy', 'draw_captions', 'table4_experiments', 'paper_table4',
            'write_contexts', 'main']
 
-# %% ../nbs/08_mscoco.ipynb #08-0aa38e5c
-import gzip, hashlib, itertools, json, math, os, random, sys, time
+# %% ../nbs/08_mscoco.ipynb #08-a9b7120a
+import gzip, hashlib, itertools, json, os, random, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -176,7 +176,8 @@ class Coco:
         self.train, self.val = (read_captions(self.root/"annotations"/f"captions_{s}2014.json") for s in ("train", "val"))
         self.prompts = evaluation_prompts(self.val, prompts); self.held_out = min(held_out, len(self.val), prompts); self.image_shape = (3, side, side)
         self.files = [self.root/"train2014"/c.file for c in self.train] + [self.root/"val2014"/self.val[i].file for i, _ in self.prompts[:self.held_out]]
-        self.sha256 = hashlib.sha256(repr([(c.id, c.captions) for c in self.train] + [(self.val[i].id, k, self.val[i].captions[k]) for i, k in self.prompts]).encode()).hexdigest()
+        said = [(c.id, c.captions) for c in self.train] + [(self.val[i].id, k, self.val[i].captions[k]) for i, k in self.prompts]
+        self.sha256 = hashlib.sha256(repr(said).encode()).hexdigest()
         self.name = f"mscoco 2014, captions {self.sha256}"
         self.key = dict(kind="mscoco", sha256=self.sha256, images=len(self.files), held_out=self.held_out, shape=list(self.image_shape))
     def __len__(self): return len(self.files)
@@ -220,22 +221,28 @@ def encode_texts(
     "Encode texts once. The same call resumes, repairs, or finds that all is done."
     if dtype not in ("float32", "float16") or batch < 1 or shard_rows < batch or shard_rows % batch or not texts or texts[0]:
         raise ParameterError(f"dtype = {dtype!r}, batch = {batch}, shard_rows = {shard_rows}: float32 or float16, whole batches in a shard, and the empty text in front")
-    path, start, last = Path(path), time.perf_counter(), [time.perf_counter()]
-    job = dict(texts=hashlib.sha256(json.dumps(texts).encode()).hexdigest(), count=len(texts), encoder=encoder.sha256, shape=[encoder.length, encoder.width], dtype=dtype, batch=batch, shard_rows=shard_rows)
+    path, start, last = Path(path), time.perf_counter(), time.perf_counter()
+    job = dict(texts=hashlib.sha256(json.dumps(texts).encode()).hexdigest(), count=len(texts), encoder=encoder.sha256, shape=[encoder.length, encoder.width],
+               dtype=dtype, batch=batch, shard_rows=shard_rows)
     spans = [(a, min(a + shard_rows, len(texts))) for a in range(0, len(texts), shard_rows)]
     with run_lock(path, say):
-        sweep_unfinished(path); begin_store(path, job); notes = [_shard_note(path, k, b - a, job) for k, (a, b) in enumerate(spans)]
+        sweep_unfinished(path); begin_store(path, job)
+        notes = [_shard_note(path, k, b - a, job) for k, (a, b) in enumerate(spans)]
         todo, done = [k for k, n in enumerate(notes) if n is None], 0
+        total = sum(spans[k][1] - spans[k][0] for k in todo)
         for k in todo:
             a, b = spans[k]; x = np.empty((b - a, *job["shape"]), dtype)
             for i in range(a, b, batch):
-                x[i-a:i-a+batch] = encoder.encode(texts[i:min(i + batch, b)]).cpu().numpy(); done += min(batch, b - i); now = time.perf_counter()
-                if now - last[0] > 15: last[0] = now; total = sum(spans[j][1] - spans[j][0] for j in todo); say(f"encoded {done}/{total} texts, {(now - start)/done*(total - done)/60:.0f} minutes left")
+                x[i-a:i-a+batch] = encoder.encode(texts[i:min(i + batch, b)]).cpu().numpy()
+                done, now = done + min(batch, b - i), time.perf_counter()
+                if now - last > 15: last = now; say(f"encoded {done}/{total} texts, {(now - start)/done*(total - done)/60:.0f} minutes left")
             if not np.isfinite(x).all(): raise FloatingPointError(f"contexts that are not finite as {dtype}: use dtype = float32")
-            f = write_atomic(path/_shard(k), lambda p: np.save(p, x)); notes[k] = dict(rows=b - a, sha256=sha256_file(f)); write_json(path/_shard(k, "json"), notes[k])
-        if todo or not (path/"index.json").exists():
+            f = write_atomic(path/_shard(k), lambda p: np.save(p, x))
+            notes[k] = dict(rows=b - a, sha256=sha256_file(f)); write_json(path/_shard(k, "json"), notes[k])
+        if todo or not all((path/f).exists() for f in ("index.json", "captions.json")):
             f = write_json(path/"captions.json", texts)
-            write_json(path/"index.json", dict(format=FORMAT, version=VERSION, job=job, extra=extra or {}, encoder=dict(name=encoder.name, sha256=encoder.sha256), captions=sha256_file(f), shards=notes))
+            write_json(path/"index.json", dict(format=FORMAT, version=VERSION, job=job, extra=extra or {}, encoder=dict(name=encoder.name, sha256=encoder.sha256),
+                                               captions=sha256_file(f), shards=notes))
     return TextStore(path)
 
 # %% ../nbs/08_mscoco.ipynb #08-textstore
@@ -244,16 +251,19 @@ class TextStore:
     def __init__(self, path):
         self.path, self._maps = Path(path), {}
         if not (self.path/"index.json").is_file():
-            raise FileNotFoundError(f"{path}: no store of texts" + (" yet: repeat the command that encodes it; it goes on where it stopped" if (self.path/"job.json").is_file() else " (no index.json)"))
+            begun = " yet: repeat the command that encodes it; it goes on where it stopped" if (self.path/"job.json").is_file() else " (no index.json)"
+            raise FileNotFoundError(f"{path}: no store of texts{begun}")
         try: i = self.index = json.loads((self.path/"index.json").read_text())
         except ValueError: raise StoreError(f"{self.path/'index.json'} is damaged. Remove it and repeat the command that encoded the store") from None
-        if i.get("format") != FORMAT or i.get("version") != VERSION: raise StoreError(f"{path}: format {i.get('format')!r} version {i.get('version')!r}; this code reads {FORMAT!r} version {VERSION}")
+        if (i.get("format"), i.get("version")) != (FORMAT, VERSION):
+            raise StoreError(f"{path}: format {i.get('format')!r} version {i.get('version')!r}; this code reads {FORMAT!r} version {VERSION}")
         self.job, self.extra = i["job"], i["extra"]
         self.shape, self.dtype = tuple(self.job["shape"]), np.dtype(self.job["dtype"])
         if bad := [p for k, s in enumerate(i["shards"]) if (p := file_problem(self.path/_shard(k), (s["rows"], *self.shape), self.dtype))]: raise StoreError(self.repair(bad))
         self.sha256 = hashlib.sha256(f"{self.job['texts']} {self.job['encoder']} {self.shape} {self.dtype}".encode()).hexdigest()
     def repair(self, bad: list) -> str:
-        return f"{self.path}: {'; '.join(bad[:8])}" + (f"; and {len(bad) - 8} more" if len(bad) > 8 else "") + ". Delete the named file(s) and repeat the command that encoded the store: only these are made again"
+        more = f"; and {len(bad) - 8} more" if len(bad) > 8 else ""
+        return f"{self.path}: {'; '.join(bad[:8])}{more}. Delete the named file(s) and repeat the command that encoded the store: only these are made again"
     def __len__(self): return self.job["count"]
     def __getstate__(self): return dict(self.__dict__, _maps={})
     @property
@@ -270,11 +280,12 @@ class TextStore:
 
 def verify_texts(path, say=None) -> dict:
     "Read every file of a store and compare sums. Raises `StoreError` naming each one that is short, missing or altered."
-    s = TextStore(path); want = {s.path/"captions.json": s.index["captions"], **{s.path/_shard(k): n["sha256"] for k, n in enumerate(s.index["shards"])}}; bad = []
+    s, bad = TextStore(path), []
+    want = {s.path/"captions.json": s.index["captions"], **{s.path/_shard(k): n["sha256"] for k, n in enumerate(s.index["shards"])}}
     for f, sha in want.items():
-        if ok := f.is_file() and sha256_file(f) == sha: pass
-        else: bad.append(f"{f.name} is altered (its sha256 is not the recorded one)" if f.is_file() else f"{f.name} is missing")
-        if say: say(f"{f.name}: {'ok' if ok else 'altered'}")
+        state = "is missing" if not f.is_file() else "ok" if sha256_file(f) == sha else "is altered (its sha256 is not the recorded one)"
+        if state != "ok": bad.append(f"{f.name} {state}")
+        if say: say(f"{f.name}: {state}")
     if bad: raise StoreError(s.repair(bad))
     return dict(files=len(want), bytes=sum(f.stat().st_size for f in want), texts=len(s))
 
@@ -315,7 +326,8 @@ def encode_coco(
 ):
     "Encode MS-COCO: each store resumes where it stopped."
     latents, texts = coco_paths(root)
-    if clip: encode_texts(coco.texts(), clip, texts, dict(coco=coco.name, counts=[len(c.captions) for c in coco.train], prompts=len(coco.prompts), held_out=coco.held_out), dtype, batch, shard_rows, say)
+    extra = dict(coco=coco.name, counts=[len(c.captions) for c in coco.train], prompts=len(coco.prompts), held_out=coco.held_out)
+    if clip: encode_texts(coco.texts(), clip, texts, extra, dtype, batch, shard_rows, say)
     if autoencoder: encode_images(coco, autoencoder, latents, dtype, batch, shard_rows, mirror=False, say=say)
 
 def load_mscoco256(
@@ -325,8 +337,9 @@ def load_mscoco256(
     "MS-COCO at 256x256 as latents and encoded captions (Section 5.3; setup, section 6)."
     latents, texts = coco_paths(root); missing = [p for p in (latents, texts) if not (p/"index.json").is_file()]
     if missing:
-        raise FileNotFoundError(f"mscoco256: {' and '.join(map(str, missing))} " + ("is" if len(missing) == 1 else "are") + " not there, or not complete. Encode MS-COCO once (2.9 and 105 GB, half with --dtype float16) with\n"
-            f"    python -m uvit_repro.text encode --data-root {root}\nwhich says how to get MS-COCO, CLIP and the autoencoder where they are missing, and resumes where it stopped; or set UVIT_DATA (parameter data_root) to the folder that has it")
+        raise FileNotFoundError(f"mscoco256: {' and '.join(map(str, missing))} {'is' if len(missing) == 1 else 'are'} not there, or not complete. "
+            f"Encode MS-COCO once (2.9 and 105 GB, half with --dtype float16) with\n    python -m uvit_repro.text encode --data-root {root}\n"
+            "which says how to get MS-COCO, CLIP and the autoencoder where they are missing, and resumes where it stopped; or set UVIT_DATA (parameter data_root) to the folder that has it")
     store = TextStore(texts); data = from_store(Store(latents), cfg, "mscoco256", root=root); found, want = data.inputs.store.index["source"]["name"], store.extra.get("coco")
     if found != want: raise StoreError(f"{latents} and {texts} were encoded from different captions or images ({found}; {want}): remove one of them and encode it again")
     return replace(data, texts=StoredTexts(store), sha256=hashlib.sha256(f"{data.sha256} {store.sha256}".encode()).hexdigest())
@@ -450,7 +463,8 @@ def judge_picture(
     want, have = scene.objects(), [(*KINDS[k], c) for c, k in enumerate(kinds) if k >= 0]
     missing = [("", "", -1)]*max(0, len(want) - len(have))
     agree = lambda w, h: (w[0] == h[0], w[1] == h[1], h[2] in w[2])
-    best = max(([agree(w, h) for w, h in zip(want, chosen)] for chosen in itertools.permutations(have + missing, len(want))), key=lambda rows: sum(map(sum, rows)))
+    matchings = ([agree(w, h) for w, h in zip(want, chosen)] for chosen in itertools.permutations(have + missing, len(want)))
+    best = max(matchings, key=lambda rows: sum(map(sum, rows)))
     right, counted = [sum(r[i] for r in best) for i in range(3)], len(have) == len(want)
     return dict(zip(ATTRIBUTES, [(r, len(want)) for r in right] + [(int(counted), 1), (int(counted and sum(right) == 3*len(want)), 1)]))
 
@@ -467,7 +481,8 @@ def judge_pictures(
 # %% ../nbs/08_mscoco.ipynb #08-word_code
 TEXT_TOKENS, WORD_BITS, FADE = 8, 32, 0.7
 TEXT_DIM = 3*WORD_BITS
-VOCABULARY = tuple(sorted({w for h in HALVES for k in itertools.product((1, 2), COLOURS, FORMS) for s in (Scene(h, (Group(*k),)), Scene(h, (Group(*k), Group(*k)))) for v in (0, 1) for w in caption(s, v).split()}))
+_every = [Scene(h, (Group(*k),)*n) for h in HALVES for k in itertools.product((1, 2), COLOURS, FORMS) for n in (1, 2)]
+VOCABULARY = tuple(sorted({w for s in _every for v in (0, 1) for w in caption(s, v).split()}))
 
 def word_code(word: str) -> Tensor:  # (32,) of -1 and 1
     "The fixed code of a word."
@@ -500,8 +515,10 @@ class ShapeTexts:
     "Captions of `shapes`: two wordings of each picture; every different caption is encoded once."
     null = torch.zeros(TEXT_TOKENS, TEXT_DIM)
     def __init__(self, train: list, test: list):
-        words = [[caption(s, w) for w in (0, 1)] for s in train + test]; number = {t: i for i, t in enumerate(sorted({t for pair in words for t in pair}))}
-        self.codes = torch.stack([encode_words(t) for t in number]); ids = torch.tensor([[number[t] for t in pair] for pair in words]); self.ids, self.test_ids = ids[:len(train)], ids[len(train):]
+        words = [[caption(s, w) for w in (0, 1)] for s in train + test]
+        number = {t: i for i, t in enumerate(sorted({t for pair in words for t in pair}))}
+        self.codes, ids = torch.stack([encode_words(t) for t in number]), torch.tensor([[number[t] for t in pair] for pair in words])
+        self.ids, self.test_ids = ids[:len(train)], ids[len(train):]
     def read(self, index: Tensor, u: Tensor) -> Tensor: return self.codes[self.ids[index, (u*2).long()]]
     def test(self, index: Tensor) -> Tensor: return self.codes[self.test_ids[index, 0]]
     def prompt(self, i: int) -> str: return caption(prompt_scene(i), i//2 % 2)
@@ -512,12 +529,17 @@ def load_shapes(
     root=None        # not used: the pictures are drawn
 ) -> Data:           # pictures drawn from a fixed seed, one in 32 held out
     "Pictures of coloured forms with captions, and an exact judge of samples (not in the paper)."
-    if (cfg.img_size, cfg.in_chans) != (2*CELL, 3) or cfg.holdout or cfg.num_classes: raise ParameterError(f"shapes: img_size = {cfg.img_size}, in_chans = {cfg.in_chans}, holdout = {cfg.holdout}, num_classes = {cfg.num_classes}; it has 16x16 pixels, 3 channels, a held-out set of its own (holdout = 0), no classes (0)")
+    if (cfg.img_size, cfg.in_chans) != (2*CELL, 3) or cfg.holdout or cfg.num_classes:
+        raise ParameterError(f"shapes: img_size = {cfg.img_size}, in_chans = {cfg.in_chans}, holdout = {cfg.holdout}, num_classes = {cfg.num_classes}; "
+                             "it has 16x16 pixels, 3 channels, a held-out set of its own (holdout = 0), no classes (0)")
     rng = random.Random(key_seed("shapes scenes")); scenes = [draw_scene(rng) for _ in range(N_SHAPES)]; x = draw_pictures(scenes, "set")
-    held = torch.tensor([hashlib.sha256(p.tobytes()).digest()[0] % HOLD_SHAPES == 0 for p in x.numpy()]); some = lambda m: [s for s, m in zip(scenes, m.tolist()) if m]
-    said = hashlib.sha256("\n".join(caption(s, w) for s in scenes for w in (0, 1)).encode()).hexdigest(); codes = repr((TEXT_TOKENS, FADE, [(w, c.int().tolist()) for w, c in _codes.items()]))
+    held = torch.tensor([hashlib.sha256(p.tobytes()).digest()[0] % HOLD_SHAPES == 0 for p in x.numpy()])
+    some = lambda mask: [s for s, m in zip(scenes, mask.tolist()) if m]
+    said = hashlib.sha256("\n".join(caption(s, w) for s in scenes for w in (0, 1)).encode()).hexdigest()
+    codes = repr((TEXT_TOKENS, FADE, [(w, c.int().tolist()) for w, c in _codes.items()]))
     sha = hashlib.sha256((said + _sum((x.permute(0, 2, 3, 1).numpy(), held.long().numpy())) + codes).encode()).hexdigest()
-    if sha != CONTENT.get("shapes", sha): raise ValueError(f"shapes: the pictures drawn here have the sum {sha}, expected {CONTENT['shapes']}: this Python or this code draws otherwise")
+    if sha != CONTENT.get("shapes", sha):
+        raise ValueError(f"shapes: the pictures drawn here have the sum {sha}, expected {CONTENT['shapes']}: this Python or this code draws otherwise")
     judge = lambda images, start=0: judge_pictures(images, [prompt_scene(i) for i in range(start, start + len(images))])
     none = torch.zeros(len(x), dtype=torch.int64)
     return Data("shapes", x[~held], none[~held], x[held], none[held], 0, [], sha, texts=ShapeTexts(some(~held), some(held)), judge=judge)
@@ -576,15 +598,18 @@ def write_contexts(
 ) -> Path:              # the file
     "Encode prompts into the file that `evaluate_released` takes; it is written as it grows, never held in memory."
     if dtype not in ("float32", "float16"): raise ParameterError(f"dtype = {dtype!r}: allowed are float32, float16")
-    L, D, size, n = encoder.length, encoder.width, np.dtype(dtype).itemsize, len(prompts); one, kind, last = L*D*size, dict(float32="F32", float16="F16")[dtype], [time.perf_counter()]
-    head = dict(contexts=dict(dtype=kind, shape=[n, L, D], data_offsets=[0, n*one]), null=dict(dtype=kind, shape=[L, D], data_offsets=[n*one, (n + 1)*one]), __metadata__=dict(encoder=encoder.sha256, prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest()))
+    L, D, n, last = encoder.length, encoder.width, len(prompts), time.perf_counter()
+    one, kind = L*D*np.dtype(dtype).itemsize, dict(float32="F32", float16="F16")[dtype]
+    head = dict(contexts=dict(dtype=kind, shape=[n, L, D], data_offsets=[0, n*one]), null=dict(dtype=kind, shape=[L, D], data_offsets=[n*one, (n + 1)*one]),
+                __metadata__=dict(encoder=encoder.sha256, prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest()))
     raw = json.dumps(head).encode(); raw += b" "*(-len(raw) % 8)
     def write(p):
+        nonlocal last
         with open(p, "wb") as f:
             f.write(len(raw).to_bytes(8, "little") + raw)
             for i in range(0, n, batch):
                 f.write(encoder.encode(prompts[i:i + batch]).cpu().numpy().astype(dtype).tobytes())
-                if time.perf_counter() - last[0] > 15: last[0] = time.perf_counter(); say(f"encoded {i + batch}/{n} prompts")
+                if time.perf_counter() - last > 15: last = time.perf_counter(); say(f"encoded {i + batch}/{n} prompts")
             f.write(encoder.null.cpu().numpy().astype(dtype).tobytes())
     return write_atomic(Path(path), write)
 
@@ -603,15 +628,23 @@ def main(args=None) -> int:
     import argparse
     from uvit_repro.train import pick_device
     how = dict(epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap = argparse.ArgumentParser(prog="python -m uvit_repro.text", description="Encode MS-COCO once, check what was encoded.", **how); sub = ap.add_subparsers(dest="command", required=True)
-    enc, pro, ver = (sub.add_parser(n, help=h, description=h, **how) for n, h in (("encode", "encode images and captions of MS-COCO"), ("prompts", "encode prompts into one file"), ("verify", "read both stores and compare all sums")))
-    enc.add_argument("--only", choices=["texts", "images"], help="one of the two stores (default: both)"); enc.add_argument("--autoencoder", default="original", help="original | ema | a path (default: original)")
-    enc.add_argument("--shard-rows", type=int, default=1024, help="texts or images in a shard (default: 1024)"); enc.add_argument("--prompts", type=int, default=N_PROMPTS, help=f"evaluation prompts (default: {N_PROMPTS})")
-    pro.add_argument("--file", help="prompts of one's own, one a line (default: the evaluation prompts of MS-COCO)"); pro.add_argument("--released", action="store_true", help="the twelve prompts of the released training script")
-    pro.add_argument("--count", type=int, default=N_PROMPTS, help=f"how many evaluation prompts (default: {N_PROMPTS})"); pro.add_argument("--out", required=True, help="the file to write, safetensors")
+    ap = argparse.ArgumentParser(prog="python -m uvit_repro.text", description="Encode MS-COCO once, check what was encoded.", **how)
+    sub = ap.add_subparsers(dest="command", required=True)
+    what = dict(encode="encode images and captions of MS-COCO", prompts="encode prompts into one file", verify="read both stores and compare all sums")
+    enc, pro, ver = (sub.add_parser(n, help=h, description=h, **how) for n, h in what.items())
+    enc.add_argument("--only", choices=["texts", "images"], help="one of the two stores (default: both)")
+    enc.add_argument("--autoencoder", default="original", help="original | ema | a path (default: original)")
+    enc.add_argument("--shard-rows", type=int, default=1024, help="texts or images in a shard (default: 1024)")
+    enc.add_argument("--prompts", type=int, default=N_PROMPTS, help=f"evaluation prompts (default: {N_PROMPTS})")
+    pro.add_argument("--file", help="prompts of one's own, one a line (default: the evaluation prompts of MS-COCO)")
+    pro.add_argument("--released", action="store_true", help="the twelve prompts of the released training script")
+    pro.add_argument("--count", type=int, default=N_PROMPTS, help=f"how many evaluation prompts (default: {N_PROMPTS})")
+    pro.add_argument("--out", required=True, help="the file to write, safetensors")
     for p in (enc, pro):
-        p.add_argument("--clip", default="", help="weights of CLIP ViT-L/14 (default: found in clip/ under the data root)"); p.add_argument("--dtype", default="float32", choices=["float32", "float16"], help="numbers in the files")
-        p.add_argument("--batch", type=int, default=64 if p is pro else 32, help="encoded at once"); p.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:1")
+        p.add_argument("--clip", default="", help="weights of CLIP ViT-L/14 (default: found in clip/ under the data root)")
+        p.add_argument("--dtype", default="float32", choices=["float32", "float16"], help="numbers in the files")
+        p.add_argument("--batch", type=int, default=64 if p is pro else 32, help="encoded at once")
+        p.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:1")
     for p in (enc, pro, ver): p.add_argument("--data-root", default="", help="folder of the data sets (default: UVIT_DATA, or data/ in the project)")
     a = ap.parse_args(args); root = data_folder(a.data_root)
     try: return _do(a, root, lambda line, **k: print(line, flush=True), pick_device)
@@ -626,12 +659,17 @@ def _do(a, root: Path, say, pick_device) -> int:
         if a.file and a.released: raise ParameterError("--file and --released: give one of them")
         if a.file: prompts = [t for t in Path(a.file).read_text().splitlines() if t.strip()]
         elif a.released: prompts = list(RELEASED_PROMPTS)
-        else: val = read_captions(root/"coco"/"annotations"/"captions_val2014.json"); prompts = [val[i].captions[k] for i, k in evaluation_prompts(val, a.count)]
-        if not prompts: raise ParameterError(f"{a.file}: no prompt in it")
-        say(f"{write_contexts(prompts, load_clip(root, a.clip, pick_device(a.device)), a.out, a.dtype, a.batch, say)}: {len(prompts):,} prompts"); return 0
+        else:
+            val = read_captions(root/"coco"/"annotations"/"captions_val2014.json")
+            prompts = [val[i].captions[k] for i, k in evaluation_prompts(val, a.count)]
+        if not prompts: raise ParameterError(f"{a.file or '--count'}: no prompt in it")
+        path = write_contexts(prompts, load_clip(root, a.clip, pick_device(a.device)), a.out, a.dtype, a.batch, say)
+        say(f"{path}: {len(prompts):,} prompts"); return 0
     coco, device = Coco(root, prompts=a.prompts), pick_device(a.device)
-    clip = load_clip(root, a.clip, device) if a.only != "images" else None; ae = load_autoencoder(a.autoencoder, root, device) if a.only != "texts" else None
-    encode_coco(coco, root, ae, clip, a.dtype, a.batch, a.shard_rows, say); say(f"{' and '.join(str(p) for p in coco_paths(root) if (p/'index.json').exists())}: {len(coco):,} images, {len(coco.texts()):,} texts"); return 0
+    clip = load_clip(root, a.clip, device) if a.only != "images" else None
+    ae = load_autoencoder(a.autoencoder, root, device) if a.only != "texts" else None
+    encode_coco(coco, root, ae, clip, a.dtype, a.batch, a.shard_rows, say)
+    say(f"{' and '.join(str(p) for p in coco_paths(root) if (p/'index.json').exists())}: {len(coco):,} images, {len(coco.texts()):,} texts"); return 0
 
 # %% ../nbs/08_mscoco.ipynb #08-317bd4dc
 if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())

@@ -8,9 +8,8 @@ __all__ = ['PRESETS', 'SMALL', 'check_unet', 'fitting_levels', 'auto_groups', 'a
            'classes_of', 'latent_from_config', 'adm_from_config', 'Match', 'net_macs', 'measure_of', 'match_width',
            'match_experiment', 'matched_unets', 'appendix']
 
-# %% ../nbs/10_unets.ipynb #10-92e1826e
+# %% ../nbs/10_unets.ipynb #10-f766190f
 import bisect, math
-from dataclasses import replace
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
