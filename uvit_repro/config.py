@@ -327,7 +327,7 @@ def with_overrides(
     seed = overrides.get("seed")
     return replace(exp, **{s: replace(getattr(exp, s), **kw) for s, kw in parts.items()}, **({} if seed is None else dict(seed=seed)))
 
-# %% ../nbs/00a_config.ipynb #00a-8f3120d5
+# %% ../nbs/00a_config.ipynb #00a-47a6239a
 FACTS = {
     "digits":      dict(img_size=8,  in_chans=1, num_classes=10,   holdout=297, flip=False, features="digits_cnn"),
     "cifar10":     dict(img_size=32, in_chans=3, num_classes=10,   holdout=0, flip=True,  features="resnet20_cifar10"),
@@ -337,7 +337,7 @@ FACTS = {
     "imagenet512": dict(img_size=64, in_chans=4, num_classes=1000, holdout=0, flip=True,  features="inception", latent_scale=0.18215),
     "mscoco256":   dict(img_size=32, in_chans=4, num_classes=0,    holdout=0, flip=False, features="inception", latent_scale=0.23010),
     "digits_latents": dict(img_size=8, in_chans=4, num_classes=10, holdout=297, flip=False, features="digits_cnn", latent_scale=0.74),
-    "shapes":      dict(img_size=16, in_chans=3, num_classes=0,    holdout=0, flip=False, features="none", text_tokens=16, text_dim=64),
+    "shapes":      dict(img_size=16, in_chans=3, num_classes=0,    holdout=0, flip=False, features="none", text_tokens=8, text_dim=96),
     "latents":     dict(img_size=32, in_chans=4, num_classes=0,    holdout=0, flip=True,  features="inception", latent_scale=0.18215),
     "folder":      dict(img_size=32, in_chans=3, num_classes=0,    holdout=0, flip=True,  features="inception"),
     "npz":         dict(img_size=32, in_chans=3, num_classes=0,    holdout=0, flip=True,  features="inception"),

@@ -4,15 +4,13 @@
 
 # %% auto #0
 __all__ = ['CONTENDERS', 'contenders', 'short', 'contender_table', 'time_arms', 'conditioning_arms', 'comparison',
-           'collect_comparison', 'plot_comparison']
+           'collect_comparison', 'recorded_comparison', 'plot_comparison']
 
-# %% ../nbs/12b_shootout.ipynb #12b-13dbe98f
+# %% ../nbs/12b_shootout.ipynb #12b-e57e5a70
 import math
 from dataclasses import replace
-from .ablations import main_metric
 from .config import Experiment, ParameterError, experiment, with_overrides
 from .results import load_results
-from .run import chapter_parameters
 from .scaling import macs_of, params_of
 from .unet import SMALL, match_experiment
 
@@ -99,6 +97,20 @@ def collect_comparison(
             mine = df[(df.run_id == e.run_id) & (df.step == e.train.n_steps)].drop_duplicates(["metric"]) if len(df) else df
             rows += [dict(backbone=name, seed=seed, parameters=params_of(e), macs=macs_of(e), metric=r.metric, value=float(r.value), num_samples=r.num_samples, run_id=r.run_id, origin=r.origin) for r in mine.itertuples()]
     return pd.DataFrame(rows, columns=["backbone", "seed", "parameters", "macs", "metric", "value", "num_samples", "run_id", "origin"])
+
+def recorded_comparison(
+    runs: list,   # of `load_runs`
+    protocol: str # whose runs
+) -> dict:        # seed -> name -> experiment
+    "The contenders among recorded runs: those of this protocol's length, told apart by what makes each its kind."
+    out, base = {}, short(protocol)
+    for r in runs:
+        e = r["experiment"]
+        if (e.protocol, e.data, e.diffusion, e.train) != (protocol, base.data, base.diffusion, base.train): continue
+        differs = lambda f: all(getattr(e.model, k) == v for k, v in f.items()) and (e.model.model == f.get("model", "UViT"))
+        name = next((n for n, f in sorted(CONTENDERS.items(), key=lambda nf: -len(nf[1])) if differs(f) and (f or e.model == base.model)), None)
+        if name: out.setdefault(e.seed, {})[name] = e
+    return {s: {n: out[s][n] for n in CONTENDERS if n in out[s]} for s in sorted(out)}
 
 def plot_comparison(
     df,          # of `collect_comparison`

@@ -25,7 +25,8 @@ def check_unet(img_size: int, channels: int, mult: tuple, res_blocks: int, atten
         if isinstance(v, bool) or not isinstance(v, int) or v < 1: raise ParameterError(f"{n} = {v!r}: must be a whole number of at least 1")
     if isinstance(channels, int) and channels % 2: raise ParameterError(f"channels = {channels} is odd: the time embedding is half cosines, half sines; try {channels + 1}")
     if not mult: raise ParameterError("mult is empty: one factor for each resolution, as in (1, 2, 2)")
-    if (fit := fitting_levels(img_size, mult)) != tuple(mult): raise ParameterError(f"mult = {tuple(mult)} on img_size = {img_size}: each factor after the first halves an even side, down to 2 pixels at least; try mult = {fit}")
+    if (fit := fitting_levels(img_size, mult)) != tuple(mult):
+        raise ParameterError(f"mult = {tuple(mult)} on img_size = {img_size}: each factor after the first halves an even side, down to 2 pixels at least; try mult = {fit}")
     bad = [a for a in attention if a not in [2**i for i in range(len(mult))]]
     if bad: raise ParameterError(f"attention = {tuple(attention)}: down-sampling factors here are {', '.join(str(2**i) for i in range(len(mult)))}")
 
@@ -231,7 +232,8 @@ def draw_blocks(
     return axes
 
 # %% ../nbs/10_unets.ipynb #10-factors
-PRESETS = {"UNet-latent": dict(model="UNet-latent", embed_dim=128, num_heads=8, condition="text"), "ADM": dict(model="ADM", embed_dim=320, condition="class")}   # as printed; U-ViT's own fields are not read
+PRESETS = {"UNet-latent": dict(model="UNet-latent", embed_dim=128, num_heads=8, condition="text"),   # as printed; fields that are U-ViT's alone are not read
+           "ADM": dict(model="ADM", embed_dim=320, condition="class")}
 
 def factors(name: str, text: str) -> tuple:
     "`1-2-2` is (1, 2, 2)."
@@ -245,7 +247,8 @@ def common_sizes(model, data, use_checkpoint, checkpoint_keep, mult: tuple, atte
     m, a, variance = (o.pop(k) for k in ("mult", "attention", "variance"))
     mult = fitting_levels(data.img_size, mult) if m == "auto" else factors("mult", m)
     attention = tuple(v for v in attention if v < 2**len(mult)) if a == "auto" else factors("attention", a)
-    return dict(o, img_size=data.img_size, in_chans=data.in_chans, out_chans=data.in_chans*(1 + (variance == "learned")), channels=model.embed_dim, mult=mult, attention=attention, use_checkpoint=use_checkpoint)
+    return dict(o, img_size=data.img_size, in_chans=data.in_chans, channels=model.embed_dim, mult=mult, attention=attention, use_checkpoint=use_checkpoint,
+                out_chans=data.in_chans*(1 + (variance == "learned")))
 
 def classes_of(model, data, p_uncond):
     "Rows of the label table: one more, the null class, where labels are dropped."
@@ -259,7 +262,8 @@ def latent_from_config(
 ) -> LatentUNet:
     "The latent U-Net of an experiment: told nothing, a class, or a text."
     text = dict(clip_dim=data.text_dim, num_clip_token=data.text_tokens) if model.condition == "text" else dict(clip_dim=None)
-    return LatentUNet(**common_sizes(model, data, use_checkpoint, checkpoint_keep, (1, 2, 2, 2), (2, 4), res_blocks=2), num_heads=model.num_heads, num_classes=classes_of(model, data, p_uncond), **text)
+    kw = common_sizes(model, data, use_checkpoint, checkpoint_keep, (1, 2, 2, 2), (2, 4), res_blocks=2)
+    return LatentUNet(**kw, num_heads=model.num_heads, num_classes=classes_of(model, data, p_uncond), **text)
 
 def adm_from_config(
     model, data,         # ModelConfig, DataConfig with num_classes known

@@ -207,7 +207,7 @@ class Ledger:
 # %% ../nbs/98_verdicts.ipynb #98-arm
 @functools.lru_cache(8192)
 def _arm(protocol: str, text: str, n_steps, seed: int):
-    e = experiment(protocol, n_steps=n_steps, seed=seed, **json.loads(text))
+    e = experiment(protocol, seed=seed, **{**json.loads(text), **({} if n_steps is None else dict(n_steps=n_steps))})
     return e, e.run_id
 
 def arm_experiment(
