@@ -19,6 +19,14 @@ def test_parameters_cell_has_every_field():
     assert cell.source == parameters_cell(), "write it anew from uvit_repro.config.parameters_cell()"
 
 
+def test_papermill_reads_every_parameter_of_every_chapter():
+    "A comment that papermill cannot parse would hide its parameter from `run_chapter`."
+    import papermill
+    for nb in CHAPTERS:
+        cell = [c for c in json.loads(nb.read_text())["cells"] if "parameters" in c["metadata"].get("tags", [])]
+        if cell: assert list(papermill.inspect_notebook(str(nb))) == [l.split(":")[0] for l in "".join(cell[0]["source"]).splitlines() if l.strip()], nb.name
+
+
 @pytest.mark.parametrize("given, says", [(("patch_sze", "2"), "did you mean patch_size"), (("patch_size", "3"), "try one of [1, 2, 4, 8]"), (("skip", "cat"), "'concat', 'add'"), (("lr", "fast"), "expected float")])
 def test_wrong_parameter_given_to_plain_papermill(tmp_path, given, says):
     r = papermill(tmp_path, "-p", "protocol", "smoke", "-p", *given)

@@ -111,7 +111,7 @@ class ModelConfig(Section):
     pos_embed: str = F("learned", "position embedding (Figure 2e)", ("learned", "sincos2d", "none"))
     pos_std: float = F(0.02, "standard deviation of the initial position embedding", low=0)
     conv_init: str = F("default", "initial final convolution", ("default", "identity"))
-    options: str = F("", "what else the backbone offers, as NAME=VALUE,NAME=VALUE (chapters 10 to 12)")
+    options: str = F("", "what else the backbone offers: names and values, joined by commas (chapters 10 to 12)")
 
 # %% ../nbs/00a_config.ipynb #00a-dataconfig
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class DataConfig(Section):
     holdout: int = F(0, "images kept from training, for sets without a test split", low=0)
     flip: bool = F(True, "random horizontal flip")
     latent_scale: float = F(1.0, "factor on autoencoder latents", low=0)
-    text_tokens: int = F(77, "tokens of an encoded caption (condition = text)", low=1)
+    text_tokens: int = F(77, "tokens of an encoded caption, for condition text", low=1)
     text_dim: int = F(768, "width of each of them", low=1)
     data_sha256: str = F("", "sum of the content; found when the data are opened")
 
