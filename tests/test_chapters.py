@@ -22,7 +22,7 @@ def test_parameters_cell_has_every_field():
 def test_papermill_reads_every_parameter_of_every_chapter():
     "A comment that papermill cannot parse would hide its parameter from `run_chapter`."
     import papermill
-    for nb in CHAPTERS:
+    for nb in sorted(CHAPTER.parent.glob("*.ipynb")):
         cell = [c for c in json.loads(nb.read_text())["cells"] if "parameters" in c["metadata"].get("tags", [])]
         if cell: assert list(papermill.inspect_notebook(str(nb))) == [l.split(":")[0] for l in "".join(cell[0]["source"]).splitlines() if l.strip()], nb.name
 
