@@ -46,9 +46,9 @@ def contenders(
 def short(
     protocol: str, seed: int = 0, n_steps: int = None # as for `contenders`
 ) -> Experiment:
-    "The protocol's experiment, measured at its end only; 1200 updates at `laptop`, so that nine backbones fit into 20 minutes."
+    "The protocol's experiment, measured at its end only; 500 updates at `laptop`, so that nine backbones fit into 20 minutes."
     sizes = dict(embed_dim=64, depth=7, num_heads=4) if protocol == "smoke" else {}                # a U-Net has no size as small as smoke's
-    base = experiment(protocol, seed=seed, n_steps=n_steps or {"laptop": 1200, "smoke": 6}.get(protocol), **sizes)
+    base = experiment(protocol, seed=seed, n_steps=n_steps or {"laptop": 500, "smoke": 6}.get(protocol), **sizes)
     return replace(base, evaluation=replace(base.evaluation, curve_steps=(), loss_steps=()))
 
 # %% ../nbs/12b_shootout.ipynb #12b-contender_table
