@@ -327,7 +327,7 @@ def with_overrides(
     seed = overrides.get("seed")
     return replace(exp, **{s: replace(getattr(exp, s), **kw) for s, kw in parts.items()}, **({} if seed is None else dict(seed=seed)))
 
-# %% ../nbs/00a_config.ipynb #00a-47a6239a
+# %% ../nbs/00a_config.ipynb #00a-7dd89d9a
 FACTS = {
     "digits":      dict(img_size=8,  in_chans=1, num_classes=10,   holdout=297, flip=False, features="digits_cnn"),
     "cifar10":     dict(img_size=32, in_chans=3, num_classes=10,   holdout=0, flip=True,  features="resnet20_cifar10"),
@@ -346,6 +346,7 @@ PATHS = ("folder", "npz", "latents")   # a path follows: folder:PATH
 CONTENT = {   # sums of the sets whose content is known beforehand
     "digits": "2416f53c252145aee6ed650df0f5dddf38f6fd593dcb563e598b84e376e6a1bf",
     "cifar10": "60abcb233472de85d15a903122252b72e71ac98516de8b10f55ce18298abd4c1",
+    "shapes": "b7bfd66de1fab5557c6965f95c7c2f3d8fe9528f252cc563da1c84977541baeb",
     "digits_latents": "734ed6fed7123b2db05110e8c23b2d7f5e27cb8adb06cae0b001a9e904976b0c",   # the digits and the encoder in the package
 }
 
@@ -395,13 +396,14 @@ GPU = replace(_cifar, protocol="gpu", seed=0, train=replace(_cifar.train, n_step
     evaluation=EvalConfig(features="resnet20_cifar10", num_samples=10_000, curve_steps=(5000,), curve_samples=5000, loss_steps=(2500, 7500)))
 PROTOCOLS = dict(smoke=SMOKE, laptop=LAPTOP, gpu=GPU, paper=_cifar)
 
-# %% ../nbs/00a_config.ipynb #00a-3cf3b0cf
+# %% ../nbs/00a_config.ipynb #00a-a3cdb9c3
 RECIPES = {   # (protocol, data set): fields that differ from the protocol's
-    ("smoke", "shapes"):  dict(condition="text", patch_size=4),
+    ("smoke", "shapes"):  dict(condition="text", patch_size=4, prediction="x0", cfg_scale=2.0),
     ("smoke", "digits_latents"):  dict(clip=False),                                 # a latent is not an image in [-1, 1]
     ("laptop", "digits_latents"): dict(clip=False, n_steps=3000, curve_steps=(1000, 2000), cfg_scale=1.5),
     ("gpu", "digits_latents"):    dict(condition="class", p_uncond=0.1),
-    ("laptop", "shapes"): dict(condition="text", patch_size=4, embed_dim=96, n_steps=3000),
+    ("laptop", "shapes"): dict(condition="text", patch_size=4, prediction="x0", n_steps=1800, cfg_scale=2.0, curve_steps=(300, 600, 1200), curve_samples=200, loss_images=500),
+    ("gpu", "shapes"):    dict(condition="text", patch_size=4, prediction="x0", p_uncond=0.1, cfg_scale=2.0),
 }
 
 # %% ../nbs/00a_config.ipynb #00a-project_root

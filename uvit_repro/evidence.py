@@ -7,18 +7,18 @@ __all__ = ['QUEUE', 'REHEARSED', 'TINY', 'SIZES', 'ASSUMED_MINUTES', 'FIXED', 'O
            'EXAMPLES', 'Entry', 'entry_experiment', 'claims_of', 'extra_passes', 'assumed_rate', 'rates_for',
            'predict_entry', 'rates_seen', 'plan_table', 'measure_more', 'measure_cka', 'measure_centre', 'repetitions',
            'border_ratio', 'measure_look', 'record_files', 'pack', 'unpack', 'clean', 'Heartbeat', 'note_machine',
-           'seeds_wanted', 'in_order', 'read_state', 'free_device', 'finished_at_home', 'first_rate', 'Queue',
-           'pack_entry', 'run_extras', 'run_entry', 'state_lines', 'ready', 'choose', 'bundle', 'sound', 'collect',
-           'repeat_difference', 'reading', 'parser', 'run_command', 'status_command', 'main']
+           'seeds_wanted', 'in_order', 'read_state', 'free_device', 'finished_at_home', 'first_rate', 'TimeOver',
+           'Queue', 'pack_entry', 'run_extras', 'run_entry', 'state_lines', 'ready', 'choose', 'bundle', 'sound',
+           'collect', 'repeat_difference', 'reading', 'parser', 'run_command', 'status_command', 'main']
 
-# %% ../nbs/13c_evidence.ipynb #13c-1600d4f4
+# %% ../nbs/13c_evidence.ipynb #13c-d6f6069b
 import argparse, contextlib, importlib.util, io, json, math, os, shutil, subprocess, sys, tarfile, tempfile, threading, time, traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 from .bench import free, many_variants
 from .config import Experiment, ParameterError, experiment, with_overrides
-from .plan import BudgetSpent, held, hours, machine_key, note_attempt, obstacle, timed_updates, verify
+from .plan import held, hours, machine_key, note_attempt, obstacle, timed_updates, verify
 from .results import EVIDENCE, conditions, load_results, load_runs, publish, published_root, run_lock, runs_root, seal, write_atomic, write_json
 from .run import missing_measurements, open_experiment, read_samples, run_experiment, samples_folder
 from .scaling import macs_of, matmul_rate, params_of, predict_seconds, training_flops
@@ -339,7 +339,10 @@ def first_rate(exp: Experiment, device, seconds: float) -> float:
     rate = timed_updates(exp, device, seconds); free_device(device)
     return rate
 
-# %% ../nbs/13c_evidence.ipynb #13c-queue
+# %% ../nbs/13c_evidence.ipynb #13c-timeover
+class TimeOver(BaseException):
+    "Raised inside a run past the budget; as an interruption, it leaves the run `stopped`."
+
 class Queue:
     "Entries, what became of them, and the time that is left."
     def __init__(self, entries, keep, out_dir=None, protocol="gpu", budget=None, clean=False, retry=False, n_steps=None, say=print, every=15.0):
@@ -374,7 +377,7 @@ class Queue:
     def watch(self, line):
         "Progress of a run: remembered by the heartbeat; past the budget it ends the run."
         self.heart.note(str(line).strip())
-        if self.budget is not None and self.left() < -max(5.0, 0.05*self.budget): raise BudgetSpent("the time is over")
+        if self.budget is not None and self.left() < -max(5.0, 0.05*self.budget): raise TimeOver("the time is over")
     def run(self) -> dict: # the state
         from filelock import FileLock, Timeout
         self.keep.mkdir(parents=True, exist_ok=True); lock = FileLock(self.keep/".queue.lock")
@@ -408,7 +411,7 @@ def run_extras(q: Queue, e: Entry, run):
         if q.left() < 0: row["extras"][x] = "left: the time was over"; continue
         q.heart.note(x); begin = time.perf_counter()
         try: text = EXTRAS[x](run, SIZES[q.protocol], q.watch)
-        except BudgetSpent: row["extras"][x] = "left: the time was over"; continue
+        except TimeOver: row["extras"][x] = "left: the time was over"; continue
         except Exception as err: text = f"failed: {type(err).__name__}: {err}"; traceback.print_exc()
         row["extras"][x] = text; q.say(f"{e.name}: {x} in {clock(time.perf_counter() - begin)}: {text}"); pack_entry(q, e)
 
@@ -420,7 +423,7 @@ def run_entry(q: Queue, e: Entry):
         run = run_experiment(exp, folder.parent, q.watch, chapter="13c_evidence")
         pack_entry(q, e); run_extras(q, e, run)
         row["state"] = "partly" if any(v.startswith("left") for v in row["extras"].values()) else "done"
-    except BudgetSpent: row["state"] = "stopped"
+    except TimeOver: row["state"] = "stopped"
     except Exception as err: row.update(state="failed", error=f"{type(err).__name__}: {err}"); traceback.print_exc()
     took = time.perf_counter() - begin; row["seconds"] = row.get("seconds", 0) + took
     if row["state"] == "done":
@@ -476,7 +479,7 @@ def bundle(
     "The records of a queue in few files: records-N.tar, with queue.json and queue.log beside them."
     keep, target = Path(keep), Path(target); target.mkdir(parents=True, exist_ok=True); groups = [[]]
     for p in sorted(p for p in keep.glob("*.tar")):
-        if sum(x.stat().st_size + 1024 for x in groups[-1]) + p.stat().st_size > most and groups[-1]: groups.append([])
+        if sum(x.stat().st_size + 1024 for x in groups[-1]) + p.stat().st_size + 20_480 > most and groups[-1]: groups.append([])
         groups[-1].append(p)
     def write(files):
         def inner(p):
@@ -515,7 +518,7 @@ def collect(
     with tempfile.TemporaryDirectory() as tmp:
         for f in [r for i, f in enumerate(files) for r in _unbundle(f, Path(tmp)/f"bundle-{i}")]:
             for folder in unpack(f, Path(tmp)/"records"/f.stem):
-                info = json.loads((folder/"run.json").read_text()); bad = [f"{r['what']}: {r['recorded']} is {r['recomputed']}" for r in sound(folder)] or ([] if info["status"] == "ok" else [f"the run is {info['status']!r}"])
+                info = json.loads((folder/"run.json").read_text()); bad = [f"{r['what']}: {r['recorded']}, recomputed {r['recomputed']}" for r in sound(folder)] or ([] if info["status"] == "ok" else [f"the run is {info['status']!r}"])
                 if bad: out["refused"].append(f"{f.name}: {'; '.join(bad[:3])}"); say(f"refused {out['refused'][-1]}"); continue
                 dest = publish(folder, target/"repeats" if folder.parent.name == "repeats" else target)
                 for n in PICTURES:

@@ -163,13 +163,13 @@ def measure_samples(exp: Experiment, data: Data, folder: Path, step: int, n: int
 # %% ../nbs/04c_runs.ipynb #04c-measure_loss
 def measure_loss(exp: Experiment, data: Data, folder: Path, step: int, team=Team(), network=None, **where) -> dict:
     "Record the held-out denoising loss of a step. Returns an entry for run.json."
-    eid, start, device, n = eval_id(exp, step, 0), time.perf_counter(), pick_device(exp.execution.device), min(exp.evaluation.loss_images, len(data.test_images))
+    eid, start, device = eval_id(exp, step, 0), time.perf_counter(), pick_device(exp.execution.device)
+    held = data.test_images if data.test_inputs is None else data.test_inputs; n = min(exp.evaluation.loss_images, len(held))
     if n:
         net, diffusion = network() if network else _network(exp, folder, step, device)
-        pick = torch.randperm(len(data.test_images), generator=torch.Generator().manual_seed(0))[:n]   # the same images for every run on these data
+        pick = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))[:n]   # the same images for every run on these data
         labels = data.test_labels[pick] if exp.model.condition == "class" else None; context = data.texts.test(pick).float() if exp.model.condition == "text" else None
-        images = (data.test_images if data.test_inputs is None else data.test_inputs)[pick]
-        r = heldout_loss(net, diffusion, images, labels, exp.evaluation.loss_levels, context=context, device=device, autocast=AUTOCAST[exp.train.precision], part=(team.rank, team.size))
+        r = heldout_loss(net, diffusion, held[pick], labels, exp.evaluation.loss_levels, context=context, device=device, autocast=AUTOCAST[exp.train.precision], part=(team.rank, team.size))
         r["loss"] = sum(team.gather(r["loss"]))
         rows = [dict(metric="heldout_loss", value=float(r["loss"].mean()), num_samples=n)]
     else: r, rows = {}, [dict(metric="heldout_loss", value=None, num_samples=0, why=f"{exp.data.dataset} has no held-out images: set holdout")]

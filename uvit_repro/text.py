@@ -8,11 +8,11 @@ __all__ = ['CLIP_MODEL', 'CLIP_FILES', 'N_PROMPTS', 'N_HELD_OUT', 'FORMAT', 'VER
            'TEXT_TOKENS', 'WORD_BITS', 'FADE', 'TEXT_DIM', 'VOCABULARY', 'N_SHAPES', 'HOLD_SHAPES', 'RELEASED_PROMPTS',
            'EXAMPLES', 'clip_command', 'find_clip', 'text_weights', 'build_tower', 'ClipText', 'load_clip', 'Captioned',
            'read_captions', 'coco_instructions', 'evaluation_prompts', 'coco_crop', 'Coco', 'encode_texts', 'TextStore',
-           'verify_texts', 'Prompts', 'StoredTexts', 'coco_paths', 'encode_coco', 'load_mscoco256', 'Group', 'Scene',
-           'draw_scene', 'caption', 'parse_caption', 'form_mask', 'object_cell', 'draw_picture', 'draw_pictures',
-           'read_pictures', 'judge_picture', 'judge_pictures', 'word_code', 'encode_words', 'prompt_scene',
-           'ShapeTexts', 'load_shapes', 'prompt_accuracy', 'draw_captions', 'table4_experiments', 'paper_table4',
-           'write_contexts', 'main']
+           'verify_texts', 'Prompts', 'StoredTexts', 'coco_paths', 'encode_coco', 'find_mscoco256', 'load_mscoco256',
+           'Group', 'Scene', 'draw_scene', 'caption', 'parse_caption', 'form_mask', 'object_cell', 'draw_picture',
+           'draw_pictures', 'read_pictures', 'judge_picture', 'judge_pictures', 'word_code', 'encode_words',
+           'prompt_scene', 'ShapeTexts', 'load_shapes', 'prompt_accuracy', 'draw_captions', 'table4_experiments',
+           'paper_table4', 'write_contexts', 'main']
 
 # %% ../nbs/08_mscoco.ipynb #08-a9b7120a
 import gzip, hashlib, itertools, json, os, random, sys, time
@@ -330,16 +330,23 @@ def encode_coco(
     if clip: encode_texts(coco.texts(), clip, texts, extra, dtype, batch, shard_rows, say)
     if autoencoder: encode_images(coco, autoencoder, latents, dtype, batch, shard_rows, mirror=False, say=say)
 
-def load_mscoco256(
-    cfg: DataConfig, # latents of 4x32x32, texts of 77x768
-    root             # the folder of the data sets
-) -> Data:           # 82,783 training images with five captions or more, 5,000 held-out ones
-    "MS-COCO at 256x256 as latents and encoded captions (Section 5.3; setup, section 6)."
+def find_mscoco256(
+    root  # the folder of the data sets
+) -> tuple: # the stores of latents and of texts
+    "Where encoded MS-COCO is, or `FileNotFoundError` with the command that makes it."
     latents, texts = coco_paths(root); missing = [p for p in (latents, texts) if not (p/"index.json").is_file()]
     if missing:
         raise FileNotFoundError(f"mscoco256: {' and '.join(map(str, missing))} {'is' if len(missing) == 1 else 'are'} not there, or not complete. "
             f"Encode MS-COCO once (2.9 and 105 GB, half with --dtype float16) with\n    python -m uvit_repro.text encode --data-root {root}\n"
             "which says how to get MS-COCO, CLIP and the autoencoder where they are missing, and resumes where it stopped; or set UVIT_DATA (parameter data_root) to the folder that has it")
+    return latents, texts
+
+def load_mscoco256(
+    cfg: DataConfig, # latents of 4x32x32, texts of 77x768
+    root             # the folder of the data sets
+) -> Data:           # 82,783 training images with five captions or more, 5,000 held-out ones
+    "MS-COCO at 256x256 as latents and encoded captions (Section 5.3; setup, section 6)."
+    latents, texts = find_mscoco256(root)
     store = TextStore(texts); data = from_store(Store(latents), cfg, "mscoco256", root=root); found, want = data.inputs.store.index["source"]["name"], store.extra.get("coco")
     if found != want: raise StoreError(f"{latents} and {texts} were encoded from different captions or images ({found}; {want}): remove one of them and encode it again")
     return replace(data, texts=StoredTexts(store), sha256=hashlib.sha256(f"{data.sha256} {store.sha256}".encode()).hexdigest())
