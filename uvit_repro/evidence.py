@@ -11,7 +11,7 @@ __all__ = ['QUEUE', 'REHEARSED', 'TINY', 'SIZES', 'ASSUMED_MINUTES', 'FIXED', 'O
            'Queue', 'pack_entry', 'run_extras', 'run_entry', 'state_lines', 'ready', 'choose', 'bundle', 'sound',
            'collect', 'repeat_difference', 'reading', 'parser', 'run_command', 'status_command', 'main']
 
-# %% ../nbs/13c_evidence.ipynb #13c-d6f6069b
+# %% ../nbs/13c_evidence.ipynb #13c-a8005b66
 import argparse, contextlib, importlib.util, io, json, math, os, shutil, subprocess, sys, tarfile, tempfile, threading, time, traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from .bench import free, many_variants
 from .config import Experiment, ParameterError, experiment, with_overrides
 from .plan import held, hours, machine_key, note_attempt, obstacle, timed_updates, verify
 from .results import EVIDENCE, conditions, load_results, load_runs, publish, published_root, run_lock, runs_root, seal, write_atomic, write_json
-from .run import missing_measurements, open_experiment, read_samples, run_experiment, samples_folder
+from .run import cached_certificate, missing_measurements, open_experiment, read_samples, run_experiment, samples_folder
 from .scaling import macs_of, matmul_rate, params_of, predict_seconds, training_flops
 from .train import clock, pick_device
 
@@ -386,7 +386,7 @@ class Queue:
         self.heart = Heartbeat(self.say, self.device, self.every); self.heart.begin("start"); self.heart.start()
         try:
             for e in self.entries if self.clean else (): self.rows[e.name]["state"] == "done" and clean(self.folder(e))
-            e = self.entries[0]
+            e = self.entries[0]; cached_certificate(self.device)                                               # its seconds are no run's
             if not self.state.get("first_rate"): self.state.update(first_rate=first_rate(self.exps[e.name], self.device, 3.0 if self.protocol == "gpu" else 0.3), matrix_rate=matmul_rate(self.device, *([_bf16()] if self.protocol == "gpu" else [])))
             self.save()
             with many_variants() if self.device.type == "cuda" else contextlib.nullcontext():                  # compiled code of a training, a loss and several samplers

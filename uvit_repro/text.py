@@ -33,6 +33,7 @@ CLIP_MODEL = "ViT-L-14-quickgelu"
 CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")   # in the folder clip/ beside the data sets
 
 def clip_command(root) -> str:
+    "The command that fetches CLIP's weights."
     return ("python -c \"from huggingface_hub import hf_hub_download as get; "
             f"get('timm/vit_large_patch14_clip_224.openai', 'open_clip_model.safetensors', local_dir='{Path(root)/'clip'}')\"")
 
