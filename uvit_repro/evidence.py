@@ -11,8 +11,8 @@ __all__ = ['QUEUE', 'REHEARSED', 'TINY', 'SIZES', 'ASSUMED_MINUTES', 'FIXED', 'O
            'Queue', 'pack_entry', 'run_extras', 'run_entry', 'state_lines', 'ready', 'choose', 'bundle', 'sound',
            'collect', 'repeat_difference', 'reading', 'parser', 'run_command', 'status_command', 'main']
 
-# %% ../nbs/13c_evidence.ipynb #13c-a8005b66
-import argparse, contextlib, importlib.util, io, json, math, os, shutil, subprocess, sys, tarfile, tempfile, threading, time, traceback
+# %% ../nbs/13c_evidence.ipynb #13c-196a384a
+import argparse, contextlib, importlib.util, json, math, os, shutil, subprocess, sys, tarfile, tempfile, threading, time, traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
@@ -400,7 +400,8 @@ def _bf16(): import torch; return torch.bfloat16
 # %% ../nbs/13c_evidence.ipynb #13c-pack_entry
 def pack_entry(q: Queue, e: Entry):
     "Write an entry's record as it is now."
-    folder, row = q.folder(e), q.rows[e.name]; note_machine(folder, q.exps[e.name], q.heart.readings, q.state["matrix_rate"])
+    folder, row = q.folder(e), q.rows[e.name]; q.heart.readings or q.heart.readings.append(q.heart.busy())        # a run shorter than a heartbeat has one reading
+    note_machine(folder, q.exps[e.name], q.heart.readings, q.state["matrix_rate"])
     row["record"] = dict(pack(folder, q.keep/f"{e.name}.tar", "repeats" if e.repeat else ""), file=f"{e.name}.tar"); q.save()
 
 def run_extras(q: Queue, e: Entry, run):
@@ -550,14 +551,15 @@ def reading(
     from uvit_repro.config import eval_id
     from uvit_repro.paper import FIGURE2, figure2
     runs, df, bears, rows = {r["folder"].name: r for r in load_runs(origin, out_dir)}, load_results(origin, out_dir), claims_of(entries), []
-    curves = {tuple(sorted(kw.items())): figure2(p).query("variant == @label").set_index("steps").fid for p, (_, vs) in FIGURE2.items() for label, kw in vs}; at = min(set.intersection(*(set(c.index) for c in curves.values())))
+    curves = {tuple(sorted(kw.items())): figure2(p).query("variant == @label").set_index("steps").fid for p, (_, vs) in FIGURE2.items() for label, kw in vs}
+    steps = [n for c in curves.values() for n in c.index]; at = min(set(steps), key=lambda n: (-steps.count(n), n))          # where most curves were read, the earliest
     for e in entries:
         if e.repeat: continue
         x = entry_experiment(e); r, mine = runs.get(x.run_id), df[df.run_id == x.run_id]; n = x.train.n_steps
         mine = mine[mine.eval_id.isin([eval_id(x, n, 0), eval_id(x, n, x.evaluation.num_samples)]) & (mine.status == "ok")].drop_duplicates("metric").set_index("metric").value
         theirs = curves.get(tuple(sorted(e.fields.items())))
         rows.append(dict(entry=e.name, state=(r["origin"] + ", " + r["status"]) if r else "not run", claims=" ".join(bears[e.name]), metric=main_metric(x), ours=mine.get(main_metric(x)), heldout_loss=mine.get("heldout_loss"),
-                         paper_fid=None if theirs is None else float(theirs[at]), paper_steps=int(at), run_id=x.run_id))
+                         paper_fid=None if theirs is None or at not in theirs.index else float(theirs[at]), paper_steps=int(at), run_id=x.run_id))
     return pd.DataFrame(rows)
 
 # %% ../nbs/13c_evidence.ipynb #13c-parser

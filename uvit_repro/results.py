@@ -208,7 +208,7 @@ def seal(
     folder = Path(folder); files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (SEAL, ".lock"))
     return write_atomic(folder/SEAL, lambda p: p.write_text("".join(f"{sha256_file(f)}  {f.relative_to(folder).as_posix()}\n" for f in files)))
 
-EVIDENCE = ("run.json", "measurements.csv", "log.csv", "samples.png", "first.npz", "prediction.json")
+EVIDENCE = ("run.json", "measurements.csv", "log.csv", "samples.png", "first.npz", "prediction.json", "look.png", "centre.png")
 
 def publish(
     folder: Path,      # a finished run

@@ -292,6 +292,8 @@ def run_experiment(
             info.update(status="failed" if isinstance(e, Exception) else "stopped", error=f"{type(e).__name__}: {e}"); raise
         finally:
             info["wall_seconds"] = info.get("wall_seconds", 0) + time.perf_counter() - start
+            known = info.get("training", {}).get("seconds", 0) + sum(v["seconds"] for v in info["evaluations"].values())
+            info["wall_seconds"] = max(info["wall_seconds"], known)                                 # what a killed attempt took is known from its parts alone
             keep()
         return Run(folder, exp, info, fresh=True)
 
