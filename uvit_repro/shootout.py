@@ -6,8 +6,8 @@
 __all__ = ['CONTENDERS', 'contenders', 'short', 'contender_table', 'time_arms', 'conditioning_arms', 'comparison',
            'collect_comparison', 'recorded_comparison', 'plot_comparison']
 
-# %% ../nbs/12b_shootout.ipynb #12b-e57e5a70
-import math
+# %% ../nbs/12b_shootout.ipynb #12b-ab0379f6
+import functools, math
 from dataclasses import replace
 from .config import Experiment, ParameterError, experiment, with_overrides
 from .results import load_results
@@ -33,7 +33,12 @@ def contenders(
     seed: int = 0, n_steps: int = None # None: short() of the protocol
 ) -> dict:                  # name -> experiment
     "Every backbone in U-ViT's experiment, as wide as the budget of U-ViT allows."
-    base = short(protocol, seed, n_steps); side, out = base.data.img_size, {}
+    return {n: replace(e, seed=seed) for n, e in _matched(protocol, measure, n_steps).items()}
+
+@functools.lru_cache(None)
+def _matched(protocol: str, measure: str, n_steps) -> dict:
+    "The contenders of seed 0."
+    base = short(protocol, 0, n_steps); side, out = base.data.img_size, {}
     for name, fields in CONTENDERS.items():
         fields = dict(fields); kind = fields.get("model", "UViT")
         if kind == "DiffiT-image" and side > 16: continue
