@@ -920,7 +920,7 @@ def run_bench(
     with contextlib.ExitStack() as stack:
         peer = stack.enter_context(Peer(s.peer)) if s.peer else None; stack.enter_context(many_variants())
         machine = where["gpu"] if device.type == "cuda" else f"{where['cpu'] or 'CPU'} x{where['threads']}"
-        rec = Record(machine, device.type, dict(command=[Path(a).name if Path(a).is_absolute() else a for a in command], settings=asdict(s), conditions=where, peer=peer and dict(version=peer.version, attention=peer.attention)), out_dir)
+        rec = Record(machine, device.type, dict(command=" ".join(Path(a).name if Path(a).is_absolute() else a for a in command.split()), settings=asdict(s), conditions=where, peer=peer and dict(version=peer.version, attention=peer.attention)), out_dir)
         kinds = tuple(dict.fromkeys(("fp32", *s.precision))) if device.type == "cpu" else tuple(DTYPES)
         rates = {}; jobs = list_jobs(s, device, rates, peer)
         def measure_ceilings():

@@ -15,13 +15,13 @@ __all__ = ['KINDS', 'QUALITY', 'COUNTS', 'TIMES_AND_BYTES', 'PARTS', 'CIFAR', 'T
            'statistics_values', 'verify_measurements', 'verify_log', 'verify', 'doctor_versions', 'doctor',
            'doctor_machine']
 
-# %% ../nbs/13a_campaign.ipynb #13a-7cb10093
+# %% ../nbs/13a_campaign.ipynb #13a-0f812d4e
 import contextlib, functools, importlib, importlib.util, json, math, os, re, shlex, shutil, sys, threading, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
-from .ablations import main_metric, parameters_of, variants
+from .ablations import main_metric, variants
 from .config import CONFIGS, DATASETS, FACTS, MODELS, PARAMETERS, PATHS, PROTOCOLS, Experiment, ParameterError, content_name, data_root, digest, eval_id, experiment, from_dict, project_root, variant_name, with_overrides
 from .metrics import NETWORKS, feature_status, recompute
 from .paper import FIGURE2, all_numbers, as_table5, read_table
@@ -295,7 +295,7 @@ NOT_RUN, SEEDS = "not run", tuple(range(10)) + (1234,)
 
 def computed(c):
     "A count of a cell, from the architecture alone."
-    from uvit_repro.scaling import macs_of
+    from uvit_repro.scaling import macs_of, params_of
     if c.measure.startswith("genvit_"): n = genvit_parameters(c.dataset); return n/1e6 if c.measure.endswith("_M") else n
     e = with_overrides(configurations()[c.base], **{k: v for f in c.fields for k, v in f.items()}); m = e.model
     tokens = (e.data.img_size//m.patch_size)**2 + {"none": 1, "class": 2, "text": 1 + e.data.text_tokens}[m.condition]
@@ -304,7 +304,7 @@ def computed(c):
         parts = diffit_macs(e.data.img_size, m.patch_size, e.data.in_chans, m.embed_dim, m.depth)
         return (macs_of(e) - sum(v for k, v in parts.items() if k != "linear layers of tokens"))/1e9
     return dict(layers=lambda: m.depth, hidden_size=lambda: m.embed_dim, mlp_size=lambda: round(m.embed_dim*m.mlp_ratio), heads=lambda: m.num_heads, tokens=lambda: tokens,
-                params_exact=lambda: parameters_of(e), params_M=lambda: parameters_of(e)/1e6, gflops=lambda: macs_of(e)/1e9, gflops_linear=linear)[c.measure]()
+                params_exact=lambda: params_of(e), params_M=lambda: params_of(e)/1e6, gflops=lambda: macs_of(e)/1e9, gflops_linear=linear)[c.measure]()
 
 def genvit_parameters(dataset: str) -> int:
     "Trainable numbers of a published GenViT, with its classifier."
