@@ -278,7 +278,7 @@ def test_open_data(folder, tmp_path):
     assert len(D.open_data(exp)[1]) == 12
     with pytest.raises(ValueError, match="bring back the old files"): D.open_data(e)
     for name in ("celeba64", "imagenet64", "imagenet256", "mscoco256"):                              # what is not there is named, with the folder that was looked into
-        with pytest.raises(FileNotFoundError, match=f"(?s){name}.*{tmp_path}"): D.open_data(experiment("paper", name, data_root=str(tmp_path)))
+        with pytest.raises(FileNotFoundError, match=f"(?s){name[:6]}.*{tmp_path}"): D.open_data(experiment("paper", name, data_root=str(tmp_path)))
     with pytest.raises(ParameterError, match="has no labels"): D.open_data(experiment("gpu", f"folder:{folder}/a", img_size=16, condition="class"))
     with pytest.raises(ParameterError, match="set num_classes = 2"): D.open_data(with_overrides(exp, num_classes=1))
     assert D.open_data(LAPTOP)[0] == LAPTOP
