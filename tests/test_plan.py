@@ -12,6 +12,7 @@ from uvit_repro.results import load_results, published_root
 ROOT = Path(__file__).resolve().parent.parent
 CELLS = registry()
 PUBLISHED = sorted(p.parent for p in published_root().glob("*/run.json"))
+ADOPTED = published_root()/PROTOCOLS["laptop"].run_id        # a published run with a curve
 quiet = lambda line: None
 RATE = 5e10
 
@@ -306,7 +307,7 @@ def one_digit(path, after: bytes):
     ("run.json", b'"images_seen": ', "images_seen", False), ("run.json", b'"images_per_second": ', "images_per_second", False), ("run.json", b'"wall_seconds": ', "wall_seconds covers its parts", False),
     ("run.json", b'"nfe": ', "name of the evaluation", False), ("log.csv", b"\n1000,0.1234567"[:6], "", True), ("run.json", b'"cores": ', "sha256", True), ("first.npz", b"PK", "sha256", True)])
 def test_one_changed_digit_is_found_and_named(tmp_path, name, after, what, sealed):
-    folder = tmp_path/PUBLISHED[0].name; shutil.copytree(PUBLISHED[0], folder); (folder/P.SEAL).unlink(missing_ok=True)
+    folder = tmp_path/ADOPTED.name; shutil.copytree(ADOPTED, folder); (folder/P.SEAL).unlink(missing_ok=True)
     if sealed: seal(folder)
     assert all(r["ok"] for r in verify(out_dir=tmp_path)); one_digit(folder/name, after); lines = []
     bad = [r for r in verify(out_dir=tmp_path, say=lines.append) if not r["ok"]]
@@ -315,7 +316,7 @@ def test_one_changed_digit_is_found_and_named(tmp_path, name, after, what, seale
 
 @pytest.mark.parametrize("part", ["byte", "missing", "swapped", "row"])
 def test_statistics_and_ledger_are_bound_to_each_other(tmp_path, part):
-    folder = tmp_path/PUBLISHED[0].name; shutil.copytree(PUBLISHED[0], folder); (folder/P.SEAL).unlink(missing_ok=True); files = sorted((folder/"stats").glob("*.npz"))
+    folder = tmp_path/ADOPTED.name; shutil.copytree(ADOPTED, folder); (folder/P.SEAL).unlink(missing_ok=True); files = sorted((folder/"stats").glob("*.npz"))
     if part == "byte": raw = bytearray(files[0].read_bytes()); raw[len(raw)//2] ^= 1; files[0].write_bytes(raw)
     if part == "missing": files[0].unlink()
     if part == "swapped": shutil.copyfile(files[1], files[3])
@@ -326,7 +327,7 @@ def test_statistics_and_ledger_are_bound_to_each_other(tmp_path, part):
 
 
 def test_a_record_that_can_not_be_read_is_named(tmp_path):
-    folder = tmp_path/PUBLISHED[0].name; shutil.copytree(PUBLISHED[0], folder); (folder/"run.json").write_text('{"run_id": ')
+    folder = tmp_path/ADOPTED.name; shutil.copytree(ADOPTED, folder); (folder/"run.json").write_text('{"run_id": ')
     bad = [r for r in verify(out_dir=tmp_path) if not r["ok"]]; assert bad and folder.name in bad[0]["where"]
     assert verify(out_dir=tmp_path/"empty") == []
     with pytest.raises(ParameterError, match="allowed are"): verify("elsewhere")
