@@ -219,7 +219,7 @@ def test_plans_cost_and_commands():
 def test_all_claims_from_the_published_records():
     r = load_results("published"); out = V.all_verdicts(r); table = V.verdict_frame(out)
     assert list(dict.fromkeys(table.id)) == list(load_claims().id) and set(v.verdict for v in out) <= set(V.VERDICTS)
-    assert {v.claim for v in out if v.verdict == "supported" and not v.run_ids} == {"U36", "U37"}
+    assert {v.claim for v in out if v.verdict == "supported" and not v.run_ids} == {"U36", "U37", "D12", "D13"}
     assert all(v.reason for v in out) and all(v.plan for v in out if v.verdict == "undecided")
     started = r.groupby("run_id").folder.first().map(V.run_started)
     for v in out:
