@@ -79,6 +79,7 @@ def started(keep, *more):
 def test_killed_in_training_and_gone_on_with_without_notebook_tools(tmp_path):
     keep = tmp_path/"keep"; p = started(keep); end = time.time() + 60
     while not list(keep.glob("runs/*/checkpoint.pt")) and p.poll() is None and time.time() < end: time.sleep(0.02)
+    assert p.poll() is None, p.communicate()[0]
     os.kill(p.pid, signal.SIGKILL); p.wait()
     assert p.returncode == -signal.SIGKILL and read_state(keep)["entries"][0]["state"] == "running" and list(keep.glob("runs/*/checkpoint.pt"))
     assert main(["status", "--keep", str(keep)]) == 1

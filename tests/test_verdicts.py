@@ -42,6 +42,14 @@ def test_overrides_build_experiments_and_metrics_exist(t):
     assert row["decides"], "the plan must lead to runs that can decide"
 
 
+@pytest.mark.parametrize("claim, arms", [("D04", "time"), ("D06", "conditioning"), ("A02", "splits"), ("U44", "backbones"), ("U23", None)])
+def test_what_a_chapter_runs_is_what_the_claim_asks_for(claim, arms):
+    from uvit_repro.genvit import arm
+    from uvit_repro.shootout import comparison
+    ours = {e.run_id for e in (comparison(arms, "gpu").values() if arms else (arm("gpu", "uvit"), arm("gpu", "matched")))}
+    assert {V.arm_experiment(a, "gpu").run_id for c in V.arms_of(V.load_tests(claim), "gpu") for a in c} <= ours
+
+
 def test_steps_asked_for_agree_with_the_record_of_measurements():
     "A paper protocol measures at the step at which it is judged, and the levels are the paper's."
     for t in TESTED:

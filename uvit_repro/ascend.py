@@ -124,7 +124,7 @@ class ASCEND(IUViT):
 # %% ../nbs/11b_ascend.ipynb #11b-common
 def _common(model: ModelConfig, data, p_uncond: float) -> dict:
     "Keyword arguments that both networks take from an experiment."
-    refuse_fields(model, model.model, "time")
+    refuse_fields(model, "time")
     names = "patch_size embed_dim depth num_heads mlp_ratio qkv_bias mlp_time_embed skip conv patch_embed pos_embed".split()
     return dict({k: getattr(model, k) for k in names}, img_size=data.img_size, in_chans=data.in_chans, **condition_fields(model, data, p_uncond))
 

@@ -6,11 +6,10 @@
 __all__ = ['TIME_IN', 'PRESETS', 'RUNS', 'relative_index', 'biased_attention', 'per_row', 'TMSA', 'TimedMlp', 'DiffiTBlock',
            'diffit_positions', 'TimeEmbed', 'LabelEmbed', 'FinalLayer', 'init_shared', 'check_sizes', 'LatentDiffiT',
            'diffit_macs', 'load_released', 'to_windows', 'from_windows', 'group_norm', 'ResidualCell', 'DiffiTImage',
-           'only_own', 'from_config', 'image_from_config', 'published_run', 'parameters_of', 'match_mlp',
-           'time_variants', 'centre_row', 'attention_layers', 'watch_centre', 'spread', 'centre_attention',
-           'plot_centre']
+           'only_own', 'from_config', 'image_from_config', 'published_run', 'match_mlp', 'time_variants', 'centre_row',
+           'attention_layers', 'watch_centre', 'spread', 'centre_attention', 'plot_centre']
 
-# %% ../nbs/12_diffit.ipynb #12-84e55114
+# %% ../nbs/12_diffit.ipynb #12-c459d0aa
 import math
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,12 +18,13 @@ import torch.nn.functional as F
 import torch.utils.checkpoint as recomputing
 from einops import rearrange
 from torch import Tensor, nn
+from .ablations import parameters_of
 from .config import Experiment, ModelConfig, ParameterError, experiment, read_options, with_overrides
 from .diffusion import Diffusion
+from .genvit import refuse_fields
 from .layers import AdaLN, Attention, Mlp, PatchEmbed, attention, init_parameter, init_weights, sincos2d, timestep_embedding, unpatchify
 from .results import CheckpointError, load_tensors
 from .sample import sample
-from .scaling import meta_model
 from .uvit import check_input, count_parameters, set_checkpoint
 
 # %% ../nbs/12_diffit.ipynb #12-relative_index
@@ -321,26 +321,22 @@ class DiffiTImage(nn.Module):
 
 # %% ../nbs/12_diffit.ipynb #12-only_own
 def only_own(
-    model: ModelConfig, *fields # fields that mean nothing to this backbone
+    model: ModelConfig # of an experiment with one of the two networks
 ):
     "Raise `ParameterError` for a choice of U-ViT's that would be ignored."
-    for n in fields:
-        if getattr(model, n) != ModelConfig.__dataclass_fields__[n].default:
-            raise ParameterError(f"{n} = {getattr(model, n)!r}: {model.model} has no such choice; leave it out" + ("; where the time goes is options='time=...'" if n == "time" else ""))
+    refuse_fields(model, "skip", "time", "conv", "patch_embed", "pos_embed", "mlp_time_embed", "qkv_bias", time="where the time goes is options='time=...'")
     if model.condition == "text": raise ParameterError(f"condition = 'text': {model.model} is told a class or nothing")
-
-_foreign = ("skip", "time", "conv", "patch_embed", "pos_embed", "mlp_time_embed", "qkv_bias")
 
 def from_config(model, data, p_uncond=0.0, use_checkpoint=False, checkpoint_keep=0.0) -> LatentDiffiT:
     "A latent DiffiT from the sections of an experiment; options: time (of TIME_IN), learn_sigma."
-    only_own(model, *_foreign); o = read_options(model.options, time=TIME_IN, learn_sigma=True)
+    only_own(model); o = read_options(model.options, time=TIME_IN, learn_sigma=True)
     rows = data.num_classes + (p_uncond > 0) if model.condition == "class" else None
     return LatentDiffiT(data.img_size, model.patch_size, data.in_chans, model.embed_dim, model.depth, model.num_heads, model.mlp_ratio, rows,
                         use_checkpoint=use_checkpoint, checkpoint_keep=checkpoint_keep, **o)
 
 def image_from_config(model, data, p_uncond=0.0, use_checkpoint=False, checkpoint_keep=0.0) -> DiffiTImage:
     "The image model (our reading); options: time, window, levels, time_dim (0: by the sizes), cells (one number per level, as in 1-2-2-2), learn_sigma."
-    only_own(model, *_foreign); o = read_options(model.options, time=("tmsa", "bias", "mlp", "none"), window=4, levels=0, time_dim=0, cells="", learn_sigma=False)
+    only_own(model); o = read_options(model.options, time=("tmsa", "bias", "mlp", "none"), window=4, levels=0, time_dim=0, cells="", learn_sigma=False)
     if model.patch_size != 1: raise ParameterError(f"patch_size = {model.patch_size}: every pixel is a token of {model.model}; set patch_size = 1")
     if checkpoint_keep: raise ParameterError(f"checkpoint_keep = {checkpoint_keep}: {model.model} keeps nothing or everything; use 0")
     if not all(c.isdigit() for c in o["cells"].split("-") if o["cells"]): raise ParameterError(f"cells = {o['cells']!r}: one number per level, as in 1-2-2-2")
@@ -373,11 +369,7 @@ def published_run(
     if name not in RUNS: raise ParameterError(f"name = {name!r}: known are {', '.join(RUNS)}")
     return experiment("paper", **{**RUNS[name], "seed": 0, **overrides})
 
-# %% ../nbs/12_diffit.ipynb #12-parameters_of
-def parameters_of(exp: Experiment) -> int:
-    "Trainable numbers of an experiment's network (without its multiply-accumulates, which take longer)."
-    return count_parameters(meta_model(exp))
-
+# %% ../nbs/12_diffit.ipynb #12-match_mlp
 def match_mlp(
     exp: Experiment, params: int # any backbone with mlp_ratio; parameters wanted
 ) -> float:                      # the MLP ratio that comes closest, at this width and depth

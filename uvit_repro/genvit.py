@@ -210,12 +210,13 @@ def load_genvit(
 # %% ../nbs/11a_genvit.ipynb #11a-refuse_fields
 def refuse_fields(
     model: ModelConfig, # of an experiment
-    name: str,          # of the backbone, for the message
-    *fields: str        # choices of U-ViT that it does not have
+    *fields: str,       # choices of U-ViT that its backbone does not have
+    **instead: str      # field -> what the backbone has in its place
 ):
     "Raise `ParameterError` where an experiment sets a field that its backbone does not read."
     for f in fields:
-        if getattr(model, f) != ModelConfig.__dataclass_fields__[f].default: raise ParameterError(f"{f} = {getattr(model, f)!r}: {name} has no such choice; leave it out")
+        if getattr(model, f) != ModelConfig.__dataclass_fields__[f].default:
+            raise ParameterError(f"{f} = {getattr(model, f)!r}: {model.model} has no such choice; leave it out" + (f"; {instead[f]}" if f in instead else ""))
 
 def condition_fields(model: ModelConfig, data, p_uncond: float) -> dict:
     "Keyword arguments for the condition that an experiment asks for; with dropped labels there is one class more, the null class."
@@ -228,7 +229,7 @@ def from_config(
     use_checkpoint=False, checkpoint_keep=0.0 # recompute activations in the backward pass, but keep this much of each block
 ) -> GenViT:                  # without the classifier
     "A GenViT from the sections of an experiment; options: drop_path=0.1, time_twice=true."
-    refuse_fields(model, "GenViT", "qkv_bias", "mlp_time_embed", "skip", "time", "conv", "patch_embed", "pos_embed")
+    refuse_fields(model, "qkv_bias", "mlp_time_embed", "skip", "time", "conv", "patch_embed", "pos_embed")
     return GenViT(data.img_size, model.patch_size, data.in_chans, model.embed_dim, model.depth, model.num_heads, model.mlp_ratio, classifier=0,
                   **read_options(model.options, drop_path=0.1, time_twice=True), **condition_fields(model, data, p_uncond), use_checkpoint=use_checkpoint, checkpoint_keep=checkpoint_keep)
 

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['AUTOENCODERS', 'DIGITS_VAE', 'FORMAT', 'VERSION', 'TABLE3_STEPS', 'TABLE3_SOLVERS', 'EXAMPLES', 'weights_sum',
            'Autoencoder', 'ldm_config', 'from_ldm', 'find_autoencoder', 'load_autoencoder', 'enlarge', 'halve', 'psnr',
-           'train_digits_autoencoder', 'digits_autoencoder', 'FolderSource', 'DataSource', 'StoreError', 'npy_header',
-           'file_problem', 'begin_store', 'shard_record', 'encode_batch', 'shard_statistics', 'encode_shard',
-           'merge_statistics', 'finish_store', 'encode_images', 'Store', 'verify_store', 'Inputs', 'LatentDecoder',
-           'store_decoder', 'from_store', 'load_latents', 'find_imagenet256', 'find_imagenet512', 'load_imagenet256',
-           'load_imagenet512', 'digits_store', 'load_digits_latents', 'remeasure', 'class_spread', 'guidance_sweep',
-           'solver_table', 'paper_table3', 'table1_experiments', 'figure5_experiments', 'input_cost', 'open_source',
-           'main']
+           'train_digits_autoencoder', 'digits_autoencoder', 'FolderSource', 'DataSource', 'StoreError', 'repair',
+           'store_index', 'check_sums', 'npy_header', 'file_problem', 'begin_store', 'shard_record', 'encode_batch',
+           'shard_statistics', 'encode_shard', 'merge_statistics', 'finish_store', 'encode_images', 'Store',
+           'verify_store', 'Inputs', 'LatentDecoder', 'store_decoder', 'from_store', 'load_latents', 'find_imagenet256',
+           'find_imagenet512', 'load_imagenet256', 'load_imagenet512', 'digits_store', 'load_digits_latents',
+           'remeasure', 'class_spread', 'guidance_sweep', 'solver_table', 'paper_table3', 'table1_experiments',
+           'figure5_experiments', 'input_cost', 'open_source', 'main']
 
 # %% ../nbs/07_imagenet.ipynb #07-4f8270af
 import hashlib, json, os, sys, tempfile, time
@@ -244,6 +244,32 @@ class StoreError(ValueError):
     "A store that can't be used; the message names the file and says what to do."
     def _render_traceback_(self): return [f"{type(self).__name__}: {self}"]
 
+def repair(path: Path, bad: list) -> str:
+    "What to do about files of a store that are not as they should be."
+    more = f"; and {len(bad) - 8} more" if len(bad) > 8 else ""
+    return f"{path}: {'; '.join(bad[:8])}{more}. Delete the named file(s) and repeat the command that encoded the store: only these are made again"
+
+def store_index(path: Path, form: str, version: int) -> dict:
+    "index.json of a store. Raises `StoreError` when it is damaged or of another kind."
+    try: i = json.loads((path/"index.json").read_text())
+    except ValueError: raise StoreError(f"{path/'index.json'} is damaged. Delete it and repeat the command that encoded the store") from None
+    if (i.get("format"), i.get("version")) != (form, version): raise StoreError(f"{path}: format {i.get('format')!r} version {i.get('version')!r}; this code reads {form!r} version {version}")
+    return i
+
+def check_sums(
+    path: Path, want: dict, # the store, file -> its recorded sum
+    say=None                # told each file
+) -> dict:                  # files and bytes that were read
+    "Read files and compare their sums. Raises `StoreError` naming each one that is missing or altered."
+    bad = []
+    for n, (f, sha) in enumerate(want.items(), 1):
+        state = "is missing" if not f.is_file() else "ok" if sha256_file(f) == sha else "is altered (its sha256 is not the recorded one)"
+        if state != "ok": bad.append(f"{f.name} {state}")
+        if say: say(f"{n}/{len(want)} {f.name}: {state}")
+    if bad: raise StoreError(repair(path, bad))
+    return dict(files=len(want), bytes=sum(f.stat().st_size for f in want))
+
+# %% ../nbs/07_imagenet.ipynb #07-file
 def _file(kind: str, k: int) -> str: return f"{kind}-{k:05d}.{'json' if kind == 'shard' else 'npy'}"
 
 def npy_header(shape: tuple, dtype) -> bytes:
@@ -380,12 +406,9 @@ class Store:
             done = len(list(self.path.glob("shard-*.json"))) if (self.path/"job.json").is_file() else None
             raise FileNotFoundError(f"{path}: no store of latents" + (
                 f" yet: {done} shards are encoded. Repeat the command that encodes it; it goes on where it stopped" if done is not None else " (no index.json)"))
-        try: i = self.index = json.loads((self.path/"index.json").read_text())
-        except ValueError: raise StoreError(f"{self.path/'index.json'} is damaged. Delete it and repeat the command that encoded the store") from None
-        if i.get("format") != FORMAT or i.get("version") != VERSION:
-            raise StoreError(f"{path}: format {i.get('format')!r} version {i.get('version')!r}; this code reads {FORMAT!r} version {VERSION}")
+        i = self.index = store_index(self.path, FORMAT, VERSION)
         self.shape, self.dtype, self.mirror, self.image_shape, self.views = tuple(i["shape"]), np.dtype(i["dtype"]), i["mirror"], tuple(i["image_shape"]), 2 if i["mirror"] else 1
-        if bad := [p for f, s, d in self.files() if (p := file_problem(f, s, d))]: raise StoreError(_repair(self.path, bad))
+        if bad := [p for f, s, d in self.files() if (p := file_problem(f, s, d))]: raise StoreError(repair(self.path, bad))
         self.order, self.labels, rows = np.load(self.path/"order.npy"), torch.from_numpy(np.load(self.path/"labels.npy")), np.array([s["rows"] for s in i["shards"]])
         self.ends = rows.cumsum(); self.first = self.ends - rows                                        # of each shard
 
@@ -421,24 +444,15 @@ class Store:
         for i, (m, r) in enumerate(self._rows("pixels", index)): out[i] = m[r]
         return torch.from_numpy(out)
 
-# %% ../nbs/07_imagenet.ipynb #07-repair
-def _repair(path: Path, bad: list) -> str:
-    more = f"; and {len(bad) - 8} more" if len(bad) > 8 else ""
-    return f"{path}: {'; '.join(bad[:8])}{more}. Delete the named file(s) and repeat the command that encoded the store: only these are made again"
-
+# %% ../nbs/07_imagenet.ipynb #07-verify_store
 def verify_store(
     path,     # the store's folder
     say=None  # told each file
 ) -> dict:    # files and bytes that were read, images
     "Read every file of a store and compare sums. Raises `StoreError` naming each one that is short, missing or altered."
-    s = Store(path); bad, total, n = [], 0, 0
+    s = Store(path)
     want = {s.path/f"{n}.npy": v for n, v in s.index["files"].items()} | {s.path/_file(kind, k): v for k, r in enumerate(s.index["shards"]) for kind, v in r.items() if kind != "rows"}
-    for f, sha in want.items():
-        if sha256_file(f) != sha: bad.append(f"{f.name} is altered (its sha256 is not the recorded one)")
-        total += f.stat().st_size; n += 1
-        if say: say(f"{n}/{len(want)} {f.name}: {'ok' if not bad or not bad[-1].startswith(f.name) else 'altered'}")
-    if bad: raise StoreError(_repair(s.path, bad))
-    return dict(files=n, bytes=total, images=len(s))
+    return dict(check_sums(s.path, want, say), images=len(s))
 
 # %% ../nbs/07_imagenet.ipynb #07-inputs
 class Inputs:

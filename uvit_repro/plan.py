@@ -9,11 +9,11 @@ __all__ = ['KINDS', 'QUALITY', 'COUNTS', 'TIMES_AND_BYTES', 'PARTS', 'CIFAR', 'T
            'smaller_experiment', 'no_experiment', 'cell_experiments', 'cell_experiment', 'position', 'measurement',
            'computed', 'genvit_parameters', 'chosen', 'ledger', 'measured', 'ours', 'machine_key', 'precision_on',
            'timed_updates', 'probe_throughput', 'paper_gpu', 'predict', 'Job', 'select', 'from_command', 'jobs',
-           'data_status', 'obstacle', 'held', 'progress', 'state', 'plan', 'hours', 'plan_lines', 'plan_json', 'claim',
-           'Live', 'attempts', 'habits', 'note_attempt', 'BudgetSpent', 'Campaign', 'run_one', 'run_jobs', 'run',
-           'submitted_run', 'submit', 'prediction_report', 'plot_predictions', 'check', 'verify_seal', 'verify_run',
-           'statistics_values', 'verify_measurements', 'verify_log', 'verify', 'doctor_versions', 'doctor',
-           'doctor_machine']
+           'data_status', 'obstacle', 'held', 'progress', 'committed', 'state', 'plan', 'hours', 'plan_lines',
+           'plan_json', 'claim', 'Live', 'attempts', 'habits', 'note_attempt', 'BudgetSpent', 'Campaign', 'run_one',
+           'run_jobs', 'run', 'submitted_run', 'submit', 'prediction_report', 'plot_predictions', 'check',
+           'verify_seal', 'verify_run', 'statistics_values', 'verify_measurements', 'verify_log', 'verify',
+           'doctor_versions', 'doctor', 'doctor_machine']
 
 # %% ../nbs/13a_campaign.ipynb #13a-0f812d4e
 import contextlib, functools, importlib, importlib.util, json, math, os, re, shlex, shutil, sys, threading, time
@@ -29,11 +29,11 @@ from .results import SEAL, load_runs, published_root, runs_root, seal, sha256_fi
 from .run import measurements_of, missing_measurements, cached_certificate, chapter_parameters, default_workers, repeat_command, run_chapter
 from .train import Trainer, build_model, clock, lr_at, pick_device, step_randomness
 
-# %% ../nbs/13a_campaign.ipynb #13a-1813488b
+# %% ../nbs/13a_campaign.ipynb #13a-5242c49d
 KINDS = {   # kind: what it means
-    "reproducible": "measured on a training run of this model: has an experiment",
+    "reproducible": "measured on a training run: has an experiment",
     "statement": "a finding in words; where it is about this model, with the runs that bear on it",
-    "computed": "counted from the architecture of this model, no training",
+    "computed": "counted from an architecture, no training",
     "setting": "a choice that was made; ours stands in the configuration",
     "time": "seconds, hours or devices on the paper's machines",
     "memory": "bytes on the paper's machines",
@@ -528,17 +528,22 @@ def progress(folder: Path, exp: Experiment) -> float:
     with contextlib.suppress(OSError, ValueError, IndexError): return min(1.0, int((folder/"log.csv").read_text().splitlines()[-1].split(",")[0])/n)
     return 0.0
 
+def committed(exp: Experiment) -> bool:
+    "Whether a run with all its measurements is committed evidence."
+    folder = published_root()/exp.run_id; info = _info(folder)
+    return info.get("status") == "ok" and not missing_measurements(exp, folder, info)
+
 def state(
     exp: Experiment, out_dir=None
 ) -> tuple:         # (done | running | stopped | failed | published | blocked | missing, why)
     "What there is of an experiment. Nothing is opened or written."
-    folder = runs_root(out_dir)/exp.run_id; info, kept = _info(folder), published_root()/exp.run_id
+    folder = runs_root(out_dir)/exp.run_id; info = _info(folder)
     if info.get("status") == "ok" and not missing_measurements(exp, folder, info): return "done", ""
     if held(folder/".lock"): return "running", "another process works on it"
     if why := obstacle(exp): return "blocked", why
     if info.get("status") == "failed": return "failed", str(info.get("error"))[:200]
     if share := progress(folder, exp): return "stopped", f"{share:.0%} of the training is there"
-    if (other := _info(kept)).get("status") == "ok" and not missing_measurements(exp, kept, other): return "published", "committed evidence; not run on this machine"
+    if committed(exp): return "published", "committed evidence; not run on this machine"
     return "missing", ""
 
 OPEN = ("missing", "published", "stopped", "failed", "running")   # states in which a run is still to be done here

@@ -8,7 +8,7 @@ __all__ = ['SOURCE', 'RELEASED', 'TEXTS', 'AUTOENCODER', 'EXAMPLES', 'released_c
            'open_decoder', 'stand_in', 'open_released', 'released_network', 'evaluate_released', 'name_of',
            'typed_command', 'make_parser', 'report_lines', 'main']
 
-# %% ../nbs/04d_released.ipynb #04d-a7b9043b
+# %% ../nbs/04d_released.ipynb #04d-0f102297
 import ast, contextlib, json, os, shlex, sys, time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +18,11 @@ from torch import Tensor
 from .config import CONFIGS, Experiment, ParameterError, content_name, data_root as data_folder, deviations, digest, eval_id, from_dict, resolve_name, run_id, with_overrides
 from .data import Data, open_data, summary
 from .diffusion import Diffusion
-from .layers import compile_blocks, set_attention
 from .metrics import feature_status, read_reference
 from .results import CheckpointError, conditions, load_tensors, run_lock, runs_root, sha256_file, sweep_unfinished, write_json
-from .run import Run, _has, _read_info, cached_certificate, keep_picture, measure_samples
+from .run import Run, _has, _read_info, cached_certificate, evaluated_network, keep_picture, measure_samples, recorded
 from .sample import check_sampler
-from .train import choose_attention, join_team, pick_device, wants_compile
+from .train import join_team, pick_device
 from .uvit import load_official, official_shape
 
 # %% ../nbs/04d_released.ipynb #04d-released_command
@@ -147,7 +146,6 @@ def released_settings(
     if exp is None:
         if name is not None and name not in CONFIGS: raise ParameterError(f"name = {name!r}: the ten are {', '.join(map(repr, CONFIGS))}; for another file give its experiment")
         name = name or identify(sd); exp = CONFIGS[name]
-        if exp.data.dataset == "imagenet64": overrides.setdefault("labels", "frequency")        # setup, section 5
     check_shape(sd, exp, name or "of this experiment")
     exp = with_overrides(exp, **{"curve_steps": (), "loss_steps": (), **overrides, "processes": int(os.environ.get("WORLD_SIZE", 1))})
     if exp.train.precision == "fp16" and pick_device(exp.execution.device).type == "cpu": exp = with_overrides(exp, precision="fp32")   # half precision is for GPUs
@@ -205,10 +203,7 @@ def released_network(
 ) -> tuple:                   # (network on its device, diffusion)
     "The network of a file, ready to be evaluated."
     device = pick_device(exp.execution.device)
-    net = load_official(sd, exp.model.num_heads, exp.data.text_tokens if exp.model.condition == "text" else None).to(device)
-    set_attention(net, choose_attention(exp, device))
-    if wants_compile(exp.execution.compile, device, exp.train.n_steps): compile_blocks(net, strict=exp.execution.compile != "auto")
-    return net, Diffusion(exp.diffusion)
+    return evaluated_network(load_official(sd, exp.model.num_heads, exp.data.text_tokens if exp.model.condition == "text" else None), exp, device)
 
 def _unfinished(exp: Experiment, data: Data, folder: Path, info: dict) -> bool:
     "Whether the measurement is missing, or was made without something that is there now."
@@ -261,25 +256,18 @@ def _evaluate(sd: dict, exp: Experiment, data: Data, folder: Path, say, where: d
         if not todo: return Run(folder, exp, info, fresh=False)
         if lead and data.notes: summary(data.notes)
         if lead and exp.evaluation.features != "none" and not (found := feature_status(exp.evaluation.features))[0]: say(f"its distances will be not run: {found[1]}")
-        keep, start, n = (lambda: write_json(folder/"run.json", info) if lead else None), time.perf_counter(), exp.evaluation.num_samples
+        keep, n = (lambda: write_json(folder/"run.json", info) if lead else None), exp.evaluation.num_samples
         changed = [list(d) for d in deviations(exp) if d[0] not in ("curve_steps", "loss_steps")]                      # those are about training
         info.update(run_id=exp.run_id, status="running", experiment=exp.to_dict(), command=command, deviations=changed, checkpoint=checkpoint, files=dict(exp.files),
                     reference=dict(file=Path(exp.execution.reference).name, sha256=exp.evaluation.reference_sha256) if exp.execution.reference else None)
         info.setdefault("started", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())); info.setdefault("evaluations", {})
-        keep()
-        try:
+        with recorded(info, keep, [eval_id(exp, exp.train.n_steps, n)]):
             if lead: info["certificate"] = cached_certificate(device)
             info.update(conditions=conditions(device), data=dict(name=content_name(exp.data)[0], sha256=data.sha256, train=len(data), held_out=len(data.test_images), notes=data.notes[:50]))
             entry = measure_samples(exp, data, folder, exp.train.n_steps, n, say, team, network=lambda: released_network(sd, exp), **where)
             for e in entry.values(): e["images"] = len(data.test_images)
             info["evaluations"].update(entry)
             if lead: keep_picture(exp, data, folder, n)
-            info.update(status="ok", error=None)
-        except BaseException as e:
-            info.update(status="failed" if isinstance(e, Exception) else "stopped", error=f"{type(e).__name__}: {e}"); raise
-        finally:
-            info["wall_seconds"] = info.get("wall_seconds", 0) + time.perf_counter() - start
-            keep()
         return Run(folder, exp, info, fresh=True)
 
 # %% ../nbs/04d_released.ipynb #04d-make_parser

@@ -239,8 +239,8 @@ def summary_frame(cells, filled: dict):
 def summary_lines(ev: Evidence, kinds, claims) -> list:
     "What was reproduced, under which protocol, on which machine, and what was not; one sentence each."
     n = lambda k, c: int(kinds.loc[kinds.kind == k, c].sum()); lines, r = [], kinds.set_index("kind")
-    lines.append(f"The record holds {int(kinds.cells.sum()):,} numbers. {n('computed', 'cells')} of them are counted from the architecture of this model, {n('setting', 'cells')} are settings, of which {n('setting', 'counted_or_set')} stand in our configurations; "
-                 f"{n('reproducible', 'cells')} need training runs of this model, {n('statement', 'cells')} are findings in words. The other {int(r.drop(['computed', 'setting', 'reproducible', 'statement']).cells.sum())} belong to other methods and models, to parts that are taken, and to the paper's machines.")
+    lines.append(f"The record holds {int(kinds.cells.sum()):,} numbers. {n('computed', 'cells')} of them are counted from an architecture, {n('setting', 'cells')} are settings, of which {n('setting', 'counted_or_set')} stand in our configurations; "
+                 f"{n('reproducible', 'cells')} need training runs, {n('statement', 'cells')} are findings in words. The other {int(r.drop(['computed', 'setting', 'reproducible', 'statement']).cells.sum())} belong to other methods and models, to parts that are taken, and to the paper's machines.")
     for p in ORDER:
         mine = [x for x in ev.runs if x["experiment"].protocol == p]; have = n("reproducible", f"run at {p}") + n("statement", f"run at {p}")
         if not mine: lines.append(f"Protocol {p}: not run. The command is: uvit-repro run all --protocol {p}"); continue

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['TOLERANCES', 'PROGRESS', 'AUTOCAST', 'SWEEP', 'golden_forward', 'golden_sampling', 'certificate', 'source_sum',
-           'cached_certificate', 'sample_conditions', 'read_samples', 'samples_folder', 'draw_samples',
-           'measure_samples', 'measure_loss', 'keep_picture', 'with_reference', 'open_experiment', 'Run',
-           'measurements_of', 'missing_measurements', 'chapter_parameters', 'repeat_command', 'run_experiment',
-           'ProcessesFailed', 'together_command', 'run_together', 'run_folder', 'ChapterFailed', 'check_names',
-           'papermill_command', 'execute', 'run_chapter', 'is_done', 'default_workers', 'cell_seconds', 'run_sweep',
-           'main']
+           'cached_certificate', 'evaluated_network', 'sample_conditions', 'read_samples', 'samples_folder',
+           'draw_samples', 'measure_samples', 'measure_loss', 'keep_picture', 'with_reference', 'open_experiment',
+           'Run', 'measurements_of', 'missing_measurements', 'chapter_parameters', 'repeat_command', 'recorded',
+           'run_experiment', 'ProcessesFailed', 'together_command', 'run_together', 'run_folder', 'ChapterFailed',
+           'check_names', 'papermill_command', 'execute', 'run_chapter', 'is_done', 'default_workers', 'cell_seconds',
+           'run_sweep', 'main']
 
 # %% ../nbs/04c_runs.ipynb #04c-38ab362e
 import contextlib, hashlib, json, os, re, shlex, subprocess, sys, tempfile, threading, time, traceback
@@ -87,16 +87,19 @@ def cached_certificate(device="cpu") -> list:
     with contextlib.suppress(OSError): write_json(path, rows)
     return rows
 
-# %% ../nbs/04c_runs.ipynb #04c-network
+# %% ../nbs/04c_runs.ipynb #04c-evaluated_network
 PROGRESS = ("step ", "sampled ", "resumed ", "read ", "encoded ", "another process ")   # lines that are passed on from another process
 AUTOCAST = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)
 
-def _network(exp: Experiment, folder: Path, step: int, device):
-    "The weights of a step, ready to be evaluated: (network, diffusion)."
-    net = load_weights(exp, folder, step).to(device)
-    set_attention(net, choose_attention(exp, device))
+def evaluated_network(
+    net, exp: Experiment, device # a network with its weights, its experiment, where it is to run
+) -> tuple:                      # (network, diffusion)
+    "A network made ready to be evaluated: on its device, with the faster attention, compiled where that pays."
+    set_attention(net.to(device), choose_attention(exp, device))
     if wants_compile(exp.execution.compile, device, exp.train.n_steps): compile_blocks(net, strict=exp.execution.compile != "auto")
     return net, Diffusion(exp.diffusion)
+
+def _network(exp: Experiment, folder: Path, step: int, device): return evaluated_network(load_weights(exp, folder, step), exp, device)
 
 def sample_conditions(
     exp: Experiment, data: Data, n: int, device # run, its data, how many images, where the network is
@@ -110,13 +113,14 @@ def sample_conditions(
 
 # %% ../nbs/04c_runs.ipynb #04c-read_samples
 def read_samples(
-    where: Path # folder of shards
-) -> tuple:     # uint8 (n, C, H, W), labels (n,) or None
+    where: Path,     # folder of shards
+    most: int = None # only the first ones; None: all
+) -> tuple:          # uint8 (n, C, H, W), labels (n,) or None
     "The samples of a measurement. Raises `FileNotFoundError` when they are not all there."
     if not (where/"whole.json").exists(): raise FileNotFoundError(f"{where}: the samples are not complete ({len(list(where.glob('[0-9]*.npy')))} shards); the command that draws them goes on where it stopped")
-    said = json.loads((where/"whole.json").read_text()); out = torch.empty(said["shape"], dtype=torch.uint8)
-    for a, b in batch_bounds(said["shape"][0], said["batch"]): out[a:b] = torch.from_numpy(np.load(where/f"{a:07d}.npy"))
-    return out, torch.tensor(said["labels"]) if said["labels"] is not None else None
+    said = json.loads((where/"whole.json").read_text()); n = min(most or said["shape"][0], said["shape"][0]); out = torch.empty([n, *said["shape"][1:]], dtype=torch.uint8)
+    for a, b in batch_bounds(n, said["batch"]): out[a:b] = torch.from_numpy(np.load(where/f"{a:07d}.npy")[:b-a])
+    return out, torch.tensor(said["labels"][:n]) if said["labels"] is not None else None
 
 def samples_folder(exp: Experiment, folder: Path, step: int, n: int) -> Path:
     "Where n samples of a step lie: by their sampling alone, so that another feature network or reference measures the same images."
@@ -181,8 +185,7 @@ def measure_loss(exp: Experiment, data: Data, folder: Path, step: int, team=Team
 # %% ../nbs/04c_runs.ipynb #04c-keep_picture
 def keep_picture(exp: Experiment, data: Data, folder: Path, n: int, k: int = 40) -> None:
     "samples.png (a grid, 10 in a row) and first.npz (the first k samples and their nearest training images)."
-    images, labels = read_samples(draw_samples(exp, data, folder, exp.train.n_steps, n))
-    x = images[:k]
+    images, labels = read_samples(draw_samples(exp, data, folder, exp.train.n_steps, n), max(100, k)); x = images[:k]
     save_png(image_grid(images[:100], 10, scale=max(1, 256//(10*x.shape[-1]))), folder/"samples.png")
     near = {}
     if data.train_images is not None:
@@ -252,6 +255,23 @@ def repeat_command(
     "The papermill command that repeats an experiment: its protocol, its seed, and what differs from them."
     return " ".join(["papermill nbs/05_ablations.ipynb out.ipynb", *(f"-p {k} {shlex.quote(str(v))}" for k, v in chapter_parameters(exp).items())])
 
+# %% ../nbs/04c_runs.ipynb #04c-recorded
+@contextlib.contextmanager
+def recorded(
+    info: dict,     # of run.json
+    keep,           # () -> None: writes it
+    planned: list   # names of the evaluations that belong to this work; others may stand in the record, made later by somebody else
+):
+    "Work whose outcome, time and failure become part of the record, whatever happens."
+    keep(); start = time.perf_counter()
+    try: yield; info.update(status="ok", error=None)
+    except BaseException as e:
+        info.update(status="failed" if isinstance(e, Exception) else "stopped", error=f"{type(e).__name__}: {e}"); raise
+    finally:
+        known = info.get("training", {}).get("seconds", 0) + sum(v["seconds"] for i, v in info["evaluations"].items() if i in planned)
+        info["wall_seconds"] = max(info.get("wall_seconds", 0) + time.perf_counter() - start, known)   # what a killed attempt took is known from its parts alone
+        keep()
+
 # %% ../nbs/04c_runs.ipynb #04c-run_experiment
 def run_experiment(
     exp: Experiment,        # what to do
@@ -275,8 +295,7 @@ def run_experiment(
         keep = lambda: write_json(folder/"run.json", info) if lead else None
         info.update(run_id=exp.run_id, status="running", experiment=exp.to_dict(), command=repeat_command(exp), deviations=[list(d) for d in deviations(exp)])
         info.setdefault("started", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())); info.setdefault("evaluations", {})
-        keep(); start = time.perf_counter()
-        try:
+        with recorded(info, keep, [eval_id(*m) for m in measurements_of(exp)]):
             if lead: info["certificate"] = cached_certificate(device)
             training = train(exp, data, folder, say, team)
             if training["steps"]: info["training"] = training
@@ -287,14 +306,6 @@ def run_experiment(
                 info["evaluations"].update(measure_samples(e, data, folder, step, n, say, team, **where) if n else measure_loss(e, data, folder, step, team, **where))
                 keep()
             if lead: keep_picture(exp, data, folder, exp.evaluation.num_samples)
-            info.update(status="ok", error=None)
-        except BaseException as e:
-            info.update(status="failed" if isinstance(e, Exception) else "stopped", error=f"{type(e).__name__}: {e}"); raise
-        finally:
-            info["wall_seconds"] = info.get("wall_seconds", 0) + time.perf_counter() - start
-            known = info.get("training", {}).get("seconds", 0) + sum(v["seconds"] for v in info["evaluations"].values())
-            info["wall_seconds"] = max(info["wall_seconds"], known)                                 # what a killed attempt took is known from its parts alone
-            keep()
         return Run(folder, exp, info, fresh=True)
 
 def _read_info(folder: Path) -> dict:

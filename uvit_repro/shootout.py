@@ -6,13 +6,13 @@
 __all__ = ['CONTENDERS', 'contenders', 'short', 'contender_table', 'time_arms', 'conditioning_arms', 'comparison',
            'collect_comparison', 'recorded_comparison', 'plot_comparison']
 
-# %% ../nbs/12b_shootout.ipynb #12b-ab0379f6
+# %% ../nbs/12b_shootout.ipynb #12b-2007ed1d
 import functools, math
 from dataclasses import replace
 from .config import Experiment, ParameterError, experiment, with_overrides
 from .results import load_results
-from .scaling import macs_of, params_of
-from .unet import SMALL, match_experiment
+from .scaling import macs_of, meta_model, params_of
+from .unet import match_experiment, measure_of, unet_fields
 
 # %% ../nbs/12b_shootout.ipynb #12b-contenders
 CONTENDERS = {   # name -> fields of the experiment that differ from U-ViT's
@@ -38,14 +38,14 @@ def contenders(
 @functools.lru_cache(None)
 def _matched(protocol: str, measure: str, n_steps) -> dict:
     "The contenders of seed 0."
-    base = short(protocol, 0, n_steps); side, out = base.data.img_size, {}
+    base = short(protocol, 0, n_steps); side, budget, out = base.data.img_size, measure_of(measure)(meta_model(base)), {}
     for name, fields in CONTENDERS.items():
         fields = dict(fields); kind = fields.get("model", "UViT")
         if kind == "DiffiT-image" and side > 16: continue
-        if kind in ("UNet-latent", "ADM"): fields.update(options=SMALL.get(side, "res_blocks=2"), **(dict(num_heads=2) if side < 32 else {}))
+        if kind in ("UNet-latent", "ADM"): fields.update(unet_fields(side))
         if not fields: out[name] = base; continue
         step = math.lcm(4, fields.get("num_heads", base.model.num_heads))*(1 if side < 32 else 2)
-        out[name] = match_experiment(base, measure, range(2*step, 2049, step), **fields)[0]
+        out[name] = match_experiment(base, measure, range(2*step, 2049, step), budget, **fields)[0]
     return out
 
 def short(
@@ -69,12 +69,13 @@ def contender_table(
 # %% ../nbs/12b_shootout.ipynb #12b-time_arms
 def time_arms(protocol: str, seed: int = 0, n_steps: int = None) -> dict:
     "Claim D04: DiffiT's image model (our reading) with the time in attention, in the position bias only, in the MLP only, or nowhere."
-    base = with_overrides(short(protocol, seed, n_steps), **CONTENDERS["DiffiT, image form (our reading)"])
+    from uvit_repro.diffit import PRESETS
+    base = short(protocol, seed, n_steps); base = with_overrides(base, **(CONTENDERS["DiffiT, image form (our reading)"] if base.data.img_size <= 16 else PRESETS["DiffiT CIFAR10"]))
     return {k: with_overrides(base, options=f"window=4,time={k}") for k in ("tmsa", "bias", "mlp", "none")}
 
 def conditioning_arms(protocol: str, seed: int = 0, n_steps: int = None) -> dict:
     "Claim D06: ways to feed the time to one backbone (DiffiT's latent form): TMSA, a token, AdaLN, adaLN-zero."
-    base = with_overrides(short(protocol, seed, n_steps), **CONTENDERS["DiffiT, latent form"])
+    base = contenders(protocol, "params", seed, n_steps)["DiffiT, latent form"]
     return {k: with_overrides(base, options=f"learn_sigma=false,time={k}") for k in ("tmsa", "token", "adaln", "adaln_zero")}
 
 def comparison(

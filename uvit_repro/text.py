@@ -14,7 +14,7 @@ __all__ = ['CLIP_MODEL', 'CLIP_FILES', 'N_PROMPTS', 'N_HELD_OUT', 'FORMAT', 'VER
            'prompt_scene', 'ShapeTexts', 'load_shapes', 'prompt_accuracy', 'draw_captions', 'table4_experiments',
            'paper_table4', 'write_contexts', 'main']
 
-# %% ../nbs/08_mscoco.ipynb #08-a9b7120a
+# %% ../nbs/08_mscoco.ipynb #08-da123102
 import gzip, hashlib, itertools, json, os, random, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from .config import CONFIGS, CONTENT, DataConfig, ParameterError, data_root as data_folder, key_seed
 from .data import Data, _sum
-from .latents import StoreError, begin_store, encode_images, file_problem, from_store, load_autoencoder, Store, verify_store, weights_sum
+from .latents import Store, StoreError, begin_store, check_sums, encode_images, file_problem, from_store, load_autoencoder, repair, store_index, verify_store, weights_sum
 from .results import load_tensors, run_lock, sha256_file, sweep_unfinished, write_atomic, write_json
 
 # %% ../nbs/08_mscoco.ipynb #08-clip_command
@@ -254,17 +254,11 @@ class TextStore:
         if not (self.path/"index.json").is_file():
             begun = " yet: repeat the command that encodes it; it goes on where it stopped" if (self.path/"job.json").is_file() else " (no index.json)"
             raise FileNotFoundError(f"{path}: no store of texts{begun}")
-        try: i = self.index = json.loads((self.path/"index.json").read_text())
-        except ValueError: raise StoreError(f"{self.path/'index.json'} is damaged. Remove it and repeat the command that encoded the store") from None
-        if (i.get("format"), i.get("version")) != (FORMAT, VERSION):
-            raise StoreError(f"{path}: format {i.get('format')!r} version {i.get('version')!r}; this code reads {FORMAT!r} version {VERSION}")
+        i = self.index = store_index(self.path, FORMAT, VERSION)
         self.job, self.extra = i["job"], i["extra"]
         self.shape, self.dtype = tuple(self.job["shape"]), np.dtype(self.job["dtype"])
-        if bad := [p for k, s in enumerate(i["shards"]) if (p := file_problem(self.path/_shard(k), (s["rows"], *self.shape), self.dtype))]: raise StoreError(self.repair(bad))
+        if bad := [p for k, s in enumerate(i["shards"]) if (p := file_problem(self.path/_shard(k), (s["rows"], *self.shape), self.dtype))]: raise StoreError(repair(self.path, bad))
         self.sha256 = hashlib.sha256(f"{self.job['texts']} {self.job['encoder']} {self.shape} {self.dtype}".encode()).hexdigest()
-    def repair(self, bad: list) -> str:
-        more = f"; and {len(bad) - 8} more" if len(bad) > 8 else ""
-        return f"{self.path}: {'; '.join(bad[:8])}{more}. Delete the named file(s) and repeat the command that encoded the store: only these are made again"
     def __len__(self): return self.job["count"]
     def __getstate__(self): return dict(self.__dict__, _maps={})
     @property
@@ -281,14 +275,9 @@ class TextStore:
 
 def verify_texts(path, say=None) -> dict:
     "Read every file of a store and compare sums. Raises `StoreError` naming each one that is short, missing or altered."
-    s, bad = TextStore(path), []
+    s = TextStore(path)
     want = {s.path/"captions.json": s.index["captions"], **{s.path/_shard(k): n["sha256"] for k, n in enumerate(s.index["shards"])}}
-    for f, sha in want.items():
-        state = "is missing" if not f.is_file() else "ok" if sha256_file(f) == sha else "is altered (its sha256 is not the recorded one)"
-        if state != "ok": bad.append(f"{f.name} {state}")
-        if say: say(f"{f.name}: {state}")
-    if bad: raise StoreError(s.repair(bad))
-    return dict(files=len(want), bytes=sum(f.stat().st_size for f in want), texts=len(s))
+    return dict(check_sums(s.path, want, say), texts=len(s))
 
 # %% ../nbs/08_mscoco.ipynb #08-prompts
 class Prompts:

@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'SMALL', 'check_unet', 'fitting_levels', 'auto_groups', 'auto_head', 'UNet', 'LatentUNet', 'ADMUNet',
            'unet_parts', 'unet_counts', 'plot_parts', 'draw_unet', 'draw_blocks', 'factors', 'common_sizes',
            'classes_of', 'latent_from_config', 'adm_from_config', 'Match', 'net_macs', 'measure_of', 'match_width',
-           'match_experiment', 'matched_unets', 'appendix']
+           'match_experiment', 'unet_fields', 'matched_unets', 'appendix']
 
 # %% ../nbs/10_unets.ipynb #10-f766190f
 import bisect, math
@@ -332,6 +332,10 @@ def match_experiment(
     m = match_width(target or measure_of(measure)(meta_model(base)), lambda w: meta_model(with_overrides(base, **fields, embed_dim=w)), measure, widths)
     return with_overrides(base, **fields, embed_dim=m.width), m
 
+def unet_fields(side: int) -> dict:
+    "The shape of a small U-Net on images of this side, as fields of an experiment."
+    return dict(options=SMALL.get(side, "res_blocks=2"), **(dict(num_heads=2) if side < 32 else {}))
+
 def matched_unets(
     base: Experiment,               # a U-ViT
     measure="params",               # params | macs
@@ -339,9 +343,8 @@ def matched_unets(
     target=None                     # the budget, where it is known already
 ) -> dict:                          # model -> (experiment, Match)
     "U-ViT's experiment with each U-Net of its size. Widths are multiples of 2 (small images, where two channels matter) or 8."
-    side, target = base.data.img_size, target or measure_of(measure)(meta_model(base)); small = side < 32
-    fields = dict(options=SMALL.get(side, "res_blocks=2"), **(dict(num_heads=2) if small else {}))
-    return {m: match_experiment(base, measure, range(2, 513, 2) if small else range(8, 2049, 8), target, model=m, **fields) for m in models}
+    side, target = base.data.img_size, target or measure_of(measure)(meta_model(base))
+    return {m: match_experiment(base, measure, range(2, 513, 2) if side < 32 else range(8, 2049, 8), target, model=m, **unet_fields(side)) for m in models}
 
 # %% ../nbs/10_unets.ipynb #10-appendix
 def appendix() -> dict: # (appendix, network) -> experiment at the paper's scale
