@@ -178,6 +178,25 @@ def test_the_committed_report_stays_small():
     assert sum(p.stat().st_size for p in files) < 800_000
 
 
+def test_a_page_hides_code_or_shows_it_in_colours(tmp_path):
+    import nbformat.v4 as v4, nbformat
+    nb = v4.new_notebook(cells=[v4.new_markdown_cell("# T\n\n## One\n\n[next](02_x.ipynb)"), v4.new_code_cell("#| hide\nsecret = 1 < 2"),
+                                v4.new_code_cell("1+1", outputs=[v4.new_output("execute_result", data={"text/plain": "2"}), v4.new_output("display_data", data={"text/html": "<b>bold</b>"})])])
+    nbformat.write(nb, tmp_path/"t.ipynb"); page = R.to_html(tmp_path/"t.ipynb", tmp_path/"t.html").read_text()
+    assert 'href="02_x.html"' in page and "secret" not in page and ">2<" in page.replace("\n", "") and 'href="#One"' in page and "viewport" in page and "<b>bold</b>" in page
+    page = R.to_html(tmp_path/"t.ipynb", tmp_path/"t.html", code=True, back='<a href="r.html">r</a>', note="<!-- n -->").read_text()
+    assert "#| hide" not in page and 'href="r.html"' in page and page.endswith("<!-- n -->") and "<i>part" not in page and page.index("secret") < page.index("<b>bold</b>")
+    assert re.search(r'<span class="n">secret</span>.*<span class="o">&lt;</span>', page) and ".highlight .n" in page
+
+
+def test_an_executed_copy_says_nothing_of_this_machine(tmp_path):
+    import nbformat.v4 as v4, nbformat
+    out, err = (v4.new_output("stream", name=n, text=t) for n, t in (("stdout", f"wrote {ROOT}/x"), ("stderr", "noise")))
+    nb = v4.new_notebook(metadata=dict(papermill=dict(a=1)), cells=[v4.new_code_cell("1", outputs=[out, err], metadata=dict(tags=["parameters"], papermill=dict(b=2)))])
+    nbformat.write(nb, tmp_path/"e.ipynb"); text = R.publish_copy(tmp_path/"e.ipynb", tmp_path/"copy.ipynb").read_text()
+    assert not any(w in text for w in ("papermill", "noise", str(ROOT))) and "wrote ./x" in text and "parameters" in text
+
+
 def test_large_tables_are_left_out_of_executed_copies(tmp_path):
     import nbformat
     nb = nbformat.v4.new_notebook(); nb.cells = [nbformat.v4.new_code_cell("1", outputs=[nbformat.v4.new_output("display_data", data={"text/html": "x"*n}) for n in (10, R.LARGE + 1)])]

@@ -6,7 +6,8 @@
 __all__ = ['ORDER', 'beyond', 'variants', 'figure2_cells', 'main_metric', 'collect', 'standing', 'parameters_of', 'draw_curves',
            'plot_figure2', 'sample_rows', 'plot_rows']
 
-# %% ../nbs/05_ablations.ipynb #05-b8209e62
+# %% ../nbs/05_ablations.ipynb #05-47bbad2c
+import functools
 from dataclasses import replace
 import numpy as np
 from .config import PROTOCOLS, Experiment, ParameterError
@@ -83,6 +84,7 @@ def standing(
     return pd.DataFrame(rows, columns=["variant", "seeds", "values", "mean", "log_ratio_to_adopted", "run_ids"]).sort_values("mean", ignore_index=True)
 
 # %% ../nbs/05_ablations.ipynb #05-parameters_of
+@functools.lru_cache(None)
 def parameters_of(exp: Experiment) -> int:
     "Trainable numbers of an experiment's network, counted without allocating it."
     import torch

@@ -306,6 +306,7 @@ def computed(c):
     return dict(layers=lambda: m.depth, hidden_size=lambda: m.embed_dim, mlp_size=lambda: round(m.embed_dim*m.mlp_ratio), heads=lambda: m.num_heads, tokens=lambda: tokens,
                 params_exact=lambda: params_of(e), params_M=lambda: params_of(e)/1e6, gflops=lambda: macs_of(e)/1e9, gflops_linear=linear)[c.measure]()
 
+@functools.lru_cache(None)
 def genvit_parameters(dataset: str) -> int:
     "Trainable numbers of a published GenViT, with its classifier."
     import torch
@@ -411,6 +412,7 @@ def probe_throughput(
     return known[key]
 
 # %% ../nbs/13a_campaign.ipynb #13a-paper_gpu
+@functools.lru_cache(None)
 def paper_gpu() -> tuple:  # (its name, operations per second)
     "The rate at which the authors trained: README, U-ViT-H/2, batch 128, mixed precision with xformers, one A100."
     from uvit_repro.scaling import macs_of, training_flops
@@ -436,18 +438,22 @@ class Job:
     @property
     def name(self) -> str: return f"{self.exp.run_id.rpartition('-')[0]}, {self.exp.sampling.sampler} {self.exp.sampling.nfe}"
 
+def _bare(name: str) -> str: return re.sub(r"figure(?=\d)", "fig", re.sub(r"[\s_-]", "", name.lower()))
+
+@functools.lru_cache(None)
+def _bare_places() -> list: return [_bare(slug(("" if p == "U-ViT" else p + " ") + s)) for p, s in zip(registry().paper, registry().place)]
+
 def select(
     what: str # all, fig2, fig2a, table1, appendixe, diffit-table1, ..., or a cell id
 ):            # rows of the registry
     "The cells that a name stands for. Raises `ParameterError` with what is near."
     import difflib
-    cells, bare = registry(), lambda s: re.sub(r"figure(?=\d)", "fig", re.sub(r"[\s_-]", "", s.lower()))
+    cells, name, places = registry(), _bare(what), _bare_places()
     if what == "all": return cells
     if (cells.cell == what).any(): return cells[cells.cell == what]
-    places = [bare(slug(("" if p == "U-ViT" else p + " ") + s)) for p, s in zip(cells.paper, cells.place)]
-    hit = [bool(bare(what)) and p.startswith(bare(what)) and not p[len(bare(what)):][:1].isdigit() for p in places]
-    if any(hit) and bare(what)[-1:] not in ("", "-") and not any(bare(what) == w for w in ("fig", "table", "appendix", "section")): return cells[hit]
-    near = difflib.get_close_matches(bare(what), [*dict.fromkeys(places), *cells.cell], n=5, cutoff=0.5)
+    hit = [bool(name) and p.startswith(name) and not p[len(name):][:1].isdigit() for p in places]
+    if any(hit) and name not in ("fig", "table", "appendix", "section"): return cells[hit]
+    near = difflib.get_close_matches(name, [*dict.fromkeys(places), *cells.cell], n=5, cutoff=0.5)
     raise ParameterError(f"{what!r} is no table, figure or cell" + (f": did you mean {', '.join(near)}?" if near else ".") + " Known: all, fig2, fig3, fig5, fig7, table1 ... table7, appendixe, readme, or an id of the registry")
 
 def from_command(

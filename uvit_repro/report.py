@@ -100,7 +100,7 @@ def keep_figure(
 ) -> tuple:          # (PNG as bytes, links)
     "Keep a figure as PNG and SVG with its data as CSV."
     buf, kept = io.BytesIO(), [f"{name}.png", f"{name}.svg"]
-    if fig.get_layout_engine(): fig.canvas.draw(); fig.set_layout_engine("none")
+    if engine := fig.get_layout_engine(): engine.execute(fig); fig.set_layout_engine("none")
     size = fig.get_tightbbox().padded(0.1)                                         # laid out and measured once for both
     fig.savefig(buf, format="png", dpi=dpi, bbox_inches=size); (target/f"{name}.png").write_bytes(buf.getvalue())
     fig.savefig(target/f"{name}.svg", bbox_inches=size)
@@ -637,16 +637,18 @@ def to_html(
     "Render an executed notebook as one self-contained page; links between chapters point to pages."
     import nbformat
     from nbconvert import HTMLExporter
+    from nbconvert.filters import Highlight2HTML
     nb = nbformat.read(notebook, 4)
     if not code: nb.cells = [c for c in nb.cells if "library" not in c.metadata.get("tags", []) and (c.cell_type == "markdown" or c.outputs)]
     for c in nb.cells:
         c.source = "\n".join(l for l in c.source.splitlines() if not l.startswith("#|"))
         if c.cell_type == "code": c.outputs = [o for o in c.outputs if o.get("name") != "stderr"]
     nb.cells = [c for c in nb.cells if c.source.strip() or c.get("outputs")]
-    parts = []
-    for o in (o for c in nb.cells for o in c.get("outputs", []) if "text/html" in o.get("data", {})):    # as they are: parsing large tables takes longer than making them
-        parts.append("".join(o.data["text/html"])); o.data["text/html"] = f"<i>part {len(parts) - 1}</i>"
-    body, _ = HTMLExporter(template_name="basic", exclude_input=not code, exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb)
+    parts, highlight = [], Highlight2HTML(pygments_lexer="python")
+    def part(text): parts.append("".join(text)); return f"<i>part {len(parts) - 1}</i>"                  # tables and code as they are: parsing them takes longer than making them
+    for o in (o for c in nb.cells for o in c.get("outputs", []) if "text/html" in o.get("data", {})): o.data["text/html"] = part(o.data["text/html"])
+    body, _ = HTMLExporter(template_name="basic", exclude_input=not code, exclude_input_prompt=True, exclude_output_prompt=True,
+                           filters=dict(highlight_code=lambda source, **kw: part(highlight(source)))).from_notebook_node(nb)
     body = re.sub(r"<i>part (\d+)</i>", lambda m: parts[int(m[1])], body)
     body = re.sub(r'(href="[^":]+)\.ipynb', r"\1.html", body)
     title = html.escape(re.sub(r"^#\s*", "", next((c.source.splitlines()[0] for c in nb.cells if c.cell_type == "markdown"), "Report")))

@@ -11,18 +11,18 @@ __all__ = ['TESTED', 'KINDS', 'VERDICTS', 'NOT_RUN', 'all_records', 'tests_file'
            'what_would_decide', 'count_claim', 'judge_claim', 'verdict', 'all_verdicts', 'verdict_frame',
            'made_up_results', 'paper_effect', 'plot_forest']
 
-# %% ../nbs/98_verdicts.ipynb #98-229df88b
+# %% ../nbs/98_verdicts.ipynb #98-32ccf541
 import functools, json, math, re
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 import numpy as np
-from .ablations import main_metric, parameters_of
+from .ablations import main_metric
 from .config import CONFIGS, PROTOCOLS, ParameterError, eval_id, experiment, with_overrides
 from .paper import figure2, load_claims, published, table2
 from .results import load_results
 from .run import repeat_command
-from .scaling import macs_of
+from .scaling import macs_of, params_of
 
 # %% ../nbs/98_verdicts.ipynb #98-all_records
 def all_records(
@@ -518,13 +518,12 @@ def count_claim(claim: str) -> tuple:
     if claim == "U36":
         where = {"U-ViT-Small": "CIFAR10 U-ViT-S/2", "U-ViT-Small (Deep)": "MS-COCO 256x256 U-ViT-S/2 (Deep)", "U-ViT-Mid": "ImageNet 64x64 U-ViT-M/4",
                  "U-ViT-Large": "ImageNet 256x256 U-ViT-L/2", "U-ViT-Huge": "ImageNet 256x256 U-ViT-H/2"}
-        got = {n: (int(p), parameters_of(CONFIGS[where[n]])) for n, p in table2().params_M.items()}
+        got = {n: (int(p), params_of(CONFIGS[where[n]])) for n, p in table2().params_M.items()}
         return all(round(c/1e6) == p for p, c in got.values()), ", ".join(f"{n}: {c:,} (paper {p}M)" for n, (p, c) in got.items())
     if claim == "U37":
         paper, got = published("Table 7", "ImageNet 256x256", "U-ViT-H/2", "gflops"), macs_of(CONFIGS["ImageNet 256x256 U-ViT-H/2"])
         return round(got/1e9) == paper, f"{got:,} multiply-accumulates of one forward pass (paper {paper:g} GFLOPs)"
     if claim in ("D12", "D13"):
-        from uvit_repro.scaling import params_of
         e = with_overrides(CONFIGS["ImageNet 256x256 U-ViT-L/2"], model="DiffiT-latent", embed_dim=1152, depth=28, conv="after", p_uncond=0.1)
     if claim == "D12":
         from uvit_repro.diffit import diffit_macs
@@ -622,14 +621,17 @@ def made_up_results(
                                  status="ok", note="", protocol=protocol, started=started))
     return pd.DataFrame(rows)
 
-# %% ../nbs/98_verdicts.ipynb #98-paper_effect
+# %% ../nbs/98_verdicts.ipynb #98-curves
+@functools.lru_cache(None)
+def _curves() -> tuple: return tuple(figure2().itertuples())
+
 def paper_effect(
     arms: list, # of one comparison
     kind: str,  # of its claim
     step: int   # for which the record asks; 0: the last
 ) -> float:     # logarithm of the ratio of FIDs, NaN where the paper has none
     "The paper's own effect in Figure 2, at the last step up to `step` that both curves have."
-    f = figure2(); curve = lambda a: {x.steps: x.fid for x in f.itertuples() if x.overrides == a and x.steps <= (step or 500_000)}
+    curve = lambda a: {x.steps: x.fid for x in _curves() if x.overrides == a and x.steps <= (step or 500_000)}
     if kind == "threshold_speed": a, b = ([(s, math.log(v)) for s, v in sorted(curve(x).items())] for x in arms); return log_speed(a, b)
     a, b = map(curve, arms[2:4] if kind == "no_gain" else arms if len(arms) == 2 else (None, None)); both = sorted(set(a) & set(b))
     return math.nan if not both else math.log(a[both[-1]]/b[both[-1]])*(1 if kind == "no_gain" else -1)
