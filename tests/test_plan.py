@@ -149,11 +149,25 @@ def test_names_of_tables_and_figures():
     assert len(jobs("fig2d", "gpu")) == 2 and len(jobs("fig2", "gpu", (0, 1))) == 30 and jobs("table6", "paper") == []
 
 
-def test_probe_measures_once_and_restores_threads(tmp_path):
-    was, cache = torch.get_num_threads(), tmp_path/"t.json"
+def test_probe_measures_once_and_restores_threads(tmp_path, monkeypatch):
+    was, cache = torch.get_num_threads(), tmp_path/"t.json"; monkeypatch.setattr(P, "busy", lambda: False)
     rate = probe_throughput("cpu", "fp16", 1, 0.2, cache)                                          # fp16 has no CPU kernel: bf16 stands in
     assert rate > 1e8 and torch.get_num_threads() == was and list(json.loads(cache.read_text())) == [P.machine_key(torch.device("cpu"), 1, "bf16")]
     cache.write_text(json.dumps({P.machine_key(torch.device("cpu"), 1, "bf16"): 7.0})); assert probe_throughput("cpu", "bf16", 1, 9.0, cache) == 7.0
+
+
+def test_probe_of_a_busy_machine_is_used_and_not_kept(tmp_path, monkeypatch):
+    cache = tmp_path/"t.json"; monkeypatch.setattr(P.os, "getloadavg", lambda: (0.6*os.cpu_count(), 0, 0)); assert P.busy()
+    assert probe_throughput("cpu", "fp32", 1, 0.1, cache) > 1e8 and not cache.exists()
+    monkeypatch.setattr(P.os, "getloadavg", lambda: (0.4*os.cpu_count(), 9, 9)); assert not P.busy()
+    rate = probe_throughput("cpu", "fp32", 1, 0.1, cache); assert list(json.loads(cache.read_text()).values()) == [rate]
+
+
+def test_two_probes_at_once_measure_once(tmp_path, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+    calls = []; monkeypatch.setattr(P, "busy", lambda: False); monkeypatch.setattr(P, "timed_updates", lambda *a: (calls.append(1), time.sleep(0.1), 5.0 + len(calls))[2])
+    with ThreadPoolExecutor(2) as pool: rates = list(pool.map(lambda _: probe_throughput("cpu", "fp32", 1, 3.0, tmp_path/"t.json"), range(2)))
+    assert rates == [8.0, 8.0] and len(calls) == 3, "the best of three stretches, and the second process reads it"
 
 
 # ---- running

@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'QUALITY', 'COUNTS', 'TIMES_AND_BYTES', 'PARTS', 'CIFAR', 'T
            'diffit_spec', 'genvit_spec', 'other_spec', 'slug', 'cell_id', 'registry', 'keep_steps', 'paper_experiment',
            'smaller_experiment', 'no_experiment', 'cell_experiments', 'cell_experiment', 'position', 'measurement',
            'computed', 'genvit_parameters', 'chosen', 'ledger', 'measured', 'ours', 'machine_key', 'precision_on',
-           'timed_updates', 'probe_throughput', 'paper_gpu', 'predict', 'Job', 'select', 'from_command', 'jobs',
+           'timed_updates', 'busy', 'probe_throughput', 'paper_gpu', 'predict', 'Job', 'select', 'from_command', 'jobs',
            'data_status', 'obstacle', 'held', 'progress', 'committed', 'state', 'plan', 'hours', 'plan_lines',
            'plan_json', 'claim', 'Live', 'attempts', 'habits', 'note_attempt', 'BudgetSpent', 'Campaign', 'run_one',
            'run_jobs', 'run', 'submitted_run', 'submit', 'prediction_report', 'plot_predictions', 'check',
@@ -391,25 +391,36 @@ def timed_updates(
     wait()
     return training_flops(macs_of(exp))*B*n/(time.perf_counter() - start)
 
+def busy() -> bool:
+    "Whether other work has kept half of the CPU's cores during the last minute."
+    try: return os.getloadavg()[0] > 0.5*(os.cpu_count() or 1)
+    except (AttributeError, OSError): return False
+
 def probe_throughput(
     device="auto", precision="bf16",
     threads: int = 0,    # of the CPU; 0: as found
     seconds: float = 10.0,
     cache: Path = None   # None: results/cache/throughput.json
 ) -> float:              # operations per second
-    "The rate of this machine: measured once for each device, number of threads, precision and version of torch, then read."
+    "The rate of this machine, the best of three stretches: measured once for each device, number of threads, precision and version of torch, then read. One process measures at a time; what a busy CPU gave is used, not kept."
     import torch
+    from filelock import FileLock
     device, was = pick_device(device), torch.get_num_threads()
     threads, precision = threads or was, precision_on(precision, device)
-    cache = cache or project_root()/"results"/"cache"/"throughput.json"; key, known = machine_key(device, threads, precision), {}
-    with contextlib.suppress(OSError, ValueError): known = json.loads(cache.read_text())
-    if key not in known:
-        exp = with_overrides(PROTOCOLS["gpu" if device.type == "cuda" else "laptop"], precision=precision)
+    cache = cache or project_root()/"results"/"cache"/"throughput.json"; key = machine_key(device, threads, precision)
+    def read() -> dict:
+        with contextlib.suppress(OSError, ValueError): return json.loads(cache.read_text())
+        return {}
+    if key in (known := read()): return known[key]
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache.with_suffix(".lock")):                                            # two that measure at once would slow each other down
+        if key in (known := read()): return known[key]
+        exp, keep = with_overrides(PROTOCOLS["gpu" if device.type == "cuda" else "laptop"], precision=precision), device.type == "cuda" or not busy()
         torch.set_num_threads(threads)
-        try: known[key] = timed_updates(exp, device, seconds)
+        try: rate = max(timed_updates(exp, device, seconds/3) for _ in range(3))
         finally: torch.set_num_threads(was)
-        with contextlib.suppress(OSError): write_json(cache, known)
-    return known[key]
+        if keep: write_json(cache, dict(known, **{key: rate}))
+    return rate
 
 # %% ../nbs/13a_campaign.ipynb #13a-paper_gpu
 @functools.lru_cache(None)
