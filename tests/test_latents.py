@@ -42,7 +42,7 @@ def kill_and_resume(kills: int, folder) -> dict:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_and_resumed_gives_the_same_bytes(tmp_path):
-    out = subprocess.run([sys.executable, __file__, "3", str(tmp_path)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    out = subprocess.run([sys.executable, __file__, "3", str(tmp_path)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)})
     assert out.returncode == 0, out.stderr
     got = json.loads(out.stdout)
     assert got["same"] and got["killed"] >= 1 and got["shards"] == 8, got

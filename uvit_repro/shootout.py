@@ -125,13 +125,17 @@ def plot_comparison(
 ):               # figure
     "Quality against cost: every seed a dot, their mean a bar, one colour per backbone; multiply-accumulates left, parameters right."
     import matplotlib.pyplot as plt, seaborn as sns
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
+    def scale(ax, k, values, form):                                                           # logarithmic beyond a factor of five, numbers as one says them
+        axis = getattr(ax, f"{k}axis")
+        if len(values) and values.max() > 5*values.min() > 0: ax.set(**{f"{k}scale": "log"}); axis.set_major_locator(LogLocator(subs=(1, 2, 5))); axis.set_minor_formatter(NullFormatter())
+        axis.set_major_formatter(form)
     d = df[df.metric == metric]; names = list(dict.fromkeys(d.backbone)); colours = dict(zip(names, sns.color_palette("tab10", len(names)) if len(names) <= 10 else sns.color_palette("husl", len(names))))
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
     for ax, cost, label in ((axes[0], "macs", "multiply-accumulates of one image"), (axes[1], "parameters", "parameters")):
         for n in names:
             g = d[d.backbone == n]; ax.plot(g[cost], g.value, "o", color=colours[n], ms=6, alpha=0.75, label=n); ax.plot(g[cost].mean(), g.value.mean(), "_", color=colours[n], ms=18, mew=2)
-        ax.set(xscale="log", xlabel=label); ax.grid(True, which="major", alpha=0.3)
-    if len(d) and d.value.max()/max(d.value.min(), 1e-12) > 5: axes[0].set_yscale("log")
-    axes[0].set_ylabel(metric); fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
+        scale(ax, "x", d[cost], EngFormatter(sep="")); ax.set_xlabel(label); ax.grid(True, which="major", alpha=0.3)
+    scale(axes[0], "y", d.value, StrMethodFormatter("{x:g}")); axes[0].set_ylabel(metric); fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
     if title: fig.suptitle(title, fontsize=11)
     return fig
