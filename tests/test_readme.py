@@ -2,6 +2,7 @@
 import re
 from pathlib import Path
 import pandas as pd
+from uvit_repro.config import experiment
 from uvit_repro.results import load_results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +26,7 @@ def test_headline_numbers_have_runs():
     df = load_results("published"); rows = re.findall(r"^\| seed (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) % \|", TEXT, re.M)
     assert len(rows) >= 2
     for seed, fd, real, agree in rows:
-        g = df[(df.protocol == "laptop") & (df.variant == "adopted") & (df.step == 4000) & (df.seed == int(seed))].set_index("metric").value
+        g = df[(df.run_id == experiment("laptop", seed=int(seed)).run_id) & (df.step == 4000)].set_index("metric").value
         assert [fd, real, agree] == [f"{g['fd_digits_cnn_test']:.2f}", f"{g['fd_digits_cnn_real']:.2f}", f"{100*g['class_agreement']:.1f}"]
 
 
