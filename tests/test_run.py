@@ -2,7 +2,7 @@
 import json, subprocess, sys
 from pathlib import Path
 import nbformat, numpy as np, pandas as pd, pytest, torch
-from uvit_repro.config import ParameterError, SMOKE, from_dict, with_overrides
+from uvit_repro.config import experiment, ParameterError, SMOKE, from_dict, with_overrides
 from uvit_repro.results import CheckpointError, load_results, load_run
 from uvit_repro.run import ChapterFailed, certificate, golden_forward, golden_sampling, is_done, run_chapter, run_experiment, run_sweep
 
