@@ -109,7 +109,7 @@ def repository_files():
 
 def test_no_paths_of_one_machine():
     machine, bad = re.compile(r"(?<![\w.~}])/(?:work|farm|root)/"), []
-    assert machine.search("open('/%s/x')" % "work") and not machine.search("../work/x https://example.org/work/ ~/work/")
+    assert machine.search("open('/{0}/x')".format("work")) and not machine.search("../{0}/x https://example.org/{0}/ ~/{0}/".format("work"))
     for p in repository_files():
         raw = p.read_bytes()
         if b"\0" not in raw: bad += [f"{p.relative_to(ROOT)}:{i}: {l.strip()[:120]}" for i, l in enumerate(raw.decode("utf-8", "replace").splitlines(), 1) if machine.search(l)]
