@@ -98,8 +98,8 @@ COMMANDS["bench"] = Command("Time training, sampling, feature extraction and dat
 # %% ../nbs/13b_commands.ipynb #13b-plan_options
 def plan_options(p: argparse.ArgumentParser):
     "Options of `plan`; `run` has them too."
-    p.add_argument("what", nargs="?", default="all", help="all, fig2, fig3, table1, ..., appendixe, or the id of a cell (default: all)")
-    p.add_argument("--protocol", default=None, help="smoke, laptop, gpu or paper (default: what this machine can do)")
+    p.add_argument("what", nargs="?", default="all", help="all, claims (the fixed list of a protocol), fig2, fig3, table1, ..., appendixe, or the id of a cell (default: all)")
+    p.add_argument("--protocol", default=None, help="smoke, laptop, cpu, gpu or paper (default: what this machine can do)")
     p.add_argument("--seeds", type=numbers, default=(0,), help="each is a whole set of runs (default: 0)")
     p.add_argument("--out-dir", default=None, metavar="DIR", help="folder of runs (default: results/runs)")
 

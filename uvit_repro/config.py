@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['TABLE2', 'HEADS', 'SKIPS', 'TIMES', 'CONVS', 'SAMPLERS', 'MODELS', 'LOADERS', 'DATASETS', 'SECTIONS', 'TRAINED',
-           'PARAMETERS', 'FACTS', 'PATHS', 'CONTENT', 'CONFIGS', 'LAPTOP', 'SMOKE', 'GPU', 'PROTOCOLS', 'RECIPES',
-           'preset', 'F', 'ParameterError', 'coerce', 'Section', 'ModelConfig', 'DataConfig', 'DiffusionConfig',
-           'TrainConfig', 'SamplingConfig', 'EvalConfig', 'ExecConfig', 'resolve_name', 'read_options',
-           'check_geometry', 'check_experiment', 'Experiment', 'with_overrides', 'released', 'project_root',
-           'data_root', 'default_protocol', 'experiment', 'content_name', 'identity', 'digest', 'key_seed',
-           'variant_name', 'run_id', 'eval_id', 'deviations', 'parameters_cell', 'check_params', 'describe',
+           'PARAMETERS', 'FACTS', 'PATHS', 'CONTENT', 'CONFIGS', 'LAPTOP', 'SMOKE', 'GPU', 'CPU', 'PROTOCOLS',
+           'RECIPES', 'preset', 'F', 'ParameterError', 'coerce', 'Section', 'ModelConfig', 'DataConfig',
+           'DiffusionConfig', 'TrainConfig', 'SamplingConfig', 'EvalConfig', 'ExecConfig', 'resolve_name',
+           'read_options', 'check_geometry', 'check_experiment', 'Experiment', 'with_overrides', 'released',
+           'project_root', 'data_root', 'default_protocol', 'experiment', 'content_name', 'identity', 'digest',
+           'key_seed', 'variant_name', 'run_id', 'eval_id', 'deviations', 'parameters_cell', 'check_params', 'describe',
            'from_dict']
 
 # %% ../nbs/00a_config.ipynb #00a-d5944076
@@ -205,6 +205,7 @@ class ExecConfig(Section):
     compile: str = F("auto", "torch.compile of the blocks; auto: on a GPU, for runs of 1000 steps or more", ("auto", "on", "off"))
     cuda_graph: bool = F(False, "replay the training pass as a CUDA graph")
     attention: str = F("auto", "auto: the faster one, measured", ("auto", "sdpa", "matrix"))
+    keep_checkpoint: bool = F(False, "keep the final state, from which an equal run of more steps at a constant rate continues")
     use_checkpoint: bool = F(False, "recompute activations in the backward pass to save memory")
     checkpoint_keep: float = F(0.0, "with use_checkpoint: what each block keeps all the same, in tensors of its width; 0: nothing, as released", low=0)
     checkpoint_seconds: float = F(60.0, "a killed run loses at most this much", low=0)
@@ -393,8 +394,15 @@ SMOKE = replace(LAPTOP, protocol="smoke", model=replace(LAPTOP.model, embed_dim=
     evaluation=replace(LAPTOP.evaluation, num_samples=80, curve_steps=(10,), curve_samples=80, loss_images=32, loss_levels=4))
 GPU = replace(_cifar, protocol="gpu", seed=0, train=replace(_cifar.train, n_steps=10_000, warmup_steps=500, ema_rates=(0.999, 0.995), precision="bf16"),
     sampling=replace(_cifar.sampling, sampler="dpm_solver_fast", nfe=50),
-    evaluation=EvalConfig(features="resnet20_cifar10", num_samples=10_000, curve_steps=(5000,), curve_samples=5000, loss_steps=(2500, 7500)))
-PROTOCOLS = dict(smoke=SMOKE, laptop=LAPTOP, gpu=GPU, paper=_cifar)
+    evaluation=EvalConfig(features="resnet20_cifar10", num_samples=10_000, curve_steps=(5000,), curve_samples=5000, loss_steps=(2500, 7500)),
+    execution=ExecConfig(keep_checkpoint=True))
+CPU = replace(_cifar, protocol="cpu", seed=0,
+    model=replace(_cifar.model, patch_size=4, embed_dim=128, depth=9, num_heads=4, pos_std=0.5, conv_init="identity"),
+    train=replace(_cifar.train, n_steps=3000, batch_size=64, lr=2e-3, warmup_steps=200, ema_rates=(0.995, 0.999), precision="bf16"),
+    sampling=replace(_cifar.sampling, sampler="dpm_solver_pp_2m", nfe=25, clip=True),
+    evaluation=EvalConfig(features="resnet20_cifar10", num_samples=500, loss_steps=(1000, 2000), loss_images=1000, loss_levels=20),
+    execution=ExecConfig(threads=1, attention="matrix", keep_checkpoint=True))
+PROTOCOLS = dict(smoke=SMOKE, laptop=LAPTOP, cpu=CPU, gpu=GPU, paper=_cifar)
 
 # %% ../nbs/00a_config.ipynb #00a-a3cdb9c3
 RECIPES = {   # (protocol, data set): fields that differ from the protocol's
@@ -433,7 +441,7 @@ def default_protocol() -> str:
 
 # %% ../nbs/00a_config.ipynb #00a-experiment-2
 def experiment(
-    protocol: str = None, # smoke | laptop | gpu | paper; None: what the machine can do
+    protocol: str = None, # smoke | laptop | cpu | gpu | paper; None: what the machine can do
     dataset: str = None,  # None: the protocol's
     preset_name: str = None, # a row of Table 2, as in U-ViT-S/2; None: the protocol's
     **overrides           # any field by its flat name; None keeps the protocol's value
@@ -533,7 +541,7 @@ def deviations(
 # %% ../nbs/00a_config.ipynb #00a-parameters_cell
 def parameters_cell() -> str:
     "The source of a `parameters` cell with every field of an experiment."
-    head = [("protocol", "str", "smoke | laptop | gpu | paper; None: what this machine can do (smoke under nbdev_test)"),
+    head = [("protocol", "str", "smoke | laptop | cpu | gpu | paper; None: what this machine can do (smoke under nbdev_test)"),
             ("seed", "int", "seed of initial weights, data order and noise"), ("out_dir", "str", "where runs go; None: results/runs (smoke: a temporary folder)")]
     kinds = {n: getattr(SECTIONS[s].__annotations__[n], "__name__", "str") for n, (s, f) in PARAMETERS.items()}
     rows = head + [(n, "str" if kinds[n] == "tuple" else kinds[n], f.metadata["doc"] + (f": {' | '.join(c or '(empty)' for c in f.metadata['choices'])}" if f.metadata["choices"] else ""))

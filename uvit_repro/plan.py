@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 from .ablations import main_metric, variants
 from .config import CONFIGS, DATASETS, FACTS, MODELS, PARAMETERS, PATHS, PROTOCOLS, Experiment, ParameterError, content_name, data_root, digest, eval_id, experiment, from_dict, project_root, variant_name, with_overrides
+from .fixed_list import queued_experiments
 from .metrics import NETWORKS, feature_status, recompute
 from .paper import FIGURE2, all_numbers, as_table5, read_table
 from .results import SEAL, load_runs, published_root, runs_root, seal, sha256_file, write_atomic, write_json
@@ -400,14 +401,15 @@ def probe_throughput(
     device="auto", precision="bf16",
     threads: int = 0,    # of the CPU; 0: as found
     seconds: float = 10.0,
-    cache: Path = None   # None: results/cache/throughput.json
+    cache: Path = None,  # None: results/cache/throughput.json
+    protocol="laptop"    # whose network is trained on a CPU
 ) -> float:              # operations per second
     "The rate of this machine, the best of three stretches: measured once for each device, number of threads, precision and version of torch, then read. One process measures at a time; what a busy CPU gave is used, not kept."
     import torch
     from filelock import FileLock
     device, was = pick_device(device), torch.get_num_threads()
     threads, precision = threads or was, precision_on(precision, device)
-    cache = cache or project_root()/"results"/"cache"/"throughput.json"; key = machine_key(device, threads, precision)
+    cache = cache or project_root()/"results"/"cache"/"throughput.json"; key = machine_key(device, threads, precision) + (", protocol cpu" if protocol == "cpu" else "")
     def read() -> dict:
         with contextlib.suppress(OSError, ValueError): return json.loads(cache.read_text())
         return {}
@@ -415,7 +417,7 @@ def probe_throughput(
     cache.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(cache.with_suffix(".lock")):                                            # two that measure at once would slow each other down
         if key in (known := read()): return known[key]
-        exp, keep = with_overrides(PROTOCOLS["gpu" if device.type == "cuda" else "laptop"], precision=precision), device.type == "cuda" or not busy()
+        exp, keep = with_overrides(PROTOCOLS["gpu" if device.type == "cuda" else "cpu" if protocol == "cpu" else "laptop"], precision=precision), device.type == "cuda" or not busy()
         torch.set_num_threads(threads)
         try: rate = max(timed_updates(exp, device, seconds/3) for _ in range(3))
         finally: torch.set_num_threads(was)
@@ -461,11 +463,12 @@ def select(
     import difflib
     cells, name, places = registry(), _bare(what), _bare_places()
     if what == "all": return cells
+    if what == "claims": return cells.iloc[:0]                       # the fixed list is about claims, not about cells
     if (cells.cell == what).any(): return cells[cells.cell == what]
     hit = [bool(name) and p.startswith(name) and not p[len(name):][:1].isdigit() for p in places]
     if any(hit) and name not in ("fig", "table", "appendix", "section"): return cells[hit]
     near = difflib.get_close_matches(name, [*dict.fromkeys(places), *cells.cell], n=5, cutoff=0.5)
-    raise ParameterError(f"{what!r} is no table, figure or cell" + (f": did you mean {', '.join(near)}?" if near else ".") + " Known: all, fig2, fig3, fig5, fig7, table1 ... table7, appendixe, readme, or an id of the registry")
+    raise ParameterError(f"{what!r} is no table, figure or cell" + (f": did you mean {', '.join(near)}?" if near else ".") + " Known: all, claims, fig2, fig3, fig5, fig7, table1 ... table7, appendixe, readme, or an id of the registry")
 
 def from_command(
     text: str      # a papermill command
@@ -483,6 +486,7 @@ def jobs(
 ) -> list:                               # of Job, in the order in which a budget should be spent
     "The runs behind some cells. A panel of Figure 2 is whole, as chapter 05 has it (with the variants that the paper does not plot), and comes in its order."
     from uvit_repro.ablations import ORDER
+    if what == "claims": return [Job(e, ("claims",), ()) for e in queued_experiments(protocol)]     # its seeds are named in the list
     cells, out = select(what), []
     panels = [c for c in cells.itertuples() if re.fullmatch(r"Figure 2[a-e]", c.place)]
     whole = panels and what not in set(cells.cell)
@@ -579,7 +583,7 @@ def plan(
     from uvit_repro.config import default_protocol
     protocol = protocol or default_protocol(); todo = jobs(what, protocol, seeds); gpu = torch.cuda.is_available()
     threads = max(1, (os.cpu_count() or 1)//default_workers())
-    rate = flops_per_second or (probe_throughput(precision=PROTOCOLS[protocol].train.precision, threads=0 if gpu else threads) if todo else None)
+    rate = flops_per_second or (probe_throughput(precision=PROTOCOLS[protocol].train.precision, threads=0 if gpu else threads, protocol=protocol) if todo else None)
     name, big = (torch.cuda.get_device_name(), rate) if gpu else paper_gpu()
     rows, trained, run_of = [], set(), {}
     for j in todo:
@@ -781,7 +785,7 @@ def run_jobs(
     if executor != "local": extra = dict(jobs=submit(ready, executor, out_dir, nb, say, threads=threads if executor == "submitit-local" else 0, processes=processes, **slurm))
     elif ready:
         precision, device = ready[0].exp.train.precision, pick_device()
-        rate = flops_per_second or probe_throughput(device, precision, threads)
+        rate = flops_per_second or probe_throughput(device, precision, threads, protocol=ready[0].exp.protocol)
         say(f"{len(ready)} runs to do, {min(n, len(ready))} at a time" + (f", {hours(budget)} of time" if budget is not None else ""))
         given = None if budget is None else budget - (time.perf_counter() - begin)
         c = Campaign(ready, rate*processes, machine_key(device, threads or torch.get_num_threads(), precision_on(precision, device)), given, n, out_dir, Live(say, table=live), nb, threads, processes)

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['lr_at', 'EMA', 'pick_device', 'make_accelerator', 'Positional', 'graph_pass', 'wants_compile', 'Trainer',
            'golden_file', 'golden_training', 'step_randomness', 'empty_model', 'build_model', 'choose_attention',
-           'Team', 'join_team', 'save_checkpoint', 'check_checkpoint', 'find_checkpoint', 'TrainingFailed', 'clock',
-           'Progress', 'write_log', 'save_weights', 'load_weights', 'LossLog', 'train', 'read_log', 'plot_loss']
+           'Team', 'join_team', 'save_checkpoint', 'check_checkpoint', 'find_checkpoint', 'find_shorter_run',
+           'TrainingFailed', 'clock', 'Progress', 'write_log', 'save_weights', 'load_weights', 'LossLog', 'train',
+           'read_log', 'plot_loss']
 
 # %% ../nbs/03b_training.ipynb #03b-d4968657
 import contextlib, csv, json, math, os, shutil, sys, time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
 from torch import Tensor, nn
@@ -290,6 +291,21 @@ def find_checkpoint(
     return None
 
 # %% ../nbs/03b_training.ipynb #03b-trainingfailed
+def find_shorter_run(
+    exp: Experiment, folder: Path # what is to be trained, and its folder
+) -> Path:                        # the final state to continue from, or None
+    "The final state of the longest run on this machine that is equal but for fewer steps at a constant rate; the weights that it kept are linked."
+    if exp.train.lr_schedule != "constant": return None
+    wanted = {*exp.evaluation.curve_steps, *exp.evaluation.loss_steps}
+    for path in sorted(folder.parent.glob("*/resume-*.pt"), key=lambda p: p.name, reverse=True):
+        step = int(path.stem.split("-")[1])
+        if step >= exp.train.n_steps or replace(exp, train=replace(exp.train, n_steps=step)).run_id != path.parent.name: continue
+        kept = [path.parent/f"weights-{s:07d}.safetensors" for s in wanted if s <= step]
+        if not all(p.exists() for p in kept): continue
+        for p in kept: shutil.copyfile(p, folder/p.name)
+        return path
+    return None
+
 class TrainingFailed(RuntimeError):
     "Training met a loss that is not finite."
     def _render_traceback_(self): return [f"{type(self).__name__}: {self}"]
@@ -385,7 +401,11 @@ def train(
     net, diffusion, log = build_model(exp), Diffusion(exp.diffusion), LossLog(exp, folder, say if team.rank == 0 else lambda line: None)
     find = lambda: find_checkpoint(folder, exp.run_id, net, say)
     there = team.first(lambda: (state := find()) is not None and state["step"])                # the first process sets damaged files aside before the others look
-    state = find() if there is not False else None
+    state, continued = find() if there is not False else None, None
+    if state is None and (shorter := team.first(lambda: find_shorter_run(exp, folder))):
+        state = load_tensors(shorter); check_checkpoint(shorter, state, shorter.parent.name, net)
+        continued = dict(run_id=shorter.parent.name, step=state["step"])
+    elif state: continued = state.get("continued_from")
     path = state["attention"] if state and ex.attention == "auto" else team.first(lambda: choose_attention(exp, device))
     set_attention(net, path)
     tr = Trainer(net, diffusion, cfg, device, (compiled := wants_compile(ex.compile, device, cfg.n_steps)) and ex.compile, ex.cuda_graph)
@@ -407,10 +427,13 @@ def train(
         if not last and time.perf_counter() - saved >= ex.checkpoint_seconds:
             log.check(tr.step)
             write_log(folder, log.rows); saved = time.perf_counter()
-            save_checkpoint(folder, dict(tr.state_dict(), run_id=exp.run_id, log=log.state_dict(), attention=path))
+            save_checkpoint(folder, dict(tr.state_dict(), run_id=exp.run_id, log=log.state_dict(), attention=path, continued_from=continued))
+    if ex.keep_checkpoint and team.rank == 0:
+        final = dict(tr.state_dict(), run_id=exp.run_id, log=log.state_dict(), attention=path, continued_from=continued)
+        write_atomic(folder/f"resume-{tr.step:07d}.pt", lambda p: torch.save(final, p))
     drop_checkpoints(); team.gather(None)                                                      # the final weights stand; nothing is left to resume
     return dict(steps=tr.step - first, seconds=log.seconds(), images_per_second=(tr.step - first)*cfg.batch_size/(time.perf_counter() - start), attention=path,
-                compile=compiled, cuda_graph=ex.cuda_graph, processes=team.size, use_checkpoint=ex.use_checkpoint, checkpoint_keep=ex.checkpoint_keep,
+                compile=compiled, cuda_graph=ex.cuda_graph, processes=team.size, continued_from=continued, use_checkpoint=ex.use_checkpoint, checkpoint_keep=ex.checkpoint_keep,
                 device=str(device), threads=torch.get_num_threads(), peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None)
 
 # %% ../nbs/03b_training.ipynb #03b-read_log
