@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from uvit_repro import data as D
+from uvit_repro.data import images as data as D
 from uvit_repro.config import CONTENT, GPU, LAPTOP, DataConfig, ParameterError, experiment, with_overrides
 
 RNG = np.random.default_rng(0)

@@ -2,10 +2,10 @@
 import os, signal, subprocess, sys, tarfile, time
 from pathlib import Path
 import pytest, torch
-from uvit_repro import evidence as E
+from uvit_repro.campaign import evidence as evidence as E
 from uvit_repro.config import ParameterError, experiment
-from uvit_repro.evidence import EXTRAS, LIMIT, QUEUE, Queue, bundle, choose, claims_of, collect, entry_experiment, main, pack, predict_entry, rates_for, read_state, repetitions, sound, unpack
-from uvit_repro.results import load_run
+from uvit_repro.campaign.evidence import EXTRAS, LIMIT, QUEUE, Queue, bundle, choose, claims_of, collect, entry_experiment, main, pack, predict_entry, rates_for, read_state, repetitions, sound, unpack
+from uvit_repro.runs.records import load_run
 
 quiet = lambda line: None
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,7 +72,7 @@ def test_one_process_at_a_time(tmp_path):
 ABSENT = "nbdev papermill nbconvert nbclient IPython jupyter_client fastcore execnb diffusers open_clip seaborn".split()        # not on a bare GPU machine
 
 def started(keep, *more):
-    code = f"import sys\nfor n in {ABSENT}: sys.modules[n] = None\nfrom uvit_repro.evidence import main\nsys.exit(main(sys.argv[1:]))"
+    code = f"import sys\nfor n in {ABSENT}: sys.modules[n] = None\nfrom uvit_repro.campaign.evidence import main\nsys.exit(main(sys.argv[1:]))"
     return subprocess.Popen([sys.executable, "-c", code, "run", "--rehearse", "--only", "none-s0", "--steps", "300", "--keep", str(keep), *more], cwd=ROOT,
                             env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 

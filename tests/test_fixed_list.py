@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from uvit_repro.config import PROTOCOLS, ParameterError, experiment
-from uvit_repro.fixed_list import arm_experiment, fixed_list, queued_experiments
-from uvit_repro.run import run_experiment
+from uvit_repro.paper.fixed_list import arm_experiment, fixed_list, queued_experiments
+from uvit_repro.runs.run import run_experiment
 
 
 def quiet(line):
@@ -24,7 +24,9 @@ def test_every_run_of_the_list_is_queued_exactly_once():
 def test_claims_name_arms_and_measured_steps():
     entry = fixed_list("cpu")
     for claim in entry["claims"]:
-        arms = [claim[k] for k in ("best", "better", "worse", "from", "to") if k in claim] + claim.get("others", [])
+        arms = [
+            claim[k] for k in ("best", "better", "worse", "from", "to") if k in claim
+        ] + claim.get("others", [])
         assert len(arms) >= 2 and set(arms) <= set(entry["arms"])
         assert claim["kind"] == "direction" or claim["kind"] == "best_of" or claim["margin"] > 0
         for arm, step in claim.get("equal_time", {}).items():
@@ -45,16 +47,22 @@ def test_unknown_protocol_and_arm_are_refused():
 
 
 def test_a_longer_run_continues_a_shorter_one(tmp_path):
-    fields = dict(lr_schedule="constant", curve_steps=(), loss_steps=(), num_samples=80, keep_checkpoint=True)
+    fields = dict(
+        lr_schedule="constant", curve_steps=(), loss_steps=(), num_samples=80, keep_checkpoint=True
+    )
     long_fields = {**fields, "n_steps": 20, "loss_steps": (5,)}
     unbroken = run_experiment(experiment("smoke", **long_fields), tmp_path / "a", quiet)
-    short = run_experiment(experiment("smoke", **{**fields, "n_steps": 12, "loss_steps": (5,)}), tmp_path / "b", quiet)
+    short = run_experiment(
+        experiment("smoke", **{**fields, "n_steps": 12, "loss_steps": (5,)}), tmp_path / "b", quiet
+    )
     continued = run_experiment(experiment("smoke", **long_fields), tmp_path / "b", quiet)
     assert continued.info["training"]["continued_from"] == dict(run_id=short.run_id, step=12)
     assert unbroken.info["training"]["continued_from"] is None
     assert continued.info["training"]["steps"] == 8
     for name in ("weights-0000005.safetensors", "weights-0000020.safetensors"):
         assert (unbroken.folder / name).read_bytes() == (continued.folder / name).read_bytes()
-    other = run_experiment(experiment("smoke", **{**long_fields, "lr": 1e-4}), tmp_path / "b", quiet)
+    other = run_experiment(
+        experiment("smoke", **{**long_fields, "lr": 1e-4}), tmp_path / "b", quiet
+    )
     assert other.info["training"]["continued_from"] is None
     assert torch.load(short.folder / "resume-0000012.pt", weights_only=True)["step"] == 12

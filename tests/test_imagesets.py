@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
-from uvit_repro import imagesets as S
+from uvit_repro.data import imagesets as imagesets as S
 from uvit_repro.config import CONFIGS, ParameterError, experiment
-from uvit_repro.data import DATASETS, load_folder, prepare
+from uvit_repro.data.images import DATASETS, load_folder, prepare
 
 CELEBA, IMAGENET = CONFIGS["CelebA 64x64 U-ViT-S/4"].data, CONFIGS["ImageNet 64x64 U-ViT-M/4"].data
 WNIDS = ("n02102040", "n01440764", "n01443537")
@@ -143,7 +143,7 @@ def test_killed_reading_continues(tmp_path):
     code = f"""
 import time
 from pathlib import Path
-from uvit_repro.imagesets import index_files
+from uvit_repro.data.imagesets import index_files
 def read(f):
     time.sleep(0.01); open({str(tmp_path/'log')!r}, "a").write(Path(f).name + "\\n"); return None, "sum of " + Path(f).name, []
 print(len(index_files(Path({str(tmp_path/'index')!r}), Path({str(tmp_path/'some')!r}), sorted(Path({str(tmp_path/'some')!r}).iterdir()), read, piece=8)))
@@ -169,7 +169,7 @@ def test_names_of_any_kind(tmp_path):
 
 
 def test_the_names_are_registered():
-    for n in ("celeba64", "imagenet64"): assert DATASETS[n] == f"uvit_repro.imagesets:load_{n}"
+    for n in ("celeba64", "imagenet64"): assert DATASETS[n] == f"uvit_repro.data.imagesets:load_{n}"
     exp = experiment("paper", "celeba64"); assert (exp.data, exp.data.flip, exp.model.condition) == (CELEBA, True, "none")
 
 

@@ -3,11 +3,11 @@ import csv, json, os, shutil, signal, subprocess, sys, textwrap, time
 from collections import Counter
 from pathlib import Path
 import pandas as pd, pytest, torch
-from uvit_repro import plan as P
+from uvit_repro.campaign import plan as plan as P
 from uvit_repro.config import PROTOCOLS, ParameterError, check_experiment
-from uvit_repro.plan import (Campaign, KINDS, Live, NOT_RUN, attempts, cell_experiment, cell_experiments, claim, computed, doctor, from_command, habits, held, jobs, ledger, measurement, no_experiment,
+from uvit_repro.campaign.plan import (Campaign, KINDS, Live, NOT_RUN, attempts, cell_experiment, cell_experiments, claim, computed, doctor, from_command, habits, held, jobs, ledger, measurement, no_experiment,
                              note_attempt, ours, plan, plan_json, prediction_report, probe_throughput, registry, seal, select, state, submit, verify)
-from uvit_repro.results import load_results, published_root
+from uvit_repro.runs.records import load_results, published_root
 
 ROOT = Path(__file__).resolve().parent.parent
 CELLS = registry()
@@ -20,7 +20,7 @@ RATE = 5e10
 # ---- the registry
 
 def test_every_row_of_the_record_is_one_cell_with_its_value():
-    data, want = ROOT/"uvit_repro"/"data", Counter()
+    data, want = ROOT/"uvit_repro"/"_assets", Counter()
     for r in csv.DictReader(open(data/"uvit_tables.csv", newline="")): want["U-ViT", r["source"], r["dataset"], r["method"], r["metric"], r["condition"], r["value"], r["provenance"], r["confidence"]] += 1
     for r in csv.DictReader(open(data/"other_tables.csv", newline="")): want[r["paper"], r["source"], r["dataset"], r["method"], r["metric"], r["condition"], r["value"], r["provenance"], r["confidence"]] += 1
     assert sum(want.values()) == 832 + 216
@@ -175,7 +175,7 @@ def test_two_probes_at_once_measure_once(tmp_path, monkeypatch):
 FAKE = textwrap.dedent("""
     import os, sys, time
     from pathlib import Path
-    from uvit_repro import plan as P
+    from uvit_repro.campaign import plan as plan as P
     from uvit_repro.config import experiment, PARAMETERS
     out, nap = Path(sys.argv[1]), float(sys.argv[2])
     real = P.state

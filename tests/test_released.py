@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from uvit_repro import released as R
+from uvit_repro.runs import released as released as R
 from uvit_repro.config import CONFIGS, SMOKE, ParameterError, eval_id, with_overrides
-from uvit_repro.results import CheckpointError, load_results, sha256_file
-from uvit_repro.run import read_samples, samples_folder
+from uvit_repro.runs.records import CheckpointError, load_results, sha256_file
+from uvit_repro.runs.run import read_samples, samples_folder
 from uvit_repro.train import build_model, empty_model
 from uvit_repro.uvit import UViT
 
@@ -99,7 +99,7 @@ def test_failure_is_recorded(small, tmp_path, monkeypatch):
 # ---------------------------------------------------------------- killed
 def test_killed_and_resumed_gives_the_same_images(small, tmp_path):
     "A real process, killed between two shards; the same command goes on, and draws only what is missing."
-    command = [sys.executable, "-m", "uvit_repro.released", str(small/"small.pth"), "--experiment", str(small/"run.json"), "--num-samples", "120", "--sample-batch", "8", "--device", "cpu", "--set", "nfe=20", "--out-dir"]
+    command = [sys.executable, "-m", "uvit_repro.runs.released", str(small/"small.pth"), "--experiment", str(small/"run.json"), "--num-samples", "120", "--sample-batch", "8", "--device", "cpu", "--set", "nfe=20", "--out-dir"]
     p = subprocess.Popen(command + [str(tmp_path/"killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     shards = lambda: sorted((tmp_path/"killed").glob("*/samples/*/[0-9]*.npy"))
     while len(shards()) < 4 and p.poll() is None: time.sleep(0.005)
@@ -156,7 +156,7 @@ def test_latent_model_of_the_released_format(tmp_path):
     assert not list(tmp_path.glob("released-*"))
     run = R.evaluate_released(tmp_path/"latent.pth", autoencoder=tmp_path/"vae", **kw)
     x, y = pixels(run); assert x.shape == (12, 3, 16, 16) and y.tolist() == [i % 5 for i in range(12)] and set(run.info["files"]) == {"checkpoint", "autoencoder"}
-    from uvit_repro.data import to_uint8
+    from uvit_repro.data.images import to_uint8
     from uvit_repro.diffusion import Diffusion
     from uvit_repro.sample import sample
     from uvit_repro.uvit import load_official

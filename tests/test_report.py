@@ -4,13 +4,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 import pandas as pd, pytest
-from uvit_repro import report as R
-from uvit_repro.paper import load_claims
-from uvit_repro.plan import registry
-from uvit_repro.results import load_results, published_root
+from uvit_repro.report import pages as report as R
+from uvit_repro.paper.numbers import load_claims
+from uvit_repro.campaign.plan import registry
+from uvit_repro.runs.records import load_results, published_root
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA, CELLS = ROOT/"uvit_repro"/"data", registry()
+DATA, CELLS = ROOT/"uvit_repro"/"_assets", registry()
 quiet = lambda line: None
 
 

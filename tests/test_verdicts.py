@@ -1,11 +1,11 @@
 "From measurements to verdicts: the file of tests fits the claims, the statistics keep their promises, the rules hold on made-up records."
 import itertools, math
 import numpy as np, pandas as pd, pytest, scipy.stats
-from uvit_repro import verdicts as V
+from uvit_repro.report.pages import verdicts as verdicts as V
 from uvit_repro.config import ParameterError
 from uvit_repro.metrics import FORMULAS, NETWORKS, metric_name
-from uvit_repro.paper import load_claims, published
-from uvit_repro.results import load_results
+from uvit_repro.paper.numbers import load_claims, published
+from uvit_repro.runs.records import load_results
 
 TESTED = [t for t in V.load_tests() if t["kind"] in V.TESTED]
 FIG2 = [{}] + V.load_tests("U01")["others"]
@@ -45,7 +45,7 @@ def test_overrides_build_experiments_and_metrics_exist(t):
 @pytest.mark.parametrize("claim, arms", [("D04", "time"), ("D06", "conditioning"), ("A02", "splits"), ("U44", "backbones"), ("U23", None)])
 def test_what_a_chapter_runs_is_what_the_claim_asks_for(claim, arms):
     from uvit_repro.genvit import arm
-    from uvit_repro.shootout import comparison
+    from uvit_repro.comparison import comparison
     ours = {e.run_id for e in (comparison(arms, "gpu").values() if arms else (arm("gpu", "uvit"), arm("gpu", "matched")))}
     assert {V.arm_experiment(a, "gpu").run_id for c in V.arms_of(V.load_tests(claim), "gpu") for a in c} <= ours
 

@@ -11,77 +11,149 @@ import functools
 from dataclasses import replace
 import numpy as np
 from .config import PROTOCOLS, Experiment, ParameterError
-from .paper import FIGURE2, figure2
-from .results import load_results
+from .paper.numbers import FIGURE2, figure2
+from .runs.records import load_results
 
 # %% ../nbs/05_ablations.ipynb #05-beyond
 def beyond(
-    base: Experiment # a protocol
-) -> list:           # (panel, label, fields of ModelConfig)
+    base: Experiment,  # a protocol
+) -> list:  # (panel, label, fields of ModelConfig)
     "Variants that the paper does not have and a comparison needs."
     from uvit_repro.uvit import matched_none
+
     m = base.model
     wide = matched_none(m.embed_dim, m.depth, m.mlp_ratio)
-    return [("a", "No long skip, as many parameters", dict(skip="none", mlp_ratio=wide)), ("a", "(h_m + h_s)/sqrt 2", dict(skip="add_scaled")),
-            ("b", "AdaLN, literal start", dict(time="adaln_literal")), ("b", "AdaLN-Zero", dict(time="adaln_zero"))]
+    return [
+        ("a", "No long skip, as many parameters", dict(skip="none", mlp_ratio=wide)),
+        ("a", "(h_m + h_s)/sqrt 2", dict(skip="add_scaled")),
+        ("b", "AdaLN, literal start", dict(time="adaln_literal")),
+        ("b", "AdaLN-Zero", dict(time="adaln_zero")),
+    ]
+
 
 def variants(
-    base: Experiment,   # a protocol
-    panel: str = None   # a | b | c | d | e; None: all
-) -> list:              # (panel, label, fields of ModelConfig, experiment)
+    base: Experiment,  # a protocol
+    panel: str = None,  # a | b | c | d | e; None: all
+) -> list:  # (panel, label, fields of ModelConfig, experiment)
     "The variants of Figure 2 as experiments: `replace(base.model, field=value)`, the adopted one first in each panel."
-    if panel is not None and panel not in FIGURE2: raise ParameterError(f"panel = {panel!r}: allowed are {', '.join(FIGURE2)}")
+    if panel is not None and panel not in FIGURE2:
+        raise ParameterError(f"panel = {panel!r}: allowed are {', '.join(FIGURE2)}")
     rows = [(p, label, kw) for p, (_, vs) in FIGURE2.items() for label, kw in vs]
     rows = sorted(rows + beyond(base), key=lambda r: r[0])
-    return [(p, label, kw, replace(base, model=replace(base.model, **kw))) for p, label, kw in rows if panel in (None, p)]
+    return [
+        (p, label, kw, replace(base, model=replace(base.model, **kw)))
+        for p, label, kw in rows
+        if panel in (None, p)
+    ]
 
 # %% ../nbs/05_ablations.ipynb #05-figure2_cells
-ORDER = ("", "skip=none", "time=adaln", "skip=add", "conv=none", "pos_embed=sincos2d", "skip=linear_add", "skip=add_linear", "patch_embed=conv", "conv=before", "pos_embed=none")
+ORDER = (
+    "",
+    "skip=none",
+    "time=adaln",
+    "skip=add",
+    "conv=none",
+    "pos_embed=sincos2d",
+    "skip=linear_add",
+    "skip=add_linear",
+    "patch_embed=conv",
+    "conv=before",
+    "pos_embed=none",
+)
+
 
 def figure2_cells(
     protocol: str,  # smoke | laptop | gpu | paper
-    seeds=(0,)      # each is a whole figure
-) -> list:          # parameters of this chapter, one dict per cell, the most telling first
+    seeds=(0,),  # each is a whole figure
+) -> list:  # parameters of this chapter, one dict per cell, the most telling first
     "The cells of Figure 2 in the order in which a short budget should spend itself."
-    rank = lambda kw: next((i for i, o in enumerate(ORDER) if o == ",".join(f"{k}={v}" for k, v in kw.items())), len(ORDER))
+    rank = lambda kw: next(
+        (
+            i
+            for i, o in enumerate(ORDER)
+            if o == ",".join(f"{k}={v}" for k, v in kw.items())
+        ),
+        len(ORDER),
+    )
     unique = {e.run_id: kw for _, _, kw, e in variants(PROTOCOLS[protocol])}
-    return [dict(protocol=protocol, seed=s, **kw) for s in seeds for kw in sorted(unique.values(), key=rank)]
+    return [
+        dict(protocol=protocol, seed=s, **kw)
+        for s in seeds
+        for kw in sorted(unique.values(), key=rank)
+    ]
 
 # %% ../nbs/05_ablations.ipynb #05-main_metric
 def main_metric(
-    exp: Experiment # any
-) -> str:           # the distance that its feature network gives
+    exp: Experiment,  # any
+) -> str:  # the distance that its feature network gives
     "The name of the headline measure: FID with Inception, a Frechet distance over other features (never called FID)."
     net = exp.evaluation.features
     return "fid" if net == "inception" else f"fd_{net.removesuffix('_cifar10')}_test"
 
+
 def collect(
-    protocol: str,      # whose runs
-    seeds=range(10),    # looked for
-    origin="all", out_dir=None # as in `load_results`
-):                      # DataFrame: measurements of the runs that are cells of Figure 2, with panel and label
+    protocol: str,  # whose runs
+    seeds=range(10),  # looked for
+    origin="all",
+    out_dir=None,  # as in `load_results`
+):  # DataFrame: measurements of the runs that are cells of Figure 2, with panel and label
     "Recorded measurements of the variants of one protocol: runs that differ from it in the variant and the seed, in nothing else."
     import pandas as pd
-    df, frames = load_results(origin, out_dir).drop_duplicates(["run_id", "eval_id", "metric"]), []
+
+    df, frames = (
+        load_results(origin, out_dir).drop_duplicates(["run_id", "eval_id", "metric"]),
+        [],
+    )
     for p, label, kw, e in variants(PROTOCOLS[protocol]):
         ids = {replace(e, seed=s).run_id for s in seeds}
-        frames.append(df[df.run_id.isin(ids)].assign(panel=p, label=label, adopted=not kw))
+        frames.append(
+            df[df.run_id.isin(ids)].assign(panel=p, label=label, adopted=not kw)
+        )
     return pd.concat(frames, ignore_index=True)
 
 # %% ../nbs/05_ablations.ipynb #05-standing
 def standing(
-    results,            # of `collect`
-    metric: str,        # which measure
-    step: int           # at which training step
-):                      # DataFrame: variant, seeds, values, mean, difference of log to the adopted model of the same seeds
+    results,  # of `collect`
+    metric: str,  # which measure
+    step: int,  # at which training step
+):  # DataFrame: variant, seeds, values, mean, difference of log to the adopted model of the same seeds
     "Variants in order of a measure at one step, every seed listed; differences are paired by seed (design: statistics)."
     import pandas as pd
-    r = results[(results.metric == metric) & (results.step == step) & (results.status == "ok")].drop_duplicates(["run_id", "eval_id"])
-    adopted, rows = {x.seed: x.value for x in r[r.variant == "adopted"].itertuples()}, []
+
+    r = results[
+        (results.metric == metric) & (results.step == step) & (results.status == "ok")
+    ].drop_duplicates(["run_id", "eval_id"])
+    adopted, rows = (
+        {x.seed: x.value for x in r[r.variant == "adopted"].itertuples()},
+        [],
+    )
     for v, g in r.groupby("variant"):
-        diffs = [np.log(x.value/adopted[x.seed]) for x in g.itertuples() if x.seed in adopted and v != "adopted"]
-        rows.append(dict(variant=v, seeds=len(g), values=", ".join(f"{x:.3g}" for x in g.value), mean=g.value.mean(), log_ratio_to_adopted=np.mean(diffs) if diffs else np.nan, run_ids=", ".join(g.run_id)))
-    return pd.DataFrame(rows, columns=["variant", "seeds", "values", "mean", "log_ratio_to_adopted", "run_ids"]).sort_values("mean", ignore_index=True)
+        diffs = [
+            np.log(x.value / adopted[x.seed])
+            for x in g.itertuples()
+            if x.seed in adopted and v != "adopted"
+        ]
+        rows.append(
+            dict(
+                variant=v,
+                seeds=len(g),
+                values=", ".join(f"{x:.3g}" for x in g.value),
+                mean=g.value.mean(),
+                log_ratio_to_adopted=np.mean(diffs) if diffs else np.nan,
+                run_ids=", ".join(g.run_id),
+            )
+        )
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "variant",
+            "seeds",
+            "values",
+            "mean",
+            "log_ratio_to_adopted",
+            "run_ids",
+        ],
+    ).sort_values("mean", ignore_index=True)
 
 # %% ../nbs/05_ablations.ipynb #05-parameters_of
 @functools.lru_cache(None)
@@ -90,61 +162,119 @@ def parameters_of(exp: Experiment) -> int:
     import torch
     from uvit_repro.config import MODELS, resolve_name
     from uvit_repro.uvit import count_parameters
-    with torch.device("meta"): return count_parameters(resolve_name(MODELS, exp.model.model)(exp.model, exp.data, exp.train.p_uncond, False))
+
+    with torch.device("meta"):
+        return count_parameters(
+            resolve_name(MODELS, exp.model.model)(
+                exp.model, exp.data, exp.train.p_uncond, False
+            )
+        )
+
 
 def draw_curves(ax, right, p: str, results, metric: str, base: Experiment):
     "One panel: the paper's curves on `ax`, ours on `right`, one colour per variant."
     import seaborn as sns
+
     paper, colours = figure2(p), sns.color_palette("colorblind")
     for i, (_, label, kw, e) in enumerate(variants(base, p)):
         theirs = paper[paper.variant == label].sort_values("steps")
         ax.plot(theirs.steps, theirs.fid, "--", color=colours[i], lw=1.3)
-        mine = results[(results.panel == p) & (results.label == label) & (results.metric == metric) & (results.status == "ok")] if len(results) else results
-        for s, g in (mine.groupby("seed") if len(mine) else ()): right.plot(g.sort_values("step").step, g.sort_values("step").value, "-o", ms=3.5, color=colours[i], lw=1.6)
-        ax.plot([], [], "-", color=colours[i], label=f"{label}: {parameters_of(e)/1e6:.3g}M" + ("" if len(mine) else " (not run)"))
+        mine = (
+            results[
+                (results.panel == p)
+                & (results.label == label)
+                & (results.metric == metric)
+                & (results.status == "ok")
+            ]
+            if len(results)
+            else results
+        )
+        for s, g in mine.groupby("seed") if len(mine) else ():
+            right.plot(
+                g.sort_values("step").step,
+                g.sort_values("step").value,
+                "-o",
+                ms=3.5,
+                color=colours[i],
+                lw=1.6,
+            )
+        ax.plot(
+            [],
+            [],
+            "-",
+            color=colours[i],
+            label=f"{label}: {parameters_of(e) / 1e6:.3g}M"
+            + ("" if len(mine) else " (not run)"),
+        )
 
 # %% ../nbs/05_ablations.ipynb #05-plot_figure2
 def plot_figure2(
-    results,         # of `collect`
-    metric: str,     # our measure
-    base: Experiment # the protocol
-):                   # matplotlib figure
+    results,  # of `collect`
+    metric: str,  # our measure
+    base: Experiment,  # the protocol
+):  # matplotlib figure
     "Five panels: paper (dashed, left) and ours (solid, right) on one axis of iterations, parameter counts of ours in the legend."
     import matplotlib.pyplot as plt
+
     fig, axes = plt.subplots(3, 2, figsize=(12, 14))
     for ax, p in zip(axes.flat, FIGURE2):
-        right = ax.twinx(); right.grid(False)
+        right = ax.twinx()
+        right.grid(False)
         draw_curves(ax, right, p, results, metric, base)
-        ax.set(xscale="log", yscale="log", title=f"({p}) {FIGURE2[p][0]}", xlabel="iterations", ylabel="paper: FID, 10K samples (dashed)"); right.set(yscale="log", ylabel=f"ours: {metric} (solid)")
-        for a in (ax.yaxis, right.yaxis): a.set_major_formatter("{x:g}"); a.set_minor_formatter("{x:.3g}")
-        ax.tick_params(axis="y", which="minor", labelsize=7); right.tick_params(axis="y", which="minor", labelsize=7)
-        ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=1, frameon=False)
+        ax.set(
+            xscale="log",
+            yscale="log",
+            title=f"({p}) {FIGURE2[p][0]}",
+            xlabel="iterations",
+            ylabel="paper: FID, 10K samples (dashed)",
+        )
+        right.set(yscale="log", ylabel=f"ours: {metric} (solid)")
+        for a in (ax.yaxis, right.yaxis):
+            a.set_major_formatter("{x:g}")
+            a.set_minor_formatter("{x:.3g}")
+        ax.tick_params(axis="y", which="minor", labelsize=7)
+        right.tick_params(axis="y", which="minor", labelsize=7)
+        ax.legend(
+            fontsize=8,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.2),
+            ncol=1,
+            frameon=False,
+        )
     axes.flat[-1].axis("off")
     fig.tight_layout()
     return fig
 
 # %% ../nbs/05_ablations.ipynb #05-sample_rows
 def sample_rows(
-    results,   # of `collect`
-    k=10,      # samples in a row
-    seed=0     # of the runs
-) -> dict:     # variant -> uint8 (k, C, H, W)
+    results,  # of `collect`
+    k=10,  # samples in a row
+    seed=0,  # of the runs
+) -> dict:  # variant -> uint8 (k, C, H, W)
     "The first samples of each recorded variant, from the runs' folders."
     rows = {}
-    if not len(results): return rows
+    if not len(results):
+        return rows
     for x in results[results.seed == seed].drop_duplicates("run_id").itertuples():
         try:
-            with np.load(f"{x.folder}/first.npz") as d: rows.setdefault(x.variant, d["images"][:k])
-        except (OSError, ValueError, KeyError): continue                                         # a run without its picture is shown in the tables only
+            with np.load(f"{x.folder}/first.npz") as d:
+                rows.setdefault(x.variant, d["images"][:k])
+        except (OSError, ValueError, KeyError):
+            continue  # a run without its picture is shown in the tables only
     return dict(sorted(rows.items(), key=lambda kv: kv[0] != "adopted"))
+
 
 def plot_rows(rows: dict):
     "One row of pictures per variant."
     import matplotlib.pyplot as plt
-    from uvit_repro.data import image_grid
-    fig, axes = plt.subplots(len(rows), 1, figsize=(9, 0.95*len(rows)), squeeze=False)
+    from uvit_repro.data.images import image_grid
+
+    fig, axes = plt.subplots(len(rows), 1, figsize=(9, 0.95 * len(rows)), squeeze=False)
     for ax, (name, x) in zip(axes.flat, rows.items()):
-        ax.imshow(image_grid(x, len(x))); ax.set(xticks=[], yticks=[]); ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-        for s in ax.spines.values(): s.set_visible(False)
+        ax.imshow(image_grid(x, len(x)))
+        ax.set(xticks=[], yticks=[])
+        ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+        for s in ax.spines.values():
+            s.set_visible(False)
     fig.tight_layout()
     return fig

@@ -15,131 +15,219 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
-from .config import MODELS, Experiment, ParameterError, content_name, digest, eval_id, key_seed, resolve_name, variant_name
-from .data import Data, open_data, to_model
+from uvit_repro.config import (
+    MODELS,
+    Experiment,
+    ParameterError,
+    content_name,
+    digest,
+    eval_id,
+    key_seed,
+    resolve_name,
+    variant_name,
+)
+from .data.images import Data, open_data, to_model
 from .diffusion import Diffusion
-from .results import COLUMNS, load_runs, run_lock, set_aside, write_atomic
+from uvit_repro.runs.records import (
+    COLUMNS,
+    load_runs,
+    run_lock,
+    set_aside,
+    write_atomic,
+)
 from .train import load_weights, pick_device
 
 # %% ../nbs/09_representations.ipynb #09-gram
 def gram(
-    x: Tensor # features of n samples, (n, ...)
+    x: Tensor,  # features of n samples, (n, ...)
 ) -> Tensor:  # (n, n) float64
     "Linear Gram matrix of centred features; features that do not vary give zeros."
     x = x.flatten(1).double()
-    c = x - x.mean(0)                                                          # HSIC_1 does not see a shift; its rounding does
-    c = torch.where(c.abs().amax() <= 1e-12*x.abs().amax(), 0.0, c)
+    c = x - x.mean(0)  # HSIC_1 does not see a shift; its rounding does
+    c = torch.where(c.abs().amax() <= 1e-12 * x.abs().amax(), 0.0, c)
     return c @ c.T
 
 # %% ../nbs/09_representations.ipynb #09-hsic_unbiased
 def hsic_unbiased(
-    K: Tensor, # Gram matrices, (..., n, n), symmetric
-    L: Tensor  # Gram matrices of the same samples, (..., n, n)
-) -> Tensor:   # float64, one number for each pair: (*batch of K, *batch of L)
+    K: Tensor,  # Gram matrices, (..., n, n), symmetric
+    L: Tensor,  # Gram matrices of the same samples, (..., n, n)
+) -> Tensor:  # float64, one number for each pair: (*batch of K, *batch of L)
     "HSIC without bias, of all pairs of Gram matrices (Song et al. 2012, HSIC_1; Nguyen et al. 2021, Eq. 3)."
     n = K.shape[-1]
-    if K.shape[-2:] != L.shape[-2:] or K.shape[-2] != n: raise ValueError(f"Gram matrices of shapes {tuple(K.shape)} and {tuple(L.shape)}: both must be (..., n, n) of the same n samples")
-    if n < 4: raise ParameterError(f"{n} samples in a minibatch: HSIC without bias needs at least 4")
-    K, L = (G.double() - torch.diag_embed(G.double().diagonal(dim1=-2, dim2=-1)) for G in (K, L))
+    if K.shape[-2:] != L.shape[-2:] or K.shape[-2] != n:
+        raise ValueError(
+            f"Gram matrices of shapes {tuple(K.shape)} and {tuple(L.shape)}: both must be (..., n, n) of the same n samples"
+        )
+    if n < 4:
+        raise ParameterError(
+            f"{n} samples in a minibatch: HSIC without bias needs at least 4"
+        )
+    K, L = (
+        G.double() - torch.diag_embed(G.double().diagonal(dim1=-2, dim2=-1))
+        for G in (K, L)
+    )
     trace = torch.tensordot(K, L, dims=([-2, -1], [-2, -1]))
     sums = torch.tensordot(K.sum((-2, -1)), L.sum((-2, -1)), dims=0)
     rows = torch.tensordot(K.sum(-1), L.sum(-1), dims=([-1], [-1]))
-    return (trace + sums/((n-1)*(n-2)) - 2*rows/(n-2))/(n*(n-3))
+    return (trace + sums / ((n - 1) * (n - 2)) - 2 * rows / (n - 2)) / (n * (n - 3))
 
 # %% ../nbs/09_representations.ipynb #09-cka_of
 def cka_of(
-    hsic: np.ndarray # mean HSIC of all pairs, (..., layers, layers)
-) -> np.ndarray:     # CKA, (..., layers, layers)
+    hsic: np.ndarray,  # mean HSIC of all pairs, (..., layers, layers)
+) -> np.ndarray:  # CKA, (..., layers, layers)
     "Divide by the diagonal. NaN for a layer whose features do not vary; estimates may pass 0 and 1 a little and are not clipped."
     d = np.diagonal(hsic, axis1=-2, axis2=-1)
     d = np.sqrt(np.where(d > 0, d, np.nan))
-    return hsic/(d[..., :, None]*d[..., None, :])
+    return hsic / (d[..., :, None] * d[..., None, :])
+
 
 class StreamingCKA:
     "Minibatch CKA between layers (Nguyen et al. 2021): the state is one (layers, layers) matrix and two counts. Minibatches weigh by their samples."
-    def __init__(self): self.sums, self.samples, self.batches = None, 0, 0
+
+    def __init__(self):
+        self.sums, self.samples, self.batches = None, 0, 0
+
     def update(self, features: list) -> "StreamingCKA":
         "One tensor (n, ...) for each layer, of the same n samples."
         sizes = {len(f) for f in features}
-        if len(sizes) != 1: raise ValueError(f"features of {sorted(sizes)} samples: every layer must see the same ones")
-        if self.sums is not None and len(features) != len(self.sums): raise ValueError(f"features of {len(features)} layers: {len(self.sums)} were given before")
+        if len(sizes) != 1:
+            raise ValueError(
+                f"features of {sorted(sizes)} samples: every layer must see the same ones"
+            )
+        if self.sums is not None and len(features) != len(self.sums):
+            raise ValueError(
+                f"features of {len(features)} layers: {len(self.sums)} were given before"
+            )
         K, n = torch.stack([gram(f) for f in features]), sizes.pop()
-        add = n*hsic_unbiased(K, K)
+        add = n * hsic_unbiased(K, K)
         self.sums = add if self.sums is None else self.sums + add
-        self.samples += n; self.batches += 1
+        self.samples += n
+        self.batches += 1
         return self
+
     def hsic(self) -> np.ndarray:
         "Mean HSIC_1 of all pairs, (layers, layers) float64."
-        if self.sums is None: raise ValueError("no minibatch was given yet: call update first")
-        return (self.sums/self.samples).cpu().numpy()
+        if self.sums is None:
+            raise ValueError("no minibatch was given yet: call update first")
+        return (self.sums / self.samples).cpu().numpy()
+
     def matrix(self) -> np.ndarray:
         "CKA of all pairs, (layers, layers) float64."
         return cka_of(self.hsic())
 
 # %% ../nbs/09_representations.ipynb #09-blocks_of
 def blocks_of(
-    model # a network
-) -> list:# its blocks, first to last
+    model,  # a network
+) -> list:  # its blocks, first to last
     "The blocks of a network, or `ParameterError` for one that has none of these names."
-    missing = [n for n in ("in_blocks", "mid_block", "out_blocks") if not hasattr(model, n)]
-    if missing: raise ParameterError(f"{type(model).__name__} has no {', '.join(missing)}: similarity is measured between in_blocks, mid_block and out_blocks")
+    missing = [
+        n for n in ("in_blocks", "mid_block", "out_blocks") if not hasattr(model, n)
+    ]
+    if missing:
+        raise ParameterError(
+            f"{type(model).__name__} has no {', '.join(missing)}: similarity is measured between in_blocks, mid_block and out_blocks"
+        )
     return [*model.in_blocks, model.mid_block, *model.out_blocks]
+
 
 @torch.inference_mode()
 def block_outputs(
-    model,              # a network with in_blocks, mid_block, out_blocks
-    x: Tensor,          # its input (B, C, H, W)
-    t: Tensor,          # times on the network's scale (B,)
-    **cond              # y, context: whatever it takes
-) -> list:              # the output of every block, (B, tokens, D), first to last
+    model,  # a network with in_blocks, mid_block, out_blocks
+    x: Tensor,  # its input (B, C, H, W)
+    t: Tensor,  # times on the network's scale (B,)
+    **cond,  # y, context: whatever it takes
+) -> list:  # the output of every block, (B, tokens, D), first to last
     "Run a network once and note what its blocks give; the network is left as it was."
     blocks, outs, was = blocks_of(model), {}, model.training
-    def keep(i): return lambda module, args, out: outs.__setitem__(i, out[0] if isinstance(out, tuple) else out)
+
+    def keep(i):
+        return lambda module, args, out: outs.__setitem__(
+            i, out[0] if isinstance(out, tuple) else out
+        )
+
     hooks = [b.register_forward_hook(keep(i)) for i, b in enumerate(blocks)]
     try:
-        if was: model.eval()
+        if was:
+            model.eval()
         model(x, t, **cond)
     finally:
-        for h in hooks: h.remove()
-        if was: model.train()
+        for h in hooks:
+            h.remove()
+        if was:
+            model.train()
     return [outs[i] for i in range(len(blocks))]
 
 # %% ../nbs/09_representations.ipynb #09-token_kinds
 def token_kinds(
-    model    # a network
-) -> dict:   # kind -> where its tokens are: all, patches, time, condition; kinds that the network does not have are absent
+    model,  # a network
+) -> dict:  # kind -> where its tokens are: all, patches, time, condition; kinds that the network does not have are absent
     "Which tokens are which (Section 3; order as released)."
     kinds, extras = dict(all=slice(None)), getattr(model, "extras", None)
-    if extras is None: return kinds                                             # a network of another layout: all tokens, or its whole map
-    classes, time = int(bool(getattr(model, "num_classes", None))), int(getattr(model, "time", None) == "token")
+    if extras is None:
+        return kinds  # a network of another layout: all tokens, or its whole map
+    classes, time = (
+        int(bool(getattr(model, "num_classes", None))),
+        int(getattr(model, "time", None) == "token"),
+    )
     kinds["patches"] = slice(extras, None)
-    if time: kinds["time"] = slice(classes, classes + 1)
-    if extras > time: kinds["condition"] = slice(0, 1) if classes else slice(time, extras)
+    if time:
+        kinds["time"] = slice(classes, classes + 1)
+    if extras > time:
+        kinds["condition"] = slice(0, 1) if classes else slice(time, extras)
     return kinds
 
 # %% ../nbs/09_representations.ipynb #09-parse_levels
 def parse_levels(
-    text   # "-6,0,6,training", or a list of numbers and that word
-) -> tuple:# floats, and None for "training"
+    text,  # "-6,0,6,training", or a list of numbers and that word
+) -> tuple:  # floats, and None for "training"
     "Noise levels as given by a person. Raises `ParameterError` for what is none."
     out = []
-    for v in [p.strip() for p in text.split(",") if p.strip()] if isinstance(text, str) else [text] if isinstance(text, (int, float)) else list(text):
-        try: out.append(None if v in ("training", None) else float(v))
-        except (TypeError, ValueError): raise ParameterError(f"levels = {text!r}: {v!r} is neither a log-SNR nor the word training; try -6,-3,0,3,6,training") from None
-    if not out or len(set(out)) < len(out): raise ParameterError(f"levels = {text!r}: at least one level, and each once")
+    for v in (
+        [p.strip() for p in text.split(",") if p.strip()]
+        if isinstance(text, str)
+        else [text]
+        if isinstance(text, (int, float))
+        else list(text)
+    ):
+        try:
+            out.append(None if v in ("training", None) else float(v))
+        except (TypeError, ValueError):
+            raise ParameterError(
+                f"levels = {text!r}: {v!r} is neither a log-SNR nor the word training; try -6,-3,0,3,6,training"
+            ) from None
+    if not out or len(set(out)) < len(out):
+        raise ParameterError(f"levels = {text!r}: at least one level, and each once")
     return tuple(out)
 
+
 def level_times(
-    process,      # of a `Diffusion`
-    level,        # log-SNR, or None: times as in training
-    n: int,       # samples
-    seed=0, key=0 # of the times drawn: any, and the place of these samples among all
-) -> Tensor:      # times (n,), float64
+    process,  # of a `Diffusion`
+    level,  # log-SNR, or None: times as in training
+    n: int,  # samples
+    seed=0,
+    key=0,  # of the times drawn: any, and the place of these samples among all
+) -> Tensor:  # times (n,), float64
     "Times of n samples at one level."
-    if level is None: return process.sample_t(torch.rand(n, generator=torch.Generator().manual_seed(key_seed("cka", "t", seed, key)), dtype=torch.float64))
-    low, high = sorted(2*float(process.lam(torch.tensor(t, dtype=torch.float64))) for t in (process.t_min, process.t_max))
-    if not low <= level <= high: raise ParameterError(f"level {level:g}: the process has log-SNR {low:.2f} to {high:.2f}")
-    return process.t_of_lam(torch.full((n,), level/2, dtype=torch.float64))
+    if level is None:
+        return process.sample_t(
+            torch.rand(
+                n,
+                generator=torch.Generator().manual_seed(
+                    key_seed("cka", "t", seed, key)
+                ),
+                dtype=torch.float64,
+            )
+        )
+    low, high = sorted(
+        2 * float(process.lam(torch.tensor(t, dtype=torch.float64)))
+        for t in (process.t_min, process.t_max)
+    )
+    if not low <= level <= high:
+        raise ParameterError(
+            f"level {level:g}: the process has log-SNR {low:.2f} to {high:.2f}"
+        )
+    return process.t_of_lam(torch.full((n,), level / 2, dtype=torch.float64))
+
 
 def level_name(level) -> str:
     "How a level is called in figures."
@@ -147,317 +235,676 @@ def level_name(level) -> str:
 
 # %% ../nbs/09_representations.ipynb #09-minibatches
 def minibatches(
-    n: int,    # images
-    batch: int # at most this many in a minibatch
-) -> int:      # minibatches of equal size to within one image
+    n: int,  # images
+    batch: int,  # at most this many in a minibatch
+) -> int:  # minibatches of equal size to within one image
     "How many minibatches n images make, none of fewer than the 4 that the estimator needs."
-    if n < 4 or batch < 4: raise ParameterError(f"{n} images in minibatches of {batch}: each minibatch needs at least 4")
-    return max(1, min(-(-n//batch), n//4))
+    if n < 4 or batch < 4:
+        raise ParameterError(
+            f"{n} images in minibatches of {batch}: each minibatch needs at least 4"
+        )
+    return max(1, min(-(-n // batch), n // 4))
+
 
 @torch.inference_mode()
 def cka_matrix(
-    model,          # network with in_blocks, mid_block, out_blocks
-    diffusion,      # `uvit_repro.diffusion.Diffusion`
-    images: Tensor, # uint8 (N, C, H, W), or float, already on the network's scale; in random order: minibatches are taken as they come
-    labels=None,    # classes told to the network, (N,)
-    levels=(None,), # of `parse_levels`: log-SNR, or None: times as in training
-    tokens=None,    # kinds of tokens; None: all that the network has
-    batch=100, seed=0, device="cpu",
+    model,  # network with in_blocks, mid_block, out_blocks
+    diffusion,  # `uvit_repro.diffusion.Diffusion`
+    images: Tensor,  # uint8 (N, C, H, W), or float, already on the network's scale; in random order: minibatches are taken as they come
+    labels=None,  # classes told to the network, (N,)
+    levels=(None,),  # of `parse_levels`: log-SNR, or None: times as in training
+    tokens=None,  # kinds of tokens; None: all that the network has
+    batch=100,
+    seed=0,
+    device="cpu",
     autocast=None,  # None, "bf16", "fp16" or a torch dtype
-    context=None    # text told to the network, (N, tokens, width)
-) -> dict:          # tokens, levels; hsic and cka (tokens, levels, layers, layers); samples, batches
+    context=None,  # text told to the network, (N, tokens, width)
+) -> (
+    dict
+):  # tokens, levels; hsic and cka (tokens, levels, layers, layers); samples, batches
     "CKA between the outputs of all blocks, one matrix for each kind of token and noise level (Figure 7). Memory does not depend on N beyond the images."
-    dtype, kinds, levels = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}.get(autocast, autocast), token_kinds(model), parse_levels(levels)
+    dtype, kinds, levels = (
+        {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}.get(
+            autocast, autocast
+        ),
+        token_kinds(model),
+        parse_levels(levels),
+    )
     tokens = (tokens,) if isinstance(tokens, str) else tuple(tokens or kinds)
-    if bad := [k for k in tokens if k not in kinds]: raise ParameterError(f"tokens = {', '.join(map(str, bad))}: this network has {', '.join(kinds)}")
+    if bad := [k for k in tokens if k not in kinds]:
+        raise ParameterError(
+            f"tokens = {', '.join(map(str, bad))}: this network has {', '.join(kinds)}"
+        )
     streams = {(k, l): StreamingCKA() for k in tokens for l in levels}
-    cond = {n: torch.as_tensor(v) for n, v in dict(y=labels, context=context).items() if v is not None}
+    cond = {
+        n: torch.as_tensor(v)
+        for n, v in dict(y=labels, context=context).items()
+        if v is not None
+    }
     for part in torch.arange(len(images)).tensor_split(minibatches(len(images), batch)):
-        x0 = to_model(images[part].to(device)) if images.dtype == torch.uint8 else images[part].to(device).float()
+        x0 = (
+            to_model(images[part].to(device))
+            if images.dtype == torch.uint8
+            else images[part].to(device).float()
+        )
         here, first = {n: v[part].to(device) for n, v in cond.items()}, int(part[0])
         for l in levels:
-            eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(key_seed("cka", "eps", seed, l, first))).to(device)
+            eps = torch.randn(
+                x0.shape,
+                generator=torch.Generator().manual_seed(
+                    key_seed("cka", "eps", seed, l, first)
+                ),
+            ).to(device)
             t = level_times(diffusion.process, l, len(part), seed, first).to(device)
-            with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype is not None):
-                outs = diffusion.network(lambda x, s, **c: block_outputs(model, x, s, **c), diffusion.q_sample(x0, t, eps), t, **here)
-            for k in tokens: streams[k, l].update([o[:, kinds[k]] for o in outs])
-    hsic = np.stack([np.stack([streams[k, l].hsic() for l in levels]) for k in tokens]); some = next(iter(streams.values()))
-    return dict(tokens=tokens, levels=levels, hsic=hsic, cka=cka_of(hsic), samples=some.samples, batches=some.batches)
+            with torch.autocast(
+                torch.device(device).type, dtype=dtype, enabled=dtype is not None
+            ):
+                outs = diffusion.network(
+                    lambda x, s, **c: block_outputs(model, x, s, **c),
+                    diffusion.q_sample(x0, t, eps),
+                    t,
+                    **here,
+                )
+            for k in tokens:
+                streams[k, l].update([o[:, kinds[k]] for o in outs])
+    hsic = np.stack([np.stack([streams[k, l].hsic() for l in levels]) for k in tokens])
+    some = next(iter(streams.values()))
+    return dict(
+        tokens=tokens,
+        levels=levels,
+        hsic=hsic,
+        cka=cka_of(hsic),
+        samples=some.samples,
+        batches=some.batches,
+    )
 
 # %% ../nbs/09_representations.ipynb #09-load_cka
 def load_cka(
-    path # a file stats/cka-HASH.npz
+    path,  # a file stats/cka-HASH.npz
 ) -> dict:  # settings; tokens, levels, hsic, cka, samples, batches
     "Read kept matrices. Raises `FileNotFoundError`, or `ValueError` for a file that is damaged or whose settings are not those of its name."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"no CKA at {path}: run chapter 09_representations")
+    if not path.is_file():
+        raise FileNotFoundError(f"no CKA at {path}: run chapter 09_representations")
     try:
-        with np.load(path, allow_pickle=False) as d: s, hsic = json.loads(str(d["settings"])), d["hsic"]
-        ok = path.stem == f"cka-{digest(s, 8)}" and hsic.shape[:2] == (len(s["tokens"]), len(s["levels"])) and hsic.shape[2] == hsic.shape[3] and bool(np.isfinite(hsic).all())
-    except Exception as e: raise ValueError(f"{path} can't be read ({type(e).__name__}): remove it and run chapter 09_representations again") from None
-    if not ok: raise ValueError(f"{path} does not hold what its name says: remove it and run chapter 09_representations again")
-    return dict(settings=s, tokens=tuple(s["tokens"]), levels=tuple(s["levels"]), hsic=hsic, cka=cka_of(hsic), samples=s["images"], batches=s["batches"])
+        with np.load(path, allow_pickle=False) as d:
+            s, hsic = json.loads(str(d["settings"])), d["hsic"]
+        ok = (
+            path.stem == f"cka-{digest(s, 8)}"
+            and hsic.shape[:2] == (len(s["tokens"]), len(s["levels"]))
+            and hsic.shape[2] == hsic.shape[3]
+            and bool(np.isfinite(hsic).all())
+        )
+    except Exception as e:
+        raise ValueError(
+            f"{path} can't be read ({type(e).__name__}): remove it and run chapter 09_representations again"
+        ) from None
+    if not ok:
+        raise ValueError(
+            f"{path} does not hold what its name says: remove it and run chapter 09_representations again"
+        )
+    return dict(
+        settings=s,
+        tokens=tuple(s["tokens"]),
+        levels=tuple(s["levels"]),
+        hsic=hsic,
+        cka=cka_of(hsic),
+        samples=s["images"],
+        batches=s["batches"],
+    )
+
 
 def find_cka(
-    folder # a run's, here or published
-) -> list: # of `load_cka`, those that can be read
+    folder,  # a run's, here or published
+) -> list:  # of `load_cka`, those that can be read
     "All kept matrices of a run."
     out = []
-    for p in sorted((Path(folder)/"stats").glob("cka-*.npz")):
-        try: out.append(load_cka(p))
-        except ValueError: continue
+    for p in sorted((Path(folder) / "stats").glob("cka-*.npz")):
+        try:
+            out.append(load_cka(p))
+        except ValueError:
+            continue
     return out
 
 # %% ../nbs/09_representations.ipynb #09-heldout
 def heldout(
-    data: Data, # opened
-    n: int      # at most this many
-) -> tuple:     # images uint8 (n, C, H, W), labels (n,)
+    data: Data,  # opened
+    n: int,  # at most this many
+) -> tuple:  # images uint8 (n, C, H, W), labels (n,)
     "Held-out images in a fixed random order, the same for every run on these data."
-    if len(data.test_images) < 4: raise ParameterError(f"{data.name} has {len(data.test_images)} held-out images: set holdout when training, or call cka_matrix with images of your own")
-    pick = torch.randperm(len(data.test_images), generator=torch.Generator().manual_seed(0))[:n]
+    if len(data.test_images) < 4:
+        raise ParameterError(
+            f"{data.name} has {len(data.test_images)} held-out images: set holdout when training, or call cka_matrix with images of your own"
+        )
+    pick = torch.randperm(
+        len(data.test_images), generator=torch.Generator().manual_seed(0)
+    )[:n]
     return data.test_images[pick], data.test_labels[pick]
 
+
 def run_cka(
-    exp: Experiment, folder: Path, # a finished run, as recorded
-    levels=(None,), num_images=2000, batch=100, # of `cka_matrix`; fewer images where fewer are held out
-    seed=0,                        # of noise and times
-    step=None,                     # a kept step; None: the last
-    device="auto"
-) -> dict:                         # of `load_cka`, and fresh: whether it was computed now
+    exp: Experiment,
+    folder: Path,  # a finished run, as recorded
+    levels=(None,),
+    num_images=2000,
+    batch=100,  # of `cka_matrix`; fewer images where fewer are held out
+    seed=0,  # of noise and times
+    step=None,  # a kept step; None: the last
+    device="auto",
+) -> dict:  # of `load_cka`, and fresh: whether it was computed now
     "CKA of a run's weights for all kinds of tokens: computed once, then read."
-    exp, data = open_data(exp); images, labels = heldout(data, num_images); step, levels, device = step or exp.train.n_steps, parse_levels(levels), pick_device(device)
-    with torch.device("meta"): kinds = list(token_kinds(resolve_name(MODELS, exp.model.model)(exp.model, exp.data, exp.train.p_uncond, False)))
-    s = dict(step=step, weights=exp.sampling.weights, tokens=kinds, levels=list(levels), images=len(images), batches=minibatches(len(images), batch), noise_seed=seed, precision="fp32", estimator="HSIC_1, minibatches")
-    path = Path(folder)/"stats"/f"cka-{digest(s, 8)}.npz"
+    exp, data = open_data(exp)
+    images, labels = heldout(data, num_images)
+    step, levels, device = (
+        step or exp.train.n_steps,
+        parse_levels(levels),
+        pick_device(device),
+    )
+    with torch.device("meta"):
+        kinds = list(
+            token_kinds(
+                resolve_name(MODELS, exp.model.model)(
+                    exp.model, exp.data, exp.train.p_uncond, False
+                )
+            )
+        )
+    s = dict(
+        step=step,
+        weights=exp.sampling.weights,
+        tokens=kinds,
+        levels=list(levels),
+        images=len(images),
+        batches=minibatches(len(images), batch),
+        noise_seed=seed,
+        precision="fp32",
+        estimator="HSIC_1, minibatches",
+    )
+    path = Path(folder) / "stats" / f"cka-{digest(s, 8)}.npz"
     with run_lock(Path(folder)):
-        try: return dict(load_cka(path), fresh=False)
-        except FileNotFoundError: pass
-        except ValueError: set_aside(path)
+        try:
+            return dict(load_cka(path), fresh=False)
+        except FileNotFoundError:
+            pass
+        except ValueError:
+            set_aside(path)
         net = load_weights(exp, Path(folder), step).to(device)
-        r = cka_matrix(net, Diffusion(exp.diffusion), images, labels if exp.model.condition == "class" else None, levels, batch=batch, seed=seed, device=device)
-        if not np.isfinite(r["hsic"]).all(): raise ValueError(f"{Path(folder).name}, step {step}: outputs of blocks are not finite")
-        write_atomic(path, lambda p: np.savez_compressed(p, hsic=r["hsic"], settings=np.array(json.dumps(s, sort_keys=True))))
+        r = cka_matrix(
+            net,
+            Diffusion(exp.diffusion),
+            images,
+            labels if exp.model.condition == "class" else None,
+            levels,
+            batch=batch,
+            seed=seed,
+            device=device,
+        )
+        if not np.isfinite(r["hsic"]).all():
+            raise ValueError(
+                f"{Path(folder).name}, step {step}: outputs of blocks are not finite"
+            )
+        write_atomic(
+            path,
+            lambda p: np.savez_compressed(
+                p, hsic=r["hsic"], settings=np.array(json.dumps(s, sort_keys=True))
+            ),
+        )
     return dict(load_cka(path), fresh=True)
 
 # %% ../nbs/09_representations.ipynb #09-settings_of
-SETTINGS = {"concatenation": {}, "addition": dict(skip="add"), "no long skip": dict(skip="none")}   # names as in Figure 7
+SETTINGS = {
+    "concatenation": {},
+    "addition": dict(skip="add"),
+    "no long skip": dict(skip="none"),
+}  # names as in Figure 7
 MATCHED = "no long skip, as many parameters"
 
+
 def settings_of(
-    base: Experiment # a protocol
-) -> dict:           # name -> experiment
+    base: Experiment,  # a protocol
+) -> dict:  # name -> experiment
     "The settings of Figure 7 as experiments, and the parameter-matched one."
     from uvit_repro.uvit import matched_none
+
     m = base.model
-    extra = {MATCHED: dict(skip="none", mlp_ratio=matched_none(m.embed_dim, m.depth, m.mlp_ratio))}
-    return {name: replace(base, model=replace(m, **kw)) for name, kw in {**SETTINGS, **extra}.items()}
+    extra = {
+        MATCHED: dict(
+            skip="none", mlp_ratio=matched_none(m.embed_dim, m.depth, m.mlp_ratio)
+        )
+    }
+    return {
+        name: replace(base, model=replace(m, **kw))
+        for name, kw in {**SETTINGS, **extra}.items()
+    }
+
 
 def recorded(
     base: Experiment,  # a protocol
-    out_dir=None,      # folder of runs; None: results/runs
-    origin="all",      # runs | published | all
-    seeds=range(10)    # looked for
-) -> list:             # dicts: setting, seed, folder, exp, origin
+    out_dir=None,  # folder of runs; None: results/runs
+    origin="all",  # runs | published | all
+    seeds=range(10),  # looked for
+) -> list:  # dicts: setting, seed, folder, exp, origin
     "Finished runs of the settings of Figure 7 at one protocol."
-    found = {r["folder"].name: r for r in load_runs(origin, out_dir) if r["status"] == "ok"}
-    hits = [(name, s, found.get(replace(e, seed=s).run_id)) for name, e in settings_of(base).items() for s in sorted({*seeds, base.seed})]
-    return [dict(setting=name, seed=s, folder=r["folder"], exp=r["experiment"], origin=r["origin"]) for name, s, r in hits if r]
+    found = {
+        r["folder"].name: r for r in load_runs(origin, out_dir) if r["status"] == "ok"
+    }
+    hits = [
+        (name, s, found.get(replace(e, seed=s).run_id))
+        for name, e in settings_of(base).items()
+        for s in sorted({*seeds, base.seed})
+    ]
+    return [
+        dict(
+            setting=name,
+            seed=s,
+            folder=r["folder"],
+            exp=r["experiment"],
+            origin=r["origin"],
+        )
+        for name, s, r in hits
+        if r
+    ]
 
 # %% ../nbs/09_representations.ipynb #09-matrix_of
 def matrix_of(
-    c: dict,          # of `load_cka` or `cka_matrix`
-    token="all",      # one of its kinds of tokens
-    level=None        # one of its levels
-) -> np.ndarray:      # CKA (layers, layers)
+    c: dict,  # of `load_cka` or `cka_matrix`
+    token="all",  # one of its kinds of tokens
+    level=None,  # one of its levels
+) -> np.ndarray:  # CKA (layers, layers)
     "One matrix of those that were measured together."
-    if token not in c["tokens"] or level not in c["levels"]: raise ParameterError(f"{token!r} tokens, {level_name(level)}: measured are {', '.join(c['tokens'])} at {', '.join(map(level_name, c['levels']))}")
+    if token not in c["tokens"] or level not in c["levels"]:
+        raise ParameterError(
+            f"{token!r} tokens, {level_name(level)}: measured are {', '.join(c['tokens'])} at {', '.join(map(level_name, c['levels']))}"
+        )
     return c["cka"][c["tokens"].index(token), c["levels"].index(level)]
 
 # %% ../nbs/09_representations.ipynb #09-plot_cka
 def plot_cka(
-    rows: list,      # rows of (title, matrix)
-    size=2.9,        # inches along a matrix
-    labels=None      # text beside each row
-):                   # matplotlib figure
+    rows: list,  # rows of (title, matrix)
+    size=2.9,  # inches along a matrix
+    labels=None,  # text beside each row
+):  # matplotlib figure
     "Matrices on one colour scale from 0 to 1, layer 0 at the lower left; empty where there is none."
     import matplotlib.pyplot as plt
+
     width = max(map(len, rows))
-    fig, axes = plt.subplots(len(rows), width, figsize=(size*width + 0.8, size*1.08*len(rows)), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        len(rows),
+        width,
+        figsize=(size * width + 0.8, size * 1.08 * len(rows)),
+        squeeze=False,
+        layout="constrained",
+    )
     for r, row in enumerate(rows):
-        for ax, (title, m) in zip(axes[r], row + [("", None)]*(width - len(row))):
-            if m is None: ax.axis("off"); continue
-            image = ax.imshow(m, vmin=0, vmax=1, cmap="magma", origin="lower"); ax.grid(False)
+        for ax, (title, m) in zip(axes[r], row + [("", None)] * (width - len(row))):
+            if m is None:
+                ax.axis("off")
+                continue
+            image = ax.imshow(m, vmin=0, vmax=1, cmap="magma", origin="lower")
+            ax.grid(False)
             ticks = np.arange(0, len(m), 1 if len(m) < 10 else 2 if len(m) < 20 else 4)
-            ax.set(xticks=ticks, yticks=ticks); ax.tick_params(labelsize=7, length=2, pad=1); ax.set_title(title, fontsize=9)
-        if labels: axes[r, 0].set_ylabel(labels[r], fontsize=9)
-    fig.colorbar(image, ax=axes, shrink=min(1, 2.2/len(rows)), pad=0.015, extend="min").set_label("linear CKA", fontsize=9)
+            ax.set(xticks=ticks, yticks=ticks)
+            ax.tick_params(labelsize=7, length=2, pad=1)
+            ax.set_title(title, fontsize=9)
+        if labels:
+            axes[r, 0].set_ylabel(labels[r], fontsize=9)
+    fig.colorbar(
+        image, ax=axes, shrink=min(1, 2.2 / len(rows)), pad=0.015, extend="min"
+    ).set_label("linear CKA", fontsize=9)
     return fig
 
 # %% ../nbs/09_representations.ipynb #09-summary
 def summary(
-    m: np.ndarray # CKA, (..., layers, layers)
-) -> dict:        # neighbours, all pairs, mirrored: means, (...)
+    m: np.ndarray,  # CKA, (..., layers, layers)
+) -> dict:  # neighbours, all pairs, mirrored: means, (...)
     "Means over a matrix: neighbouring layers, all pairs of different layers, pairs joined by a long skip."
-    n = m.shape[-1]; i, j = np.triu_indices(n, 1); q = np.arange(n//2)
-    return {"neighbours": m[..., i[j == i+1], j[j == i+1]].mean(-1), "all pairs": m[..., i, j].mean(-1), "mirrored": m[..., q, n-1-q].mean(-1)}
+    n = m.shape[-1]
+    i, j = np.triu_indices(n, 1)
+    q = np.arange(n // 2)
+    return {
+        "neighbours": m[..., i[j == i + 1], j[j == i + 1]].mean(-1),
+        "all pairs": m[..., i, j].mean(-1),
+        "mirrored": m[..., q, n - 1 - q].mean(-1),
+    }
+
 
 def least_within(
-    m: np.ndarray,         # CKA, (..., layers, layers)
-    first: int, last: int  # layers, both included
-) -> float:                # (...)
+    m: np.ndarray,  # CKA, (..., layers, layers)
+    first: int,
+    last: int,  # layers, both included
+) -> float:  # (...)
     "The least similarity inside a group of layers."
-    if not 0 <= first < last < m.shape[-1]: raise ParameterError(f"layers {first} to {last}: the matrix has layers 0 to {m.shape[-1] - 1}")
-    return m[..., first:last+1, first:last+1].min((-2, -1))
+    if not 0 <= first < last < m.shape[-1]:
+        raise ParameterError(
+            f"layers {first} to {last}: the matrix has layers 0 to {m.shape[-1] - 1}"
+        )
+    return m[..., first : last + 1, first : last + 1].min((-2, -1))
 
 # %% ../nbs/09_representations.ipynb #09-cka_table
 def cka_table(
-    runs: list,   # of `recorded`, each with `cka` of `load_cka`
+    runs: list,  # of `recorded`, each with `cka` of `load_cka`
     token="all",  # kind of token
-    level=None    # one of the levels
-):                # DataFrame: setting, the paper's means, ours (every seed)
+    level=None,  # one of the levels
+):  # DataFrame: setting, the paper's means, ours (every seed)
     "Means of Figure 7's matrices and of ours, in columns of their own."
     import pandas as pd
-    from uvit_repro.paper import figure7
+    from uvit_repro.paper.numbers import figure7
+
     rows = []
     for name in [*SETTINGS, MATCHED]:
-        mine = [(r["seed"], summary(matrix_of(r["cka"], token, level))) for r in runs if r["setting"] == name]
+        mine = [
+            (r["seed"], summary(matrix_of(r["cka"], token, level)))
+            for r in runs
+            if r["setting"] == name
+        ]
         theirs = summary(figure7(name).values) if name in SETTINGS else {}
-        cols = {k: (f"{theirs[k]:.3f}" if theirs else "", ", ".join(f"{v[k]:.3f}" for _, v in mine) or "not run") for k in ("neighbours", "all pairs", "mirrored")}
-        rows.append({"setting": name, **{f"paper: {k}": v[0] for k, v in cols.items()}, "seeds": ", ".join(str(s) for s, _ in mine), **{f"ours: {k}": v[1] for k, v in cols.items()}})
+        cols = {
+            k: (
+                f"{theirs[k]:.3f}" if theirs else "",
+                ", ".join(f"{v[k]:.3f}" for _, v in mine) or "not run",
+            )
+            for k in ("neighbours", "all pairs", "mirrored")
+        }
+        rows.append(
+            {
+                "setting": name,
+                **{f"paper: {k}": v[0] for k, v in cols.items()},
+                "seeds": ", ".join(str(s) for s, _ in mine),
+                **{f"ours: {k}": v[1] for k, v in cols.items()},
+            }
+        )
     return pd.DataFrame(rows)
 
+
 def order_of_settings(
-    runs: list,         # as in `cka_table`
-    token="all",        # kind of token
-    what="all pairs"    # a key of `summary`
-):                      # DataFrame: a row for each level; a column for each setting: its mean minus that of concatenation, seed by seed
+    runs: list,  # as in `cka_table`
+    token="all",  # kind of token
+    what="all pairs",  # a key of `summary`
+):  # DataFrame: a row for each level; a column for each setting: its mean minus that of concatenation, seed by seed
     "Whether concatenation is less similar than the other settings (claim U19: positive differences), at every level."
     import pandas as pd
+
     rows = []
     for level in dict.fromkeys(l for r in runs for l in r["cka"]["levels"]):
-        of = {(r["setting"], r["seed"]): float(summary(matrix_of(r["cka"], token, level))[what]) for r in runs if level in r["cka"]["levels"]}
+        of = {
+            (r["setting"], r["seed"]): float(
+                summary(matrix_of(r["cka"], token, level))[what]
+            )
+            for r in runs
+            if level in r["cka"]["levels"]
+        }
         row = dict(level=level_name(level))
-        for name in [n for n in [*SETTINGS, MATCHED][1:] if any(r["setting"] == n for r in runs)]:
-            d = [of[n, s] - of["concatenation", s] for n, s in sorted(of) if n == name and ("concatenation", s) in of]
-            row[f"{name} minus concatenation"] = ", ".join(f"{v:+.3f}" for v in d) + f" ({sum(v > 0 for v in d)} of {len(d)} above 0)"
+        for name in [
+            n for n in [*SETTINGS, MATCHED][1:] if any(r["setting"] == n for r in runs)
+        ]:
+            d = [
+                of[n, s] - of["concatenation", s]
+                for n, s in sorted(of)
+                if n == name and ("concatenation", s) in of
+            ]
+            row[f"{name} minus concatenation"] = (
+                ", ".join(f"{v:+.3f}" for v in d)
+                + f" ({sum(v > 0 for v in d)} of {len(d)} above 0)"
+            )
         rows.append(row)
     return pd.DataFrame(rows)
 
 # %% ../nbs/09_representations.ipynb #09-plot_levels
 def plot_levels(
-    runs: list,       # of `recorded`, each with `cka`
-    what="all pairs"  # a key of `summary`
-):                    # matplotlib figure
+    runs: list,  # of `recorded`, each with `cka`
+    what="all pairs",  # a key of `summary`
+):  # matplotlib figure
     "Mean similarity against log-SNR: a panel for each kind of token, a colour for each setting, a line for each seed."
     import matplotlib.pyplot as plt, seaborn as sns
-    kinds = list(dict.fromkeys(k for r in runs for k in r["cka"]["tokens"])); colours = dict(zip([*SETTINGS, MATCHED], sns.color_palette("colorblind")))
-    fig, axes = plt.subplots(1, len(kinds), figsize=(2.9*len(kinds) + 0.5, 3), sharey=True, squeeze=False, layout="constrained")
+
+    kinds = list(dict.fromkeys(k for r in runs for k in r["cka"]["tokens"]))
+    colours = dict(zip([*SETTINGS, MATCHED], sns.color_palette("colorblind")))
+    fig, axes = plt.subplots(
+        1,
+        len(kinds),
+        figsize=(2.9 * len(kinds) + 0.5, 3),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
     for ax, kind in zip(axes[0], kinds):
         for r in runs:
             c = r["cka"]
-            if kind not in c["tokens"]: continue
-            v = summary(c["cka"][c["tokens"].index(kind)])[what]; pts = sorted((l, y) for l, y in zip(c["levels"], v) if l is not None)
-            ax.plot(*zip(*pts), "-o" if r["setting"] != MATCHED else "--o", ms=3, lw=1.1, color=colours[r["setting"]]) if pts else None
+            if kind not in c["tokens"]:
+                continue
+            v = summary(c["cka"][c["tokens"].index(kind)])[what]
+            pts = sorted((l, y) for l, y in zip(c["levels"], v) if l is not None)
+            ax.plot(
+                *zip(*pts),
+                "-o" if r["setting"] != MATCHED else "--o",
+                ms=3,
+                lw=1.1,
+                color=colours[r["setting"]],
+            ) if pts else None
             right = max([l for l, _ in pts], default=0) + 2.5
             for l, y in zip(c["levels"], v):
-                if l is None: ax.plot([right], [y], "D", ms=4, color=colours[r["setting"]], mfc="none")
+                if l is None:
+                    ax.plot(
+                        [right], [y], "D", ms=4, color=colours[r["setting"]], mfc="none"
+                    )
         ax.set(title=kind, xlabel="log-SNR (diamonds: as in training)")
-        ax.title.set_fontsize(10); ax.xaxis.label.set_fontsize(9)
+        ax.title.set_fontsize(10)
+        ax.xaxis.label.set_fontsize(9)
     axes[0, 0].set_ylabel(f"mean CKA, {what}", fontsize=9)
-    for s in dict.fromkeys(r["setting"] for r in runs): axes[0, -1].plot([], [], "-", color=colours[s], label=s)
+    for s in dict.fromkeys(r["setting"] for r in runs):
+        axes[0, -1].plot([], [], "-", color=colours[s], label=s)
     fig.legend(loc="outside lower center", ncol=4, fontsize=8, frameon=False)
     return fig
 
 # %% ../nbs/09_representations.ipynb #09-with_kept
 def with_kept(
-    runs: list # of `recorded`
-) -> list:     # those that have matrices, each with `cka`: of noise seed 0, with the most levels
+    runs: list,  # of `recorded`
+) -> (
+    list
+):  # those that have matrices, each with `cka`: of noise seed 0, with the most levels
     "Attach kept matrices to runs."
-    best = lambda r: max((c for c in find_cka(r["folder"]) if c["settings"]["noise_seed"] == 0), key=lambda c: (len(c["levels"]), c["samples"]), default=None)
+    best = lambda r: max(
+        (c for c in find_cka(r["folder"]) if c["settings"]["noise_seed"] == 0),
+        key=lambda c: (len(c["levels"]), c["samples"]),
+        default=None,
+    )
     return [dict(r, cka=c) for r in runs if (c := best(r))]
 
 # %% ../nbs/09_representations.ipynb #09-cka_measures
-GROUPS = {"within_0_3": ((0, 3), (0, 3)), "within_0_5": ((0, 5), (0, 5)), "within_6_11": ((6, 11), (6, 11)),      # claims U20, U21
-          "between_0_3_and_6_11": ((0, 3), (6, 11)), "between_0_5_and_6_11": ((0, 5), (6, 11))}
+GROUPS = {
+    "within_0_3": ((0, 3), (0, 3)),
+    "within_0_5": ((0, 5), (0, 5)),
+    "within_6_11": ((6, 11), (6, 11)),  # claims U20, U21
+    "between_0_3_and_6_11": ((0, 3), (6, 11)),
+    "between_0_5_and_6_11": ((0, 5), (6, 11)),
+}
+
 
 def cka_measures(
-    m: np.ndarray # CKA (layers, layers)
-) -> dict:        # metric -> value
+    m: np.ndarray,  # CKA (layers, layers)
+) -> dict:  # metric -> value
     "A matrix as named numbers: means (`cka_neighbours`, `cka_all_pairs`), groups of 13 layers (`cka_within_0_3`), every entry (`cka_0_3`)."
     n, mean = len(m), summary(m)
-    out = {"cka_neighbours": float(mean["neighbours"]), "cka_all_pairs": float(mean["all pairs"]), **{f"cka_{i}_{j}": float(m[i, j]) for i in range(n) for j in range(n)}}
+    out = {
+        "cka_neighbours": float(mean["neighbours"]),
+        "cka_all_pairs": float(mean["all pairs"]),
+        **{f"cka_{i}_{j}": float(m[i, j]) for i in range(n) for j in range(n)},
+    }
     for name, ((a, b), (c, d)) in GROUPS.items() if n == 13 else ():
-        pairs = [m[i, j] for i in range(a, b+1) for j in range(c, d+1) if i != j]
+        pairs = [m[i, j] for i in range(a, b + 1) for j in range(c, d + 1) if i != j]
         out[f"cka_{name}"] = float(np.mean(pairs))
     return out
+
 
 def cka_results(
     origin="all",  # runs | published | all
     out_dir=None,  # another folder of runs
-    token="all", level=None # which matrix
-):                 # DataFrame with the columns of `load_results`; eval_id is the name of the file under stats/
+    token="all",
+    level=None,  # which matrix
+):  # DataFrame with the columns of `load_results`; eval_id is the name of the file under stats/
     "Kept matrices as measurements; to be put under `load_results()` with `pandas.concat`. Runs of smoke are left out."
     import pandas as pd
+
     rows = []
-    for r in with_kept(dict(x, exp=x["experiment"]) for x in load_runs(origin, out_dir) if x["status"] == "ok" and x["experiment"].protocol != "smoke"):
-        c, e = r["cka"], r["exp"]; s = c["settings"]
-        if token not in c["tokens"] or level not in c["levels"]: continue
-        common = dict(run_id=r["folder"].name, eval_id=f"cka-{digest(s, 8)}", chapter="09_representations", paper_ref="Figure 7", dataset=content_name(e.data)[0], model=e.model.model, variant=variant_name(e.model),
-                      protocol=e.protocol, seed=e.seed, step=s["step"], num_samples=s["images"], weights=s["weights"], status="ok", note=f"{token} tokens, {level_name(level)}", origin=r["origin"], folder=str(r["folder"]))
-        rows += [dict(common, metric=n, value=v) for n, v in cka_measures(matrix_of(c, token, level)).items()]
+    for r in with_kept(
+        dict(x, exp=x["experiment"])
+        for x in load_runs(origin, out_dir)
+        if x["status"] == "ok" and x["experiment"].protocol != "smoke"
+    ):
+        c, e = r["cka"], r["exp"]
+        s = c["settings"]
+        if token not in c["tokens"] or level not in c["levels"]:
+            continue
+        common = dict(
+            run_id=r["folder"].name,
+            eval_id=f"cka-{digest(s, 8)}",
+            chapter="09_representations",
+            paper_ref="Figure 7",
+            dataset=content_name(e.data)[0],
+            model=e.model.model,
+            variant=variant_name(e.model),
+            protocol=e.protocol,
+            seed=e.seed,
+            step=s["step"],
+            num_samples=s["images"],
+            weights=s["weights"],
+            status="ok",
+            note=f"{token} tokens, {level_name(level)}",
+            origin=r["origin"],
+            folder=str(r["folder"]),
+        )
+        rows += [
+            dict(common, metric=n, value=v)
+            for n, v in cka_measures(matrix_of(c, token, level)).items()
+        ]
     return pd.DataFrame(rows, columns=COLUMNS + ["origin", "folder"])
 
 # %% ../nbs/09_representations.ipynb #09-level_losses
 def level_losses(
-    base: Experiment, # the protocol: which measurement
-    folder: Path      # a run's
-):                    # DataFrame log_snr, loss; None where there is none
+    base: Experiment,  # the protocol: which measurement
+    folder: Path,  # a run's
+):  # DataFrame log_snr, loss; None where there is none
     "The held-out loss of a run's last step at each noise level."
     import pandas as pd
-    path = Path(folder)/"stats"/f"{eval_id(base, base.train.n_steps, 0)}.npz"
-    if not path.is_file(): return None
-    with np.load(path) as d: return pd.DataFrame(dict(log_snr=2*d["lam"], loss=d["loss"])).sort_values("log_snr", ignore_index=True) if "loss" in d.files else None
+
+    path = Path(folder) / "stats" / f"{eval_id(base, base.train.n_steps, 0)}.npz"
+    if not path.is_file():
+        return None
+    with np.load(path) as d:
+        return (
+            pd.DataFrame(dict(log_snr=2 * d["lam"], loss=d["loss"])).sort_values(
+                "log_snr", ignore_index=True
+            )
+            if "loss" in d.files
+            else None
+        )
+
 
 def loss_differences(
-    base: Experiment, # the protocol
-    runs: list        # of `recorded`
-):                    # DataFrame: setting, seed, log_snr, loss (of concatenation), difference, relative
+    base: Experiment,  # the protocol
+    runs: list,  # of `recorded`
+):  # DataFrame: setting, seed, log_snr, loss (of concatenation), difference, relative
     "Loss of every other setting minus that of concatenation at the same seed, by noise level."
     import pandas as pd
-    of = {(r["setting"], r["seed"]): l for r in runs if (l := level_losses(base, r["folder"])) is not None}
-    frames = [ref.assign(setting=n, seed=s, difference=l.loss - ref.loss, relative=l.loss/ref.loss - 1) for (n, s), l in sorted(of.items())
-              if n != "concatenation" and (ref := of.get(("concatenation", s))) is not None and len(ref) == len(l) and np.allclose(ref.log_snr, l.log_snr)]
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["setting", "seed", "log_snr", "loss", "difference", "relative"])
+
+    of = {
+        (r["setting"], r["seed"]): l
+        for r in runs
+        if (l := level_losses(base, r["folder"])) is not None
+    }
+    frames = [
+        ref.assign(
+            setting=n,
+            seed=s,
+            difference=l.loss - ref.loss,
+            relative=l.loss / ref.loss - 1,
+        )
+        for (n, s), l in sorted(of.items())
+        if n != "concatenation"
+        and (ref := of.get(("concatenation", s))) is not None
+        and len(ref) == len(l)
+        and np.allclose(ref.log_snr, l.log_snr)
+    ]
+    return (
+        pd.concat(frames, ignore_index=True)
+        if frames
+        else pd.DataFrame(
+            columns=["setting", "seed", "log_snr", "loss", "difference", "relative"]
+        )
+    )
 
 # %% ../nbs/09_representations.ipynb #09-plot_differences
 def plot_differences(
-    panels: dict # title -> of `loss_differences`
-):               # matplotlib figure
+    panels: dict,  # title -> of `loss_differences`
+):  # matplotlib figure
     "Relative and absolute difference of the loss against log-SNR, a row for each protocol, every seed a line."
     import matplotlib.pyplot as plt, seaborn as sns
+
     colours = dict(zip([*SETTINGS, MATCHED], sns.color_palette("colorblind")))
-    fig, axes = plt.subplots(len(panels), 2, figsize=(10, 3.1*len(panels) + 0.4), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        len(panels),
+        2,
+        figsize=(10, 3.1 * len(panels) + 0.4),
+        squeeze=False,
+        layout="constrained",
+    )
     for row, (title, d) in zip(axes, panels.items()):
-        for ax, column, scale, label in zip(row, ("relative", "difference"), (100, 1), ("relative difference of the loss (%)", "difference of the loss")):
-            for (name, s), g in d.groupby(["setting", "seed"]): ax.plot(g.log_snr, scale*g[column], "--" if name == MATCHED else "-", marker="o", ms=2.5, lw=1.2, color=colours[name])
-            ax.axhline(0, color="0.3", lw=0.8); ax.axvline(0, color="0.6", lw=0.8, ls=":")
-            ax.set(xlabel="log-SNR (much noise: left, little: right)", ylabel=label); ax.set_title(title, fontsize=10); ax.xaxis.label.set_fontsize(9); ax.yaxis.label.set_fontsize(9)
-    for name in dict.fromkeys(n for d in panels.values() for n in d.setting): axes[0, 0].plot([], [], "--" if name == MATCHED else "-", color=colours[name], label=f"{name} minus concatenation")
+        for ax, column, scale, label in zip(
+            row,
+            ("relative", "difference"),
+            (100, 1),
+            ("relative difference of the loss (%)", "difference of the loss"),
+        ):
+            for (name, s), g in d.groupby(["setting", "seed"]):
+                ax.plot(
+                    g.log_snr,
+                    scale * g[column],
+                    "--" if name == MATCHED else "-",
+                    marker="o",
+                    ms=2.5,
+                    lw=1.2,
+                    color=colours[name],
+                )
+            ax.axhline(0, color="0.3", lw=0.8)
+            ax.axvline(0, color="0.6", lw=0.8, ls=":")
+            ax.set(xlabel="log-SNR (much noise: left, little: right)", ylabel=label)
+            ax.set_title(title, fontsize=10)
+            ax.xaxis.label.set_fontsize(9)
+            ax.yaxis.label.set_fontsize(9)
+    for name in dict.fromkeys(n for d in panels.values() for n in d.setting):
+        axes[0, 0].plot(
+            [],
+            [],
+            "--" if name == MATCHED else "-",
+            color=colours[name],
+            label=f"{name} minus concatenation",
+        )
     fig.legend(loc="outside lower center", ncol=3, fontsize=8, frameon=False)
     return fig
 
+
 def where_gain(
-    d,        # of `loss_differences`
-    title=""  # the protocol, for the sentence
-) -> list:    # one line for each setting
+    d,  # of `loss_differences`
+    title="",  # the protocol, for the sentence
+) -> list:  # one line for each setting
     "Say from the numbers whether the skip's gain sits at high SNR: excess loss at log-SNR above 0 beside that below, seed by seed."
     lines = []
     for name, g in d.groupby("setting", sort=False):
-        high, low = (g[sel].groupby("seed").relative.mean() for sel in (g.log_snr > 0, g.log_snr <= 0))
-        n, hit = len(high), int(((high > 0) & (high > low)).sum()); show = lambda v: ", ".join(f"{100*x:+.1f} %" for x in v)
-        verdict = ("the gain of the skip sits at high SNR in every seed, as the paper's reason asks" if hit == n else
-                   "no seed shows a gain of the skip that sits at high SNR" if hit == 0 else f"a gain of the skip that sits at high SNR shows in {hit} of {n} seeds")
-        lines.append(f"{title + ': ' if title else ''}{name}, loss over that of concatenation: {show(high)} at log-SNR above 0, {show(low)} below ({n} seed{'s' if n > 1 else ''}): "
-                     + verdict + ("; one seed shows a direction, not support" if n == 1 else ""))
+        high, low = (
+            g[sel].groupby("seed").relative.mean()
+            for sel in (g.log_snr > 0, g.log_snr <= 0)
+        )
+        n, hit = len(high), int(((high > 0) & (high > low)).sum())
+        show = lambda v: ", ".join(f"{100 * x:+.1f} %" for x in v)
+        verdict = (
+            "the gain of the skip sits at high SNR in every seed, as the paper's reason asks"
+            if hit == n
+            else "no seed shows a gain of the skip that sits at high SNR"
+            if hit == 0
+            else f"a gain of the skip that sits at high SNR shows in {hit} of {n} seeds"
+        )
+        lines.append(
+            f"{title + ': ' if title else ''}{name}, loss over that of concatenation: {show(high)} at log-SNR above 0, {show(low)} below ({n} seed{'s' if n > 1 else ''}): "
+            + verdict
+            + ("; one seed shows a direction, not support" if n == 1 else "")
+        )
     return lines

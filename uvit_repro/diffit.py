@@ -19,113 +19,205 @@ import torch.utils.checkpoint as recomputing
 from einops import rearrange
 from torch import Tensor, nn
 from .ablations import parameters_of
-from .config import Experiment, ModelConfig, ParameterError, experiment, read_options, with_overrides
+from uvit_repro.config import (
+    Experiment,
+    ModelConfig,
+    ParameterError,
+    experiment,
+    read_options,
+    with_overrides,
+)
 from .diffusion import Diffusion
 from .genvit import refuse_fields
-from .layers import AdaLN, Attention, Mlp, PatchEmbed, attention, init_parameter, init_weights, sincos2d, timestep_embedding, unpatchify
-from .results import CheckpointError, load_tensors
+from uvit_repro.layers import (
+    AdaLN,
+    Attention,
+    Mlp,
+    PatchEmbed,
+    attention,
+    init_parameter,
+    init_weights,
+    sincos2d,
+    timestep_embedding,
+    unpatchify,
+)
+from .runs.records import CheckpointError, load_tensors
 from .sample import sample
 from .uvit import check_input, count_parameters, set_checkpoint
 
 # %% ../nbs/12_diffit.ipynb #12-relative_index
 def relative_index(
-    window: int # side w of the square
-) -> Tensor:    # int64 (w*w, w*w): query, key -> offset, 0 .. (2w-1)**2 - 1
+    window: int,  # side w of the square
+) -> Tensor:  # int64 (w*w, w*w): query, key -> offset, 0 .. (2w-1)**2 - 1
     "Which offset lies between two tokens of a square, row by row (Swin; released `relative_position_index`)."
-    r = torch.arange(window); y, x = (v.flatten() for v in torch.meshgrid(r, r, indexing="ij"))
-    return (y[:, None] - y + window-1)*(2*window-1) + x[:, None] - x + window-1
+    r = torch.arange(window)
+    y, x = (v.flatten() for v in torch.meshgrid(r, r, indexing="ij"))
+    return (
+        (y[:, None] - y + window - 1) * (2 * window - 1) + x[:, None] - x + window - 1
+    )
 
 # %% ../nbs/12_diffit.ipynb #12-biased_attention
 def biased_attention(
-    q: Tensor, k: Tensor, v: Tensor, # (B, H, L, D/H)
-    bias: Tensor,                    # added to the logits, (1 or B, H, L, L); None: plain attention
-    path: str = "sdpa"               # sdpa: fused; matrix: two products and a softmax
-) -> Tensor:                         # (B, H, L, D/H)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,  # (B, H, L, D/H)
+    bias: Tensor,  # added to the logits, (1 or B, H, L, L); None: plain attention
+    path: str = "sdpa",  # sdpa: fused; matrix: two products and a softmax
+) -> Tensor:  # (B, H, L, D/H)
     "Attention with a bias by one of two paths."
-    if bias is None: return attention(q, k, v, path)
-    if path == "sdpa": return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-    return ((q*q.shape[-1]**-0.5) @ k.transpose(-2, -1) + bias).softmax(-1).to(v.dtype) @ v
+    if bias is None:
+        return attention(q, k, v, path)
+    if path == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias).softmax(-1).to(
+        v.dtype
+    ) @ v
 
 # %% ../nbs/12_diffit.ipynb #12-per_row
-TIME_IN = ("tmsa", "bias", "mlp", "token", "adaln", "adaln_zero", "none")     # option time: where the time goes
+TIME_IN = (
+    "tmsa",
+    "bias",
+    "mlp",
+    "token",
+    "adaln",
+    "adaln_zero",
+    "none",
+)  # option time: where the time goes
+
 
 def per_row(
-    v: Tensor, # one vector per image, (B, D)
-    rows: int  # rows of tokens: images, or windows of images, a multiple of B
-) -> Tensor:   # (rows, 1, D)
+    v: Tensor,  # one vector per image, (B, D)
+    rows: int,  # rows of tokens: images, or windows of images, a multiple of B
+) -> Tensor:  # (rows, 1, D)
     "The vector of a window's image, to be added to its tokens."
-    return (v if rows == len(v) else v.repeat_interleave(rows//len(v), 0))[:, None]
+    return (v if rows == len(v) else v.repeat_interleave(rows // len(v), 0))[:, None]
+
 
 class TMSA(Attention):
     "Time-dependent multi-head self-attention with relative position bias (DiffiT, Eq. 3 to 6; released names)."
-    def __init__(self, dim: int, num_heads: int, window: int, time_dim: int = None, time: str = "tmsa"):
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window: int,
+        time_dim: int = None,
+        time: str = "tmsa",
+    ):
         super().__init__(dim, num_heads, qkv_bias=True)
-        self.window, offsets, time_dim = window, (2*window-1)**2, time_dim or dim
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets, num_heads))
+        self.window, offsets, time_dim = window, (2 * window - 1) ** 2, time_dim or dim
+        self.relative_position_bias_table = nn.Parameter(
+            torch.zeros(offsets, num_heads)
+        )
         self.register_buffer("relative_position_index", relative_index(window))
-        self.qkv_temb = nn.Linear(time_dim, 3*dim) if time == "tmsa" else None
-        self.bias_temb = nn.Linear(time_dim, 2*(2*window-1)*num_heads) if time == "bias" else None
+        self.qkv_temb = nn.Linear(time_dim, 3 * dim) if time == "tmsa" else None
+        self.bias_temb = (
+            nn.Linear(time_dim, 2 * (2 * window - 1) * num_heads)
+            if time == "bias"
+            else None
+        )
 
     def qkv_of(self, x: Tensor, temb: Tensor):
         "Queries, keys, values (B, H, L, D/H) of tokens (B, L, D) and time vectors."
         h = self.qkv(x)
-        if self.qkv_temb is not None: h = h + per_row(self.qkv_temb(temb), len(x))
+        if self.qkv_temb is not None:
+            h = h + per_row(self.qkv_temb(temb), len(x))
         return rearrange(h, "b l (k h d) -> k b h l d", k=3, h=self.num_heads)
 
     def bias_of(self, x: Tensor, temb: Tensor) -> Tensor:
         "What is added to the logits, (1 or B, H, L, L); tokens before the square have no position and no bias."
         table, n = self.relative_position_bias_table[None], self.window**2
         if self.bias_temb is not None:
-            dy, dx = per_row(self.bias_temb(temb), len(x)).view(len(x), 2, 2*self.window - 1, self.num_heads).unbind(1)
+            dy, dx = (
+                per_row(self.bias_temb(temb), len(x))
+                .view(len(x), 2, 2 * self.window - 1, self.num_heads)
+                .unbind(1)
+            )
             table = table + (dy[:, :, None] + dx[:, None]).flatten(1, 2)
-        bias = table.index_select(1, self.relative_position_index.flatten()).unflatten(1, (n, n)).permute(0, 3, 1, 2)
+        bias = (
+            table.index_select(1, self.relative_position_index.flatten())
+            .unflatten(1, (n, n))
+            .permute(0, 3, 1, 2)
+        )
         extra = x.shape[1] - n
         return F.pad(bias, (extra, 0, extra, 0)) if extra else bias
 
-    def forward(self, x: Tensor, temb: Tensor = None) -> Tensor:                                # (B, L, D), (B, D)
+    def forward(self, x: Tensor, temb: Tensor = None) -> Tensor:  # (B, L, D), (B, D)
         q, k, v = self.qkv_of(x, temb)
-        return self.proj(rearrange(biased_attention(q, k, v, self.bias_of(x, temb), self.path), "b h l d -> b l (h d)"))
+        return self.proj(
+            rearrange(
+                biased_attention(q, k, v, self.bias_of(x, temb), self.path),
+                "b h l d -> b l (h d)",
+            )
+        )
 
-    def _load_from_state_dict(self, sd, prefix, *args):                                         # the released files have the indices, a run's weights do not
+    def _load_from_state_dict(
+        self, sd, prefix, *args
+    ):  # the released files have the indices, a run's weights do not
         sd.setdefault(prefix + "relative_position_index", self.relative_position_index)
         super()._load_from_state_dict(sd, prefix, *args)
 
 # %% ../nbs/12_diffit.ipynb #12-timedmlp
 class TimedMlp(Mlp):
     "Two linear layers with a tanh GELU (released), and where asked the time in the hidden layer (our reading of Table 6, G)."
+
     def __init__(self, dim: int, hidden: int, time_dim: int = None):
         super().__init__(dim, hidden)
         self.fc1_temb = nn.Linear(time_dim, hidden) if time_dim else None
+
     def forward(self, x: Tensor, temb: Tensor = None) -> Tensor:
         h = self.fc1(x)
-        if self.fc1_temb is not None: h = h + per_row(self.fc1_temb(temb), len(x))
+        if self.fc1_temb is not None:
+            h = h + per_row(self.fc1_temb(temb), len(x))
         return self.fc2(F.gelu(h, approximate="tanh"))
+
 
 class DiffiTBlock(nn.Module):
     "A transformer block of DiffiT with the released names."
-    is_block, recompute = True, None                                                           # recompute: see `uvit.set_checkpoint`
-    def __init__(self, dim: int, num_heads: int, window: int, mlp_ratio=4.0, time="tmsa", time_dim: int = None):
+
+    is_block, recompute = True, None  # recompute: see `uvit.set_checkpoint`
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window: int,
+        mlp_ratio=4.0,
+        time="tmsa",
+        time_dim: int = None,
+    ):
         super().__init__()
         self.modulated, time_dim = time.startswith("adaln"), time_dim or dim
-        norm = lambda: AdaLN(dim, time) if self.modulated else nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        norm = lambda: (
+            AdaLN(dim, time)
+            if self.modulated
+            else nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        )
         self.norm1, self.attn = norm(), TMSA(dim, num_heads, window, time_dim, time)
-        self.norm2, self.mlp = norm(), TimedMlp(dim, int(dim*mlp_ratio), time_dim if time == "mlp" else None)
+        self.norm2, self.mlp = (
+            norm(),
+            TimedMlp(dim, int(dim * mlp_ratio), time_dim if time == "mlp" else None),
+        )
 
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:                                      # (B, L, D), (B, time_dim)
-        if self.recompute and self.training: return recomputing.checkpoint(self.body, x, temb, **self.recompute)
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:  # (B, L, D), (B, time_dim)
+        if self.recompute and self.training:
+            return recomputing.checkpoint(self.body, x, temb, **self.recompute)
         return self.body(x, temb)
 
     def body(self, x: Tensor, temb: Tensor) -> Tensor:
         if not self.modulated:
             x = x + self.attn(self.norm1(x), temb)
             return x + self.mlp(self.norm2(x), temb)
-        h, gate = self.norm1(x, temb); x = x + gate*self.attn(h, temb)
-        h, gate = self.norm2(x, temb); return x + gate*self.mlp(h, temb)
+        h, gate = self.norm1(x, temb)
+        x = x + gate * self.attn(h, temb)
+        h, gate = self.norm2(x, temb)
+        return x + gate * self.mlp(h, temb)
 
 # %% ../nbs/12_diffit.ipynb #12-diffit_positions
 def diffit_positions(
-    side: int, dim: int # tokens along a side; width, a multiple of 4
-) -> Tensor:            # (side*side, dim)
+    side: int,
+    dim: int,  # tokens along a side; width, a multiple of 4
+) -> Tensor:  # (side*side, dim)
     "The released fixed position embedding: sines and cosines of the column, then of the row."
     row_cos, row_sin, col_cos, col_sin = sincos2d(side, dim).chunk(4, 1)
     return torch.cat([col_sin, col_cos, row_sin, row_cos], 1)
@@ -133,120 +225,258 @@ def diffit_positions(
 # %% ../nbs/12_diffit.ipynb #12-timeembed
 class TimeEmbed(nn.Module):
     "A sinusoid of the time, then two linear layers with SiLU (released `t_embedder`)."
+
     def __init__(self, dim: int, frequencies: int = 256):
-        super().__init__(); self.mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
-    def forward(self, t: Tensor) -> Tensor: return self.mlp(timestep_embedding(t, self.mlp[0].in_features))
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(timestep_embedding(t, self.mlp[0].in_features))
+
 
 class LabelEmbed(nn.Module):
     "A vector for each label; the null label is a row of its own (released `y_embedder`)."
-    def __init__(self, rows: int, dim: int): super().__init__(); self.embedding_table = nn.Embedding(rows, dim)
-    def forward(self, y: Tensor) -> Tensor: return self.embedding_table(y)
+
+    def __init__(self, rows: int, dim: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(rows, dim)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
 
 class FinalLayer(nn.Module):
     "LayerNorm, SiLU, linear (released; the SiLU is not in the paper). Starts at zero."
+
     def __init__(self, dim: int, out: int):
-        super().__init__(); self.norm_final, self.linear = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6), nn.Linear(dim, out)
-    def forward(self, x: Tensor) -> Tensor: return self.linear(F.silu(self.norm_final(x)))
+        super().__init__()
+        self.norm_final, self.linear = (
+            nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6),
+            nn.Linear(dim, out),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(F.silu(self.norm_final(x)))
+
 
 def init_shared(
-    owner: nn.Module, leaf: str, p: Tensor, gen=None, pos_std=0.02 # as for `layers.init_parameter`
+    owner: nn.Module,
+    leaf: str,
+    p: Tensor,
+    gen=None,
+    pos_std=0.02,  # as for `layers.init_parameter`
 ):
     "What both models start with: tables of labels and offsets normal 0.02, the rest as in U-ViT."
     if leaf == "relative_position_bias_table" or isinstance(owner, nn.Embedding):
-        return nn.init.normal_(p, std=0.02, generator=gen)                                    # the released truncation at 2 is a hundred standard deviations away
+        return nn.init.normal_(
+            p, std=0.02, generator=gen
+        )  # the released truncation at 2 is a hundred standard deviations away
     return init_parameter(owner, leaf, p, gen, pos_std)
+
 
 def check_sizes(**sizes):
     "Whole numbers, and a width that heads and position embedding divide, or `ParameterError` before any tensor exists."
     for n, v in sizes.items():
-        if isinstance(v, bool) or not isinstance(v, int) or v < 1: raise ParameterError(f"{n} = {v!r}: must be a whole number of at least 1")
+        if isinstance(v, bool) or not isinstance(v, int) or v < 1:
+            raise ParameterError(f"{n} = {v!r}: must be a whole number of at least 1")
     D, H = sizes["embed_dim"], sizes["num_heads"]
-    if D % H: raise ParameterError(f"num_heads = {H} does not divide embed_dim = {D}: try one of {[d for d in range(1, 33) if D % d == 0]}")
-    if D % 4: raise ParameterError(f"embed_dim = {D}: a multiple of 4 is needed; try {D + 4 - D % 4}")
+    if D % H:
+        raise ParameterError(
+            f"num_heads = {H} does not divide embed_dim = {D}: try one of {[d for d in range(1, 33) if D % d == 0]}"
+        )
+    if D % 4:
+        raise ParameterError(
+            f"embed_dim = {D}: a multiple of 4 is needed; try {D + 4 - D % 4}"
+        )
     P, S = sizes.get("patch_size", 1), sizes["img_size"]
-    if S % P: raise ParameterError(f"patch_size = {P} does not divide img_size = {S}: try one of {[d for d in range(1, S+1) if S % d == 0]}")
+    if S % P:
+        raise ParameterError(
+            f"patch_size = {P} does not divide img_size = {S}: try one of {[d for d in range(1, S + 1) if S % d == 0]}"
+        )
 
 # %% ../nbs/12_diffit.ipynb #12-latentdiffit
 class LatentDiffiT(nn.Module):
     "The latent model; defaults are the published one at 256x256. `num_classes` counts the null label; None: without labels."
+
     clip_dim, num_clip_token = None, 0
-    def __init__(self, img_size=32, patch_size=2, in_chans=4, embed_dim=1152, depth=28, num_heads=16, mlp_ratio=4.0, num_classes=1001, learn_sigma=True, time="tmsa",
-                 use_checkpoint=False, checkpoint_keep=0.0):
+
+    def __init__(
+        self,
+        img_size=32,
+        patch_size=2,
+        in_chans=4,
+        embed_dim=1152,
+        depth=28,
+        num_heads=16,
+        mlp_ratio=4.0,
+        num_classes=1001,
+        learn_sigma=True,
+        time="tmsa",
+        use_checkpoint=False,
+        checkpoint_keep=0.0,
+    ):
         super().__init__()
-        check_sizes(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
-        if time not in TIME_IN: raise ParameterError(f"time = {time!r}: allowed are {', '.join(TIME_IN)}")
-        self.img_size, self.patch_size, self.in_chans, self.embed_dim, self.depth, self.num_classes = img_size, patch_size, in_chans, embed_dim, depth, num_classes
-        self.out_chans, self.time_in, self.extras = in_chans*(2 if learn_sigma else 1), time, int(time == "token")
-        side = img_size//patch_size
-        self.x_embedder, self.t_embedder = PatchEmbed(patch_size, in_chans, embed_dim), TimeEmbed(embed_dim)
+        check_sizes(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+        )
+        if time not in TIME_IN:
+            raise ParameterError(f"time = {time!r}: allowed are {', '.join(TIME_IN)}")
+        (
+            self.img_size,
+            self.patch_size,
+            self.in_chans,
+            self.embed_dim,
+            self.depth,
+            self.num_classes,
+        ) = img_size, patch_size, in_chans, embed_dim, depth, num_classes
+        self.out_chans, self.time_in, self.extras = (
+            in_chans * (2 if learn_sigma else 1),
+            time,
+            int(time == "token"),
+        )
+        side = img_size // patch_size
+        self.x_embedder, self.t_embedder = (
+            PatchEmbed(patch_size, in_chans, embed_dim),
+            TimeEmbed(embed_dim),
+        )
         self.y_embedder = LabelEmbed(num_classes, embed_dim) if num_classes else None
         self.register_buffer("pos_embed", diffit_positions(side, embed_dim)[None])
-        self.blocks = nn.ModuleList(DiffiTBlock(embed_dim, num_heads, side, mlp_ratio, time) for _ in range(depth))
-        self.final_layer = FinalLayer(embed_dim, patch_size**2*self.out_chans)
-        init_weights(self); set_checkpoint(self, use_checkpoint, checkpoint_keep)
+        self.blocks = nn.ModuleList(
+            DiffiTBlock(embed_dim, num_heads, side, mlp_ratio, time)
+            for _ in range(depth)
+        )
+        self.final_layer = FinalLayer(embed_dim, patch_size**2 * self.out_chans)
+        init_weights(self)
+        set_checkpoint(self, use_checkpoint, checkpoint_keep)
 
-    in_blocks = property(lambda self: self.blocks[:self.depth//2])                          # names under which chapters 02b and 09 look for blocks
-    mid_block = property(lambda self: self.blocks[self.depth//2])
-    out_blocks = property(lambda self: self.blocks[self.depth//2 + 1:])
+    in_blocks = property(
+        lambda self: self.blocks[: self.depth // 2]
+    )  # names under which chapters 02b and 09 look for blocks
+    mid_block = property(lambda self: self.blocks[self.depth // 2])
+    out_blocks = property(lambda self: self.blocks[self.depth // 2 + 1 :])
 
-    def init_parameter(self, owner: nn.Module, leaf: str, p: Tensor, gen=None, pos_std=0.02):
+    def init_parameter(
+        self, owner: nn.Module, leaf: str, p: Tensor, gen=None, pos_std=0.02
+    ):
         "The released start of one parameter."
-        if leaf == "bias" or owner is self.final_layer.linear: return nn.init.zeros_(p)
-        if any(owner is m for m in self.t_embedder.mlp): return nn.init.normal_(p, std=0.02, generator=gen)
-        if isinstance(owner, (nn.Linear, nn.Conv2d)): return nn.init.xavier_uniform_(p.flatten(1), generator=gen)
+        if leaf == "bias" or owner is self.final_layer.linear:
+            return nn.init.zeros_(p)
+        if any(owner is m for m in self.t_embedder.mlp):
+            return nn.init.normal_(p, std=0.02, generator=gen)
+        if isinstance(owner, (nn.Linear, nn.Conv2d)):
+            return nn.init.xavier_uniform_(p.flatten(1), generator=gen)
         return init_shared(owner, leaf, p, gen, pos_std)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor = None, context: Tensor = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor = None, context: Tensor = None
+    ) -> Tensor:
         "x (B, C, H, W), t (B,) in 0..999, y (B,): noise, and what is said of the variance, (B, 2C, H, W)."
         check_input(self, x, y, context)
         temb = self.t_embedder(t)
-        if y is not None: temb = temb + self.y_embedder(y)
+        if y is not None:
+            temb = temb + self.y_embedder(y)
         x = self.x_embedder(x) + self.pos_embed
-        if self.extras: x = torch.cat([temb[:, None].to(x.dtype), x], 1)
-        for b in self.blocks: x = b(x, temb)
-        return unpatchify(self.final_layer(x[:, self.extras:]), self.patch_size, self.out_chans)
+        if self.extras:
+            x = torch.cat([temb[:, None].to(x.dtype), x], 1)
+        for b in self.blocks:
+            x = b(x, temb)
+        return unpatchify(
+            self.final_layer(x[:, self.extras :]), self.patch_size, self.out_chans
+        )
 
     def _load_from_state_dict(self, sd, prefix, *args):
-        sd.setdefault(prefix + "pos_embed", self.pos_embed); super()._load_from_state_dict(sd, prefix, *args)
+        sd.setdefault(prefix + "pos_embed", self.pos_embed)
+        super()._load_from_state_dict(sd, prefix, *args)
 
 # %% ../nbs/12_diffit.ipynb #12-diffit_macs
 def diffit_macs(
-    img_size=32, patch_size=2, in_chans=4, embed_dim=1152, depth=28, mlp_ratio=4.0, learn_sigma=True # as for `LatentDiffiT`, time in attention
-) -> dict:                                                                                           # part -> multiply-accumulates of one image
+    img_size=32,
+    patch_size=2,
+    in_chans=4,
+    embed_dim=1152,
+    depth=28,
+    mlp_ratio=4.0,
+    learn_sigma=True,  # as for `LatentDiffiT`, time in attention
+) -> dict:  # part -> multiply-accumulates of one image
     "Where the multiply-accumulates of the latent model go, in closed form."
-    D, N = embed_dim, (img_size//patch_size)**2
-    return {"linear layers of tokens": depth*N*(4*D*D + 2*D*int(D*mlp_ratio)), "patches in and out": img_size**2*in_chans*D*(2 + learn_sigma), "attention products": depth*2*N*N*D,
-            "linear layers of time": depth*3*D*D + 256*D + D*D}
+    D, N = embed_dim, (img_size // patch_size) ** 2
+    return {
+        "linear layers of tokens": depth * N * (4 * D * D + 2 * D * int(D * mlp_ratio)),
+        "patches in and out": img_size**2 * in_chans * D * (2 + learn_sigma),
+        "attention products": depth * 2 * N * N * D,
+        "linear layers of time": depth * 3 * D * D + 256 * D + D * D,
+    }
 
 # %% ../nbs/12_diffit.ipynb #12-load_released
 def load_released(
-    source         # path of a released checkpoint (.safetensors), or its state dictionary
-) -> LatentDiffiT: # on the CPU, in eval mode
+    source,  # path of a released checkpoint (.safetensors), or its state dictionary
+) -> LatentDiffiT:  # on the CPU, in eval mode
     "Build and fill a latent DiffiT from the authors' released weights. Raises `CheckpointError` for what is not one."
-    sd, name = (source, "the state dictionary") if isinstance(source, dict) else (load_tensors(source), str(source))
+    sd, name = (
+        (source, "the state dictionary")
+        if isinstance(source, dict)
+        else (load_tensors(source), str(source))
+    )
     table = "blocks.0.attn.relative_position_bias_table"
-    for k in ("x_embedder.proj.weight", table, "blocks.0.attn.qkv_temb.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight"):
-        if k not in sd: raise CheckpointError(f"{name} is not a latent DiffiT: it has no {k} (it has {', '.join(list(sd)[:4])}, ...)")
-    dim, chans, patch, _ = sd["x_embedder.proj.weight"].shape; offsets, heads = sd[table].shape
+    for k in (
+        "x_embedder.proj.weight",
+        table,
+        "blocks.0.attn.qkv_temb.weight",
+        "y_embedder.embedding_table.weight",
+        "final_layer.linear.weight",
+    ):
+        if k not in sd:
+            raise CheckpointError(
+                f"{name} is not a latent DiffiT: it has no {k} (it has {', '.join(list(sd)[:4])}, ...)"
+            )
+    dim, chans, patch, _ = sd["x_embedder.proj.weight"].shape
+    offsets, heads = sd[table].shape
     depth = 1 + max(int(k.split(".")[1]) for k in sd if k.startswith("blocks."))
-    net = LatentDiffiT((math.isqrt(offsets) + 1)//2*patch, patch, chans, dim, depth, heads, sd["blocks.0.mlp.fc1.weight"].shape[0]/dim, sd["y_embedder.embedding_table.weight"].shape[0],
-                       sd["final_layer.linear.weight"].shape[0] == 2*patch**2*chans)
-    try: net.load_state_dict(sd)
-    except RuntimeError as e: raise CheckpointError(f"{name} does not fit a latent DiffiT of width {dim} with {depth} blocks: {e}") from None
+    net = LatentDiffiT(
+        (math.isqrt(offsets) + 1) // 2 * patch,
+        patch,
+        chans,
+        dim,
+        depth,
+        heads,
+        sd["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        sd["y_embedder.embedding_table.weight"].shape[0],
+        sd["final_layer.linear.weight"].shape[0] == 2 * patch**2 * chans,
+    )
+    try:
+        net.load_state_dict(sd)
+    except RuntimeError as e:
+        raise CheckpointError(
+            f"{name} does not fit a latent DiffiT of width {dim} with {depth} blocks: {e}"
+        ) from None
     return net.eval()
 
 # %% ../nbs/12_diffit.ipynb #12-to_windows
 def to_windows(
-    x: Tensor, w: int # maps (B, C, H, W); side of a window, dividing H and W
-) -> Tensor:          # (B * windows, w*w, C), an image's windows row by row
+    x: Tensor,
+    w: int,  # maps (B, C, H, W); side of a window, dividing H and W
+) -> Tensor:  # (B * windows, w*w, C), an image's windows row by row
     "Cut maps into windows of tokens."
     return rearrange(x, "b c (h p) (v q) -> (b h v) (p q) c", p=w, q=w)
 
+
 def from_windows(
-    x: Tensor, w: int, side: int # (B * windows, w*w, C); side of the map
-) -> Tensor:                     # (B, C, side, side)
+    x: Tensor,
+    w: int,
+    side: int,  # (B * windows, w*w, C); side of the map
+) -> Tensor:  # (B, C, side, side)
     "The inverse of `to_windows`."
-    return rearrange(x, "(b h v) (p q) c -> b c (h p) (v q)", p=w, q=w, h=side//w, v=side//w)
+    return rearrange(
+        x, "(b h v) (p q) c -> b c (h p) (v q)", p=w, q=w, h=side // w, v=side // w
+    )
+
 
 def group_norm(dim: int) -> nn.GroupNorm:
     "Group normalisation with as many groups as divide the width, at most 32."
@@ -255,224 +485,601 @@ def group_norm(dim: int) -> nn.GroupNorm:
 # %% ../nbs/12_diffit.ipynb #12-residualcell
 class ResidualCell(nn.Module):
     "GroupNorm, Swish, 3x3 convolution, then a DiffiT block on windows; a skip around both (DiffiT, Eq. 9 and 10)."
+
     is_block, recompute = True, None
-    def __init__(self, dim: int, num_heads: int, window: int, mlp_ratio=4.0, time="tmsa", time_dim: int = None):
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window: int,
+        mlp_ratio=4.0,
+        time="tmsa",
+        time_dim: int = None,
+    ):
         super().__init__()
-        self.window, self.norm, self.conv = window, group_norm(dim), nn.Conv2d(dim, dim, 3, padding=1)
-        self.block = DiffiTBlock(dim, num_heads, window, mlp_ratio, time, time_dim); self.block.is_block = False
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:                                          # (B, D, H, W), (B, time_dim)
-        if self.recompute and self.training: return recomputing.checkpoint(self.body, x, temb, **self.recompute)
+        self.window, self.norm, self.conv = (
+            window,
+            group_norm(dim),
+            nn.Conv2d(dim, dim, 3, padding=1),
+        )
+        self.block = DiffiTBlock(dim, num_heads, window, mlp_ratio, time, time_dim)
+        self.block.is_block = False
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:  # (B, D, H, W), (B, time_dim)
+        if self.recompute and self.training:
+            return recomputing.checkpoint(self.body, x, temb, **self.recompute)
         return self.body(x, temb)
+
     def body(self, x: Tensor, temb: Tensor) -> Tensor:
         h = self.conv(F.silu(self.norm(x)))
-        return x + from_windows(self.block(to_windows(h, self.window), temb), self.window, x.shape[-1])
+        return x + from_windows(
+            self.block(to_windows(h, self.window), temb), self.window, x.shape[-1]
+        )
 
 # %% ../nbs/12_diffit.ipynb #12-diffitimage
 class DiffiTImage(nn.Module):
     "The image-space model, **our reading** where the paper is silent; defaults for CIFAR-10. `depth`: cells per level, a number or one for each; `num_heads` on the first level."
+
     clip_dim, num_clip_token, patch_size = None, 0, 1
-    def __init__(self, img_size=32, in_chans=3, embed_dim=128, depth=2, num_heads=4, mlp_ratio=4.0, num_classes=None, window=4, levels=None, time_dim=None, time="tmsa",
-                 learn_sigma=False, use_checkpoint=False):
+
+    def __init__(
+        self,
+        img_size=32,
+        in_chans=3,
+        embed_dim=128,
+        depth=2,
+        num_heads=4,
+        mlp_ratio=4.0,
+        num_classes=None,
+        window=4,
+        levels=None,
+        time_dim=None,
+        time="tmsa",
+        learn_sigma=False,
+        use_checkpoint=False,
+    ):
         super().__init__()
-        levels = levels or max(2, int(math.log2(max(img_size, 8)/8)) + 1)                          # down to 8x8: 3 at 32, 4 at 64
-        depth = tuple(depth) if isinstance(depth, (tuple, list)) else (depth,)*levels
-        check_sizes(img_size=img_size, in_chans=in_chans, embed_dim=embed_dim, num_heads=num_heads, window=window, levels=levels, **{f"depth[{i}]": d for i, d in enumerate(depth)})
-        if len(depth) != levels: raise ParameterError(f"depth = {depth}: {levels} levels need {levels} numbers")
-        if img_size % 2**(levels-1): raise ParameterError(f"img_size = {img_size} can't be halved {levels-1} times: try levels = {(img_size & -img_size).bit_length()} or fewer")
-        if time not in ("tmsa", "bias", "mlp", "none"): raise ParameterError(f"time = {time!r}: in windows the time can go to tmsa, bias, mlp, none")
-        sides, widths = [img_size >> i for i in range(levels)], [embed_dim] + [2*embed_dim]*(levels-1)
-        if bad := [s for s in sides if s % min(window, s)]: raise ParameterError(f"window = {window} does not divide the level of side {bad[0]}: try a divisor of {math.gcd(*sides)}")
-        self.img_size, self.in_chans, self.embed_dim, self.num_classes, self.time_in, time_dim = img_size, in_chans, embed_dim, num_classes, time, time_dim or 4*embed_dim
-        cells = lambda i: nn.ModuleList(ResidualCell(widths[i], num_heads*widths[i]//embed_dim, min(window, sides[i]), mlp_ratio, time, time_dim) for _ in range(depth[i]))
-        self.t_embedder, self.y_embedder = TimeEmbed(time_dim), LabelEmbed(num_classes, time_dim) if num_classes else None
+        levels = levels or max(
+            2, int(math.log2(max(img_size, 8) / 8)) + 1
+        )  # down to 8x8: 3 at 32, 4 at 64
+        depth = tuple(depth) if isinstance(depth, (tuple, list)) else (depth,) * levels
+        check_sizes(
+            img_size=img_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            window=window,
+            levels=levels,
+            **{f"depth[{i}]": d for i, d in enumerate(depth)},
+        )
+        if len(depth) != levels:
+            raise ParameterError(
+                f"depth = {depth}: {levels} levels need {levels} numbers"
+            )
+        if img_size % 2 ** (levels - 1):
+            raise ParameterError(
+                f"img_size = {img_size} can't be halved {levels - 1} times: try levels = {(img_size & -img_size).bit_length()} or fewer"
+            )
+        if time not in ("tmsa", "bias", "mlp", "none"):
+            raise ParameterError(
+                f"time = {time!r}: in windows the time can go to tmsa, bias, mlp, none"
+            )
+        sides, widths = (
+            [img_size >> i for i in range(levels)],
+            [embed_dim] + [2 * embed_dim] * (levels - 1),
+        )
+        if bad := [s for s in sides if s % min(window, s)]:
+            raise ParameterError(
+                f"window = {window} does not divide the level of side {bad[0]}: try a divisor of {math.gcd(*sides)}"
+            )
+        (
+            self.img_size,
+            self.in_chans,
+            self.embed_dim,
+            self.num_classes,
+            self.time_in,
+            time_dim,
+        ) = img_size, in_chans, embed_dim, num_classes, time, time_dim or 4 * embed_dim
+        cells = lambda i: nn.ModuleList(
+            ResidualCell(
+                widths[i],
+                num_heads * widths[i] // embed_dim,
+                min(window, sides[i]),
+                mlp_ratio,
+                time,
+                time_dim,
+            )
+            for _ in range(depth[i])
+        )
+        self.t_embedder, self.y_embedder = (
+            TimeEmbed(time_dim),
+            LabelEmbed(num_classes, time_dim) if num_classes else None,
+        )
         self.tokenizer = nn.Conv2d(in_chans, embed_dim, 3, padding=1)
         self.encoder = nn.ModuleList(cells(i) for i in range(levels))
-        self.down = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:]))
-        self.up = nn.ModuleList(nn.Conv2d(b, a, 3, padding=1) for a, b in zip(widths, widths[1:]))
-        self.merge = nn.ModuleList(nn.Conv2d(2*a, a, 1) for a in widths[:-1])
-        self.decoder = nn.ModuleList(cells(i) for i in range(levels-1))
-        self.head_norm, self.head = group_norm(embed_dim), nn.Conv2d(embed_dim, in_chans*(2 if learn_sigma else 1), 3, padding=1)
+        self.down = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:])
+        )
+        self.up = nn.ModuleList(
+            nn.Conv2d(b, a, 3, padding=1) for a, b in zip(widths, widths[1:])
+        )
+        self.merge = nn.ModuleList(nn.Conv2d(2 * a, a, 1) for a in widths[:-1])
+        self.decoder = nn.ModuleList(cells(i) for i in range(levels - 1))
+        self.head_norm, self.head = (
+            group_norm(embed_dim),
+            nn.Conv2d(embed_dim, in_chans * (2 if learn_sigma else 1), 3, padding=1),
+        )
         init_weights(self)
-        for c in self.cells: c.recompute = dict(use_reentrant=False, preserve_rng_state=False) if use_checkpoint else None
+        for c in self.cells:
+            c.recompute = (
+                dict(use_reentrant=False, preserve_rng_state=False)
+                if use_checkpoint
+                else None
+            )
 
-    cells = property(lambda self: [c for level in [*self.encoder, *reversed(self.decoder)] for c in level])     # in the order in which they run
-    in_blocks = property(lambda self: self.cells[:sum(map(len, self.encoder)) - 1])                        # names under which chapter 09 looks for blocks
+    cells = property(
+        lambda self: [
+            c for level in [*self.encoder, *reversed(self.decoder)] for c in level
+        ]
+    )  # in the order in which they run
+    in_blocks = property(
+        lambda self: self.cells[: sum(map(len, self.encoder)) - 1]
+    )  # names under which chapter 09 looks for blocks
     mid_block = property(lambda self: self.encoder[-1][-1])
-    out_blocks = property(lambda self: self.cells[sum(map(len, self.encoder)):])
-    def init_parameter(self, owner: nn.Module, leaf: str, p: Tensor, gen=None, pos_std=0.02):
-        "The head starts at zero (our reading)."
-        return nn.init.zeros_(p) if owner is self.head else init_shared(owner, leaf, p, gen, pos_std)
+    out_blocks = property(lambda self: self.cells[sum(map(len, self.encoder)) :])
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor = None, context: Tensor = None) -> Tensor:
+    def init_parameter(
+        self, owner: nn.Module, leaf: str, p: Tensor, gen=None, pos_std=0.02
+    ):
+        "The head starts at zero (our reading)."
+        return (
+            nn.init.zeros_(p)
+            if owner is self.head
+            else init_shared(owner, leaf, p, gen, pos_std)
+        )
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor = None, context: Tensor = None
+    ) -> Tensor:
         "x (B, C, H, W), t (B,) on the network's scale (EDM: log sigma / 4), y (B,) or None: the prediction (B, C, H, W)."
         check_input(self, x, y, context)
         temb = self.t_embedder(t)
-        if y is not None: temb = temb + self.y_embedder(y)
+        if y is not None:
+            temb = temb + self.y_embedder(y)
         x, skips = self.tokenizer(x), []
         for i, level in enumerate(self.encoder):
-            if i: x = self.down[i-1](x)
-            for c in level: x = c(x, temb)
+            if i:
+                x = self.down[i - 1](x)
+            for c in level:
+                x = c(x, temb)
             skips.append(x)
         for i, level in reversed(list(enumerate(self.decoder))):
             x = self.up[i](F.interpolate(x, scale_factor=2.0, mode="nearest"))
             x = self.merge[i](torch.cat([x, skips[i].to(x.dtype)], 1))
-            for c in level: x = c(x, temb)
+            for c in level:
+                x = c(x, temb)
         return self.head(F.silu(self.head_norm(x)))
 
 # %% ../nbs/12_diffit.ipynb #12-only_own
 def only_own(
-    model: ModelConfig # of an experiment with one of the two networks
+    model: ModelConfig,  # of an experiment with one of the two networks
 ):
     "Raise `ParameterError` for a choice of U-ViT's that would be ignored."
-    refuse_fields(model, "skip", "time", "conv", "patch_embed", "pos_embed", "mlp_time_embed", "qkv_bias", time="where the time goes is options='time=...'")
-    if model.condition == "text": raise ParameterError(f"condition = 'text': {model.model} is told a class or nothing")
+    refuse_fields(
+        model,
+        "skip",
+        "time",
+        "conv",
+        "patch_embed",
+        "pos_embed",
+        "mlp_time_embed",
+        "qkv_bias",
+        time="where the time goes is options='time=...'",
+    )
+    if model.condition == "text":
+        raise ParameterError(
+            f"condition = 'text': {model.model} is told a class or nothing"
+        )
 
-def from_config(model, data, p_uncond=0.0, use_checkpoint=False, checkpoint_keep=0.0) -> LatentDiffiT:
+
+def from_config(
+    model, data, p_uncond=0.0, use_checkpoint=False, checkpoint_keep=0.0
+) -> LatentDiffiT:
     "A latent DiffiT from the sections of an experiment; options: time (of TIME_IN), learn_sigma."
-    only_own(model); o = read_options(model.options, time=TIME_IN, learn_sigma=True)
+    only_own(model)
+    o = read_options(model.options, time=TIME_IN, learn_sigma=True)
     rows = data.num_classes + (p_uncond > 0) if model.condition == "class" else None
-    return LatentDiffiT(data.img_size, model.patch_size, data.in_chans, model.embed_dim, model.depth, model.num_heads, model.mlp_ratio, rows,
-                        use_checkpoint=use_checkpoint, checkpoint_keep=checkpoint_keep, **o)
+    return LatentDiffiT(
+        data.img_size,
+        model.patch_size,
+        data.in_chans,
+        model.embed_dim,
+        model.depth,
+        model.num_heads,
+        model.mlp_ratio,
+        rows,
+        use_checkpoint=use_checkpoint,
+        checkpoint_keep=checkpoint_keep,
+        **o,
+    )
 
-def image_from_config(model, data, p_uncond=0.0, use_checkpoint=False, checkpoint_keep=0.0) -> DiffiTImage:
+
+def image_from_config(
+    model, data, p_uncond=0.0, use_checkpoint=False, checkpoint_keep=0.0
+) -> DiffiTImage:
     "The image model (our reading); options: time, window, levels, time_dim (0: by the sizes), cells (one number per level, as in 1-2-2-2), learn_sigma."
-    only_own(model); o = read_options(model.options, time=("tmsa", "bias", "mlp", "none"), window=4, levels=0, time_dim=0, cells="", learn_sigma=False)
-    if model.patch_size != 1: raise ParameterError(f"patch_size = {model.patch_size}: every pixel is a token of {model.model}; set patch_size = 1")
-    if checkpoint_keep: raise ParameterError(f"checkpoint_keep = {checkpoint_keep}: {model.model} keeps nothing or everything; use 0")
-    if not all(c.isdigit() for c in o["cells"].split("-") if o["cells"]): raise ParameterError(f"cells = {o['cells']!r}: one number per level, as in 1-2-2-2")
+    only_own(model)
+    o = read_options(
+        model.options,
+        time=("tmsa", "bias", "mlp", "none"),
+        window=4,
+        levels=0,
+        time_dim=0,
+        cells="",
+        learn_sigma=False,
+    )
+    if model.patch_size != 1:
+        raise ParameterError(
+            f"patch_size = {model.patch_size}: every pixel is a token of {model.model}; set patch_size = 1"
+        )
+    if checkpoint_keep:
+        raise ParameterError(
+            f"checkpoint_keep = {checkpoint_keep}: {model.model} keeps nothing or everything; use 0"
+        )
+    if not all(c.isdigit() for c in o["cells"].split("-") if o["cells"]):
+        raise ParameterError(
+            f"cells = {o['cells']!r}: one number per level, as in 1-2-2-2"
+        )
     rows = data.num_classes + (p_uncond > 0) if model.condition == "class" else None
     depth = tuple(map(int, o["cells"].split("-"))) if o["cells"] else model.depth
-    return DiffiTImage(data.img_size, data.in_chans, model.embed_dim, depth, model.num_heads, model.mlp_ratio, rows, o["window"], o["levels"] or None, o["time_dim"] or None,
-                       o["time"], o["learn_sigma"], use_checkpoint)
+    return DiffiTImage(
+        data.img_size,
+        data.in_chans,
+        model.embed_dim,
+        depth,
+        model.num_heads,
+        model.mlp_ratio,
+        rows,
+        o["window"],
+        o["levels"] or None,
+        o["time_dim"] or None,
+        o["time"],
+        o["learn_sigma"],
+        use_checkpoint,
+    )
 
 # %% ../nbs/12_diffit.ipynb #12-published_run
-PRESETS = {   # published sizes: fields of ModelConfig; image size and channels come from the data
-    "DiffiT latent":            dict(model="DiffiT-latent", patch_size=2, embed_dim=1152, depth=28, num_heads=16, condition="class"),
-    "DiffiT latent, 30 blocks": dict(model="DiffiT-latent", patch_size=2, embed_dim=1152, depth=30, num_heads=16, condition="class"),
-    "DiffiT CIFAR10":           dict(model="DiffiT-image", patch_size=1, embed_dim=128, depth=2, num_heads=4, options="window=4"),
-    "DiffiT FFHQ64":            dict(model="DiffiT-image", patch_size=1, embed_dim=128, depth=2, num_heads=4, options="window=8,cells=1-2-2-2"),
+PRESETS = {  # published sizes: fields of ModelConfig; image size and channels come from the data
+    "DiffiT latent": dict(
+        model="DiffiT-latent",
+        patch_size=2,
+        embed_dim=1152,
+        depth=28,
+        num_heads=16,
+        condition="class",
+    ),
+    "DiffiT latent, 30 blocks": dict(
+        model="DiffiT-latent",
+        patch_size=2,
+        embed_dim=1152,
+        depth=30,
+        num_heads=16,
+        condition="class",
+    ),
+    "DiffiT CIFAR10": dict(
+        model="DiffiT-image",
+        patch_size=1,
+        embed_dim=128,
+        depth=2,
+        num_heads=4,
+        options="window=4",
+    ),
+    "DiffiT FFHQ64": dict(
+        model="DiffiT-image",
+        patch_size=1,
+        embed_dim=128,
+        depth=2,
+        num_heads=4,
+        options="window=8,cells=1-2-2-2",
+    ),
 }
-_adm = dict(process="linear", prediction="noise", variance="learned", p_uncond=0.1, weight_decay=0.0, betas=(0.9, 0.999), warmup_steps=0,
-            ema_rates=(0.9999,), sampler="ancestral", nfe=250, cfg_channels=3, decoder="ema", num_samples=50_000)
-_edm = dict(process="edm", prediction="edm", condition="none", cfg_scale=1.0, p_uncond=0.0, n_steps=200_000, weight_decay=0.0, betas=(0.9, 0.999), sampler="heun", num_samples=50_000)
-RUNS = {      # published runs: data set, then every field that is stated, and DiT's where none is (optimiser, weight decay, warm-up)
-    "ImageNet 256x256": dict(dataset="imagenet256", **PRESETS["DiffiT latent"], **_adm, batch_size=256, lr=3e-4, cfg_scale=4.4, cfg_schedule="power_cosine", cfg_power=4.0),
-    "ImageNet 512x512": dict(dataset="imagenet512", **PRESETS["DiffiT latent"], **_adm, batch_size=512, lr=1e-4, cfg_scale=1.49),
-    "CIFAR10":          dict(dataset="cifar10", **PRESETS["DiffiT CIFAR10"], **{**_edm, "batch_size": 512, "lr": 1e-3, "nfe": 35}),
+_adm = dict(
+    process="linear",
+    prediction="noise",
+    variance="learned",
+    p_uncond=0.1,
+    weight_decay=0.0,
+    betas=(0.9, 0.999),
+    warmup_steps=0,
+    ema_rates=(0.9999,),
+    sampler="ancestral",
+    nfe=250,
+    cfg_channels=3,
+    decoder="ema",
+    num_samples=50_000,
+)
+_edm = dict(
+    process="edm",
+    prediction="edm",
+    condition="none",
+    cfg_scale=1.0,
+    p_uncond=0.0,
+    n_steps=200_000,
+    weight_decay=0.0,
+    betas=(0.9, 0.999),
+    sampler="heun",
+    num_samples=50_000,
+)
+RUNS = {  # published runs: data set, then every field that is stated, and DiT's where none is (optimiser, weight decay, warm-up)
+    "ImageNet 256x256": dict(
+        dataset="imagenet256",
+        **PRESETS["DiffiT latent"],
+        **_adm,
+        batch_size=256,
+        lr=3e-4,
+        cfg_scale=4.4,
+        cfg_schedule="power_cosine",
+        cfg_power=4.0,
+    ),
+    "ImageNet 512x512": dict(
+        dataset="imagenet512",
+        **PRESETS["DiffiT latent"],
+        **_adm,
+        batch_size=512,
+        lr=1e-4,
+        cfg_scale=1.49,
+    ),
+    "CIFAR10": dict(
+        dataset="cifar10",
+        **PRESETS["DiffiT CIFAR10"],
+        **{**_edm, "batch_size": 512, "lr": 1e-3, "nfe": 35},
+    ),
 }
 
+
 def published_run(
-    name: str,   # a key of RUNS
-    **overrides  # any field by its flat name
+    name: str,  # a key of RUNS
+    **overrides,  # any field by its flat name
 ) -> Experiment:
     "DiffiT's run of a table as an experiment (protocol paper). How many iterations the latent models took is not stated."
-    if name not in RUNS: raise ParameterError(f"name = {name!r}: known are {', '.join(RUNS)}")
+    if name not in RUNS:
+        raise ParameterError(f"name = {name!r}: known are {', '.join(RUNS)}")
     return experiment("paper", **{**RUNS[name], "seed": 0, **overrides})
 
 # %% ../nbs/12_diffit.ipynb #12-match_mlp
 def match_mlp(
-    exp: Experiment, params: int # any backbone with mlp_ratio; parameters wanted
-) -> float:                      # the MLP ratio that comes closest, at this width and depth
+    exp: Experiment,
+    params: int,  # any backbone with mlp_ratio; parameters wanted
+) -> float:  # the MLP ratio that comes closest, at this width and depth
     "MLP ratio for a number of parameters, which is linear in it."
-    D = exp.model.embed_dim; at = lambda hidden: parameters_of(with_overrides(exp, mlp_ratio=(hidden + 0.5)/D))
-    here = at(2*D); slope = here - at(2*D - 1); hidden = 2*D + round((params - here)/slope)
-    if hidden < 1: raise ParameterError(f"params = {params:,}: without any MLP this network has {here - 2*D*slope:,}; make it smaller")
-    return (hidden + 0.5)/D
+    D = exp.model.embed_dim
+    at = lambda hidden: parameters_of(with_overrides(exp, mlp_ratio=(hidden + 0.5) / D))
+    here = at(2 * D)
+    slope = here - at(2 * D - 1)
+    hidden = 2 * D + round((params - here) / slope)
+    if hidden < 1:
+        raise ParameterError(
+            f"params = {params:,}: without any MLP this network has {here - 2 * D * slope:,}; make it smaller"
+        )
+    return (hidden + 0.5) / D
+
 
 def time_variants(
-    exp: Experiment,             # whose model is DiffiT-latent
-    which=TIME_IN[:-1],          # of TIME_IN
-    matched=True                 # all with the parameters of TMSA
-) -> list:                       # (label, overrides by flat names)
+    exp: Experiment,  # whose model is DiffiT-latent
+    which=TIME_IN[:-1],  # of TIME_IN
+    matched=True,  # all with the parameters of TMSA
+) -> list:  # (label, overrides by flat names)
     "D04 and D06: where the time goes, as overrides of an experiment."
-    rest = [o for o in exp.model.options.split(",") if o and not o.startswith("time=")]; opts = lambda t: ",".join(rest + [f"time={t}"]*(t != "tmsa"))
-    target = parameters_of(with_overrides(exp, options=opts("tmsa"))); out = []
+    rest = [o for o in exp.model.options.split(",") if o and not o.startswith("time=")]
+    opts = lambda t: ",".join(rest + [f"time={t}"] * (t != "tmsa"))
+    target = parameters_of(with_overrides(exp, options=opts("tmsa")))
+    out = []
     for t in which:
         kw = dict(options=opts(t))
-        if matched and t != "tmsa": kw["mlp_ratio"] = match_mlp(with_overrides(exp, **kw), target)
-        out.append((dict(tmsa="TMSA", bias="bias only", mlp="MLP only", token="token", adaln="AdaLN", adaln_zero="adaLN-zero", none="nowhere")[t], kw))
+        if matched and t != "tmsa":
+            kw["mlp_ratio"] = match_mlp(with_overrides(exp, **kw), target)
+        out.append(
+            (
+                dict(
+                    tmsa="TMSA",
+                    bias="bias only",
+                    mlp="MLP only",
+                    token="token",
+                    adaln="AdaLN",
+                    adaln_zero="adaLN-zero",
+                    none="nowhere",
+                )[t],
+                kw,
+            )
+        )
     return out
 
 # %% ../nbs/12_diffit.ipynb #12-centre_row
 def centre_row(
-    module: nn.Module,        # attention of chapter 02a or of diffusers
-    args: tuple, kwargs: dict,# what it was called with
-    images: int,              # in the batch; more rows than that are windows
-    extras: int = None        # tokens before the patches; None: what is left over from a square
-) -> Tensor:                  # what the centre attends to, (images, g, g), mean over heads; sums to 1 less what goes to other tokens
+    module: nn.Module,  # attention of chapter 02a or of diffusers
+    args: tuple,
+    kwargs: dict,  # what it was called with
+    images: int,  # in the batch; more rows than that are windows
+    extras: int = None,  # tokens before the patches; None: what is left over from a square
+) -> Tensor:  # what the centre attends to, (images, g, g), mean over heads; sums to 1 less what goes to other tokens
     "The centre's row of an attention matrix, computed again from the layer's own queries and keys."
     x, bias = args[0], None
-    if x.dim() == 4: x = x.flatten(2).transpose(1, 2)
-    windows = len(x)//images; s = math.isqrt(windows)
+    if x.dim() == 4:
+        x = x.flatten(2).transpose(1, 2)
+    windows = len(x) // images
+    s = math.isqrt(windows)
     g = math.isqrt(x.shape[1]) if extras is None else math.isqrt(x.shape[1] - extras)
-    extra, p = x.shape[1] - g*g, s*g//2                                                              # p: row and column of the centre in the whole map
-    rows = torch.arange(images, device=x.device)*windows + (p//g)*s + p//g if windows > 1 else slice(None)
-    if hasattr(module, "qkv_of"): q, k, _ = module.qkv_of(x, *args[1:]); bias = module.bias_of(x, *args[1:])
-    elif isinstance(module, Attention): q, k, _ = rearrange(module.qkv(x), "b l (k h d) -> k b h l d", k=3, h=module.num_heads)
+    extra, p = (
+        x.shape[1] - g * g,
+        s * g // 2,
+    )  # p: row and column of the centre in the whole map
+    rows = (
+        torch.arange(images, device=x.device) * windows + (p // g) * s + p // g
+        if windows > 1
+        else slice(None)
+    )
+    if hasattr(module, "qkv_of"):
+        q, k, _ = module.qkv_of(x, *args[1:])
+        bias = module.bias_of(x, *args[1:])
+    elif isinstance(module, Attention):
+        q, k, _ = rearrange(
+            module.qkv(x), "b l (k h d) -> k b h l d", k=3, h=module.num_heads
+        )
     else:
-        h = module.group_norm(x.transpose(1, 2)).transpose(1, 2) if getattr(module, "group_norm", None) is not None else x
-        q, k = (rearrange(f(h), "b l (h d) -> b h l d", h=module.heads) for f in (module.to_q, module.to_k))
-    i = extra + (p % g)*g + p % g
-    logits = (q[rows, :, i, None].float()*q.shape[-1]**-0.5) @ k[rows].float().transpose(-2, -1)
-    if bias is not None: logits = logits + (bias if len(bias) == 1 else bias[rows])[:, :, i, None].float()
+        h = (
+            module.group_norm(x.transpose(1, 2)).transpose(1, 2)
+            if getattr(module, "group_norm", None) is not None
+            else x
+        )
+        q, k = (
+            rearrange(f(h), "b l (h d) -> b h l d", h=module.heads)
+            for f in (module.to_q, module.to_k)
+        )
+    i = extra + (p % g) * g + p % g
+    logits = (q[rows, :, i, None].float() * q.shape[-1] ** -0.5) @ k[
+        rows
+    ].float().transpose(-2, -1)
+    if bias is not None:
+        logits = (
+            logits + (bias if len(bias) == 1 else bias[rows])[:, :, i, None].float()
+        )
     return logits.softmax(-1)[:, :, 0, extra:].mean(1).unflatten(1, (g, g))
+
 
 def attention_layers(net: nn.Module) -> list:
     "The self-attention layers that can be watched, in the order in which they are registered."
-    found = [m for m in net.modules() if isinstance(m, Attention) or all(hasattr(m, n) for n in ("to_q", "to_k", "heads"))]
-    if not found: raise ParameterError(f"{type(net).__name__} has no attention that can be watched: wanted are layers.Attention, or diffusers' Attention")
+    found = [
+        m
+        for m in net.modules()
+        if isinstance(m, Attention)
+        or all(hasattr(m, n) for n in ("to_q", "to_k", "heads"))
+    ]
+    if not found:
+        raise ParameterError(
+            f"{type(net).__name__} has no attention that can be watched: wanted are layers.Attention, or diffusers' Attention"
+        )
     return found
+
 
 @contextmanager
 def watch_centre(
     net: nn.Module,  # any backbone; not compiled
-    images=None      # of each batch only the first ones: with guidance the first half is conditional; None: all
-):                   # receives a list: for each evaluation (time that the network was told, [a map (images, g, g) for each attention])
+    images=None,  # of each batch only the first ones: with guidance the first half is conditional; None: all
+):  # receives a list: for each evaluation (time that the network was told, [a map (images, g, g) for each attention])
     "Note the centre's attention in every evaluation of a network; it is left as it was."
     seen, size, extras = [], [0], getattr(net, "extras", None)
-    def begin(m, args, kwargs): size[0] = len(args[0]); seen.append((float(args[1][0]), []))
+
+    def begin(m, args, kwargs):
+        size[0] = len(args[0])
+        seen.append((float(args[1][0]), []))
+
     def note(m, args, kwargs, out):
-        cross = not isinstance(m, Attention) and (len(args) > 1 or kwargs.get("encoder_hidden_states") is not None)
-        if not cross: seen[-1][1].append(centre_row(m, args, kwargs, size[0], extras)[:images].cpu())
-    hooks = [net.register_forward_pre_hook(begin, with_kwargs=True)] + [m.register_forward_hook(note, with_kwargs=True) for m in attention_layers(net)]
+        cross = not isinstance(m, Attention) and (
+            len(args) > 1 or kwargs.get("encoder_hidden_states") is not None
+        )
+        if not cross:
+            seen[-1][1].append(
+                centre_row(m, args, kwargs, size[0], extras)[:images].cpu()
+            )
+
+    hooks = [net.register_forward_pre_hook(begin, with_kwargs=True)] + [
+        m.register_forward_hook(note, with_kwargs=True) for m in attention_layers(net)
+    ]
     try:
-        with torch.no_grad(): yield seen
+        with torch.no_grad():
+            yield seen
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
 
 # %% ../nbs/12_diffit.ipynb #12-spread
 def spread(
-    maps: Tensor # attention over places, (..., g, g)
-) -> tuple:      # entropy over its largest (1: everywhere alike), and mean distance from the centre over that of uniform attention
+    maps: Tensor,  # attention over places, (..., g, g)
+) -> tuple:  # entropy over its largest (1: everywhere alike), and mean distance from the centre over that of uniform attention
     "How wide attention is."
-    g = maps.shape[-1]; p = maps.flatten(-2); p = p/p.sum(-1, keepdim=True); r = torch.arange(g) - g//2
-    d = (r[:, None]**2 + r**2).float().sqrt().flatten()
-    return -(p*p.clamp(min=1e-12).log()).sum(-1)/math.log(g*g), (p*d).sum(-1)/d.mean()
+    g = maps.shape[-1]
+    p = maps.flatten(-2)
+    p = p / p.sum(-1, keepdim=True)
+    r = torch.arange(g) - g // 2
+    d = (r[:, None] ** 2 + r**2).float().sqrt().flatten()
+    return -(p * p.clamp(min=1e-12).log()).sum(-1) / math.log(g * g), (p * d).sum(
+        -1
+    ) / d.mean()
+
 
 def centre_attention(
-    net: nn.Module, diffusion: Diffusion, sampling, shape: tuple, # as for `sample`
-    n=16,                                                         # images, in one batch
-    num_classes=0, labels=None, device="cpu"                      # as for `sample`
-) -> dict:                                                        # t (T,), maps: one (T, g, g) per attention (mean over images), entropy and distance (T, layers), images
+    net: nn.Module,
+    diffusion: Diffusion,
+    sampling,
+    shape: tuple,  # as for `sample`
+    n=16,  # images, in one batch
+    num_classes=0,
+    labels=None,
+    device="cpu",  # as for `sample`
+) -> dict:  # t (T,), maps: one (T, g, g) per attention (mean over images), entropy and distance (T, layers), images
     "What the centre attends to in every evaluation along sampling (DiffiT, Figure 2)."
-    with watch_centre(net, n) as seen: images, _ = sample(net, diffusion, sampling, shape, n, num_classes=num_classes, labels=labels, device=device, batch=n)
-    t = diffusion.process.t_of_noise(torch.tensor([c for c, _ in seen], dtype=torch.float64))
-    layers = [torch.stack(v) for v in zip(*(m for _, m in seen))]                                      # (T, n, g, g) each
+    with watch_centre(net, n) as seen:
+        images, _ = sample(
+            net,
+            diffusion,
+            sampling,
+            shape,
+            n,
+            num_classes=num_classes,
+            labels=labels,
+            device=device,
+            batch=n,
+        )
+    t = diffusion.process.t_of_noise(
+        torch.tensor([c for c, _ in seen], dtype=torch.float64)
+    )
+    layers = [torch.stack(v) for v in zip(*(m for _, m in seen))]  # (T, n, g, g) each
     wide = [spread(v) for v in layers]
-    return dict(t=t.numpy(), maps=[v.mean(1).numpy() for v in layers], images=images, **{k: torch.stack([w[i].mean(1) for w in wide], 1).numpy() for i, k in enumerate(("entropy", "distance"))})
+    return dict(
+        t=t.numpy(),
+        maps=[v.mean(1).numpy() for v in layers],
+        images=images,
+        **{
+            k: torch.stack([w[i].mean(1) for w in wide], 1).numpy()
+            for i, k in enumerate(("entropy", "distance"))
+        },
+    )
+
 
 def plot_centre(
-    found: dict,      # of `centre_attention`
-    layer=None,       # which attention; None: the middle one
-    columns=6, title="" # evaluations shown
+    found: dict,  # of `centre_attention`
+    layer=None,  # which attention; None: the middle one
+    columns=6,
+    title="",  # evaluations shown
 ):
     "Maps of one attention along sampling, and the width of all of them."
     import matplotlib.pyplot as plt, numpy as np
-    layer = len(found["maps"])//2 if layer is None else layer; pick = np.linspace(0, len(found["t"])-1, columns).round().astype(int)
-    fig, ax = plt.subplots(1, columns + 1, figsize=(1.3*columns + 4, 2.3), width_ratios=[1]*columns + [2])
+
+    layer = len(found["maps"]) // 2 if layer is None else layer
+    pick = np.linspace(0, len(found["t"]) - 1, columns).round().astype(int)
+    fig, ax = plt.subplots(
+        1,
+        columns + 1,
+        figsize=(1.3 * columns + 4, 2.3),
+        width_ratios=[1] * columns + [2],
+    )
     for a, i in zip(ax, pick):
-        a.imshow(found["maps"][layer][i], cmap="magma", vmin=0); a.set_title(f"t = {found['t'][i]:.2g}", fontsize=9); a.set(xticks=[], yticks=[])
+        a.imshow(found["maps"][layer][i], cmap="magma", vmin=0)
+        a.set_title(f"t = {found['t'][i]:.2g}", fontsize=9)
+        a.set(xticks=[], yticks=[])
     ax[0].set_ylabel(f"attention {layer}")
-    for l in range(found["entropy"].shape[1]): ax[-1].plot(found["entropy"][:, l], lw=2.5 if l == layer else 1, label=f"{l}")
-    ax[-1].set(xlabel="evaluation", ylabel="entropy / largest"); ax[-1].legend(fontsize=7, title="attention", title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False); fig.suptitle(title, fontsize=10); fig.tight_layout(pad=0.4)
+    for l in range(found["entropy"].shape[1]):
+        ax[-1].plot(found["entropy"][:, l], lw=2.5 if l == layer else 1, label=f"{l}")
+    ax[-1].set(xlabel="evaluation", ylabel="entropy / largest")
+    ax[-1].legend(
+        fontsize=7,
+        title="attention",
+        title_fontsize=7,
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+        frameon=False,
+    )
+    fig.suptitle(title, fontsize=10)
+    fig.tight_layout(pad=0.4)
     return fig

@@ -15,159 +15,302 @@ from .config import DiffusionConfig, ParameterError
 # %% ../nbs/01_background.ipynb #01-process
 class Process:
     r"A corruption $x_t = \alpha_t x_0 + \sigma_t\epsilon$, $t \in [t_{min}, t_{max}]$. Times are tensors (float64 for samplers); results have their dtype."
+
     t_min, t_max = 0.0, 1.0
-    def log_alpha(self, t: Tensor) -> Tensor: raise NotImplementedError
-    def alpha(self, t: Tensor) -> Tensor: return self.log_alpha(t).exp()
-    def sigma(self, t: Tensor) -> Tensor: return (-torch.expm1(2*self.log_alpha(t))).clamp_min(0).sqrt()
-    def lam(self, t: Tensor) -> Tensor: return self.log_alpha(t) - self.sigma(t).log()
-    def t_of_lam(self, lam: Tensor) -> Tensor: raise NotImplementedError
-    def sample_t(self, u: Tensor) -> Tensor: return u * self.t_max               # training times from uniform u in [0, 1)
-    def c_noise(self, t: Tensor) -> Tensor: raise NotImplementedError            # the time that the network is told
-    def t_of_noise(self, c: Tensor) -> Tensor: raise NotImplementedError         # and back
-    def f(self, t: Tensor) -> Tensor: raise NotImplementedError                  # dx = f(t) x dt + g(t) dw
-    def g2(self, t: Tensor) -> Tensor: raise NotImplementedError
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self.log_alpha(t).exp()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (-torch.expm1(2 * self.log_alpha(t))).clamp_min(0).sqrt()
+
+    def lam(self, t: Tensor) -> Tensor:
+        return self.log_alpha(t) - self.sigma(t).log()
+
+    def t_of_lam(self, lam: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def sample_t(self, u: Tensor) -> Tensor:
+        return u * self.t_max  # training times from uniform u in [0, 1)
+
+    def c_noise(self, t: Tensor) -> Tensor:
+        raise NotImplementedError  # the time that the network is told
+
+    def t_of_noise(self, c: Tensor) -> Tensor:
+        raise NotImplementedError  # and back
+
+    def f(self, t: Tensor) -> Tensor:
+        raise NotImplementedError  # dx = f(t) x dt + g(t) dw
+
+    def g2(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
 
 # %% ../nbs/01_background.ipynb #01-vp
 class VP(Process):
     "Continuous VP-SDE with linear beta (Section 2; released `VPSDE`). Network time 999 t."
+
     t_min, t_max = 1e-4, 1.0
-    def __init__(self, beta_min=0.1, beta_max=20.0): self.b0, self.b1 = beta_min, beta_max
-    def log_alpha(self, t): return -0.5*(self.b0*t + 0.5*(self.b1-self.b0)*t**2)
+
+    def __init__(self, beta_min=0.1, beta_max=20.0):
+        self.b0, self.b1 = beta_min, beta_max
+
+    def log_alpha(self, t):
+        return -0.5 * (self.b0 * t + 0.5 * (self.b1 - self.b0) * t**2)
+
     def t_of_lam(self, lam):
-        s = 2*(self.b1-self.b0)*torch.logaddexp(-2*lam, torch.zeros_like(lam))
-        return s / ((self.b0**2 + s).sqrt() + self.b0) / (self.b1-self.b0)
-    def c_noise(self, t): return 999*t
-    def t_of_noise(self, c): return c/999
-    def f(self, t): return -0.5*self.g2(t)
-    def g2(self, t): return self.b0 + t*(self.b1-self.b0)
+        s = 2 * (self.b1 - self.b0) * torch.logaddexp(-2 * lam, torch.zeros_like(lam))
+        return s / ((self.b0**2 + s).sqrt() + self.b0) / (self.b1 - self.b0)
+
+    def c_noise(self, t):
+        return 999 * t
+
+    def t_of_noise(self, c):
+        return c / 999
+
+    def f(self, t):
+        return -0.5 * self.g2(t)
+
+    def g2(self, t):
+        return self.b0 + t * (self.b1 - self.b0)
 
 # %% ../nbs/01_background.ipynb #01-interp
 def _interp(x: Tensor, xp: Tensor, fp: Tensor) -> Tensor:
     "Piecewise linear interpolation with increasing `xp`, extrapolating the end pieces."
-    i = torch.searchsorted(xp, x.contiguous()).clamp(1, len(xp)-1)
-    return fp[i-1] + (x-xp[i-1]) * (fp[i]-fp[i-1]) / (xp[i]-xp[i-1])
+    i = torch.searchsorted(xp, x.contiguous()).clamp(1, len(xp) - 1)
+    return fp[i - 1] + (x - xp[i - 1]) * (fp[i] - fp[i - 1]) / (xp[i] - xp[i - 1])
+
 
 class Betas(Process):
     "Discrete process of as many steps as there are betas; the network is told `first`, first + 1, ..."
+
     t_max, first = 1.0, 1
+
     def __init__(self, betas: Tensor):
-        self.n, self.t_min, self.betas = len(betas), 1/len(betas), betas; n = self.n
-        self.log_alphas = 0.5*torch.log1p(-self.betas).cumsum(0)          # at t = 1/n, 2/n, .. 1
-        self.times = torch.arange(1, n+1, dtype=torch.float64)/n
+        self.n, self.t_min, self.betas = len(betas), 1 / len(betas), betas
+        n = self.n
+        self.log_alphas = 0.5 * torch.log1p(-self.betas).cumsum(
+            0
+        )  # at t = 1/n, 2/n, .. 1
+        self.times = torch.arange(1, n + 1, dtype=torch.float64) / n
         self._on = {}
-    def tables(self, device) -> tuple[Tensor, Tensor]:                     # copied to a device once: a copy in every step would make it wait
-        if device not in self._on: self._on[device] = self.times.to(device), self.log_alphas.to(device)
+
+    def tables(
+        self, device
+    ) -> tuple[
+        Tensor, Tensor
+    ]:  # copied to a device once: a copy in every step would make it wait
+        if device not in self._on:
+            self._on[device] = self.times.to(device), self.log_alphas.to(device)
         return self._on[device]
-    def log_alpha(self, t): return _interp(t.double(), *self.tables(t.device)).to(t.dtype)
+
+    def log_alpha(self, t):
+        return _interp(t.double(), *self.tables(t.device)).to(t.dtype)
+
     def t_of_lam(self, lam):
-        la = -0.5*torch.logaddexp(-2*lam.double(), torch.zeros_like(lam, dtype=torch.float64))
+        la = -0.5 * torch.logaddexp(
+            -2 * lam.double(), torch.zeros_like(lam, dtype=torch.float64)
+        )
         times, log_alphas = self.tables(lam.device)
         return _interp(-la, -log_alphas, times).to(lam.dtype)
-    def sample_t(self, u): return ((u.double()*self.n).floor().clamp(max=self.n-1) + 1)/self.n
-    def c_noise(self, t): return self.n*t + (self.first - 1)
-    def t_of_noise(self, c): return (c - (self.first - 1))/self.n
-    def g2(self, t): return -2*self.f(t)
-    def f(self, t):                                                        # slope of log alpha on the piece that ends at or after t
+
+    def sample_t(self, u):
+        return ((u.double() * self.n).floor().clamp(max=self.n - 1) + 1) / self.n
+
+    def c_noise(self, t):
+        return self.n * t + (self.first - 1)
+
+    def t_of_noise(self, c):
+        return (c - (self.first - 1)) / self.n
+
+    def g2(self, t):
+        return -2 * self.f(t)
+
+    def f(self, t):  # slope of log alpha on the piece that ends at or after t
         ts, la = self.tables(t.device)
-        i = torch.searchsorted(ts, t.double().contiguous()).clamp(1, self.n-1)
-        return ((la[i]-la[i-1])/(ts[i]-ts[i-1])).to(t.dtype)
+        i = torch.searchsorted(ts, t.double().contiguous()).clamp(1, self.n - 1)
+        return ((la[i] - la[i - 1]) / (ts[i] - ts[i - 1])).to(t.dtype)
 
 # %% ../nbs/01_background.ipynb #01-stablediffusionbetas
 class StableDiffusionBetas(Betas):
     "Stable Diffusion's 1000 betas (released `stable_diffusion_beta_schedule`). Network time 1..1000."
-    def __init__(self, n=1000, start=0.00085, end=0.012): super().__init__(torch.linspace(start**0.5, end**0.5, n, dtype=torch.float64)**2)
+
+    def __init__(self, n=1000, start=0.00085, end=0.012):
+        super().__init__(
+            torch.linspace(start**0.5, end**0.5, n, dtype=torch.float64) ** 2
+        )
+
 
 class LinearBetas(Betas):
     "The 1000 linear betas of DDPM and ADM (DiffiT, Section 5). Network time 0..999."
+
     first = 0
-    def __init__(self, n=1000, start=1e-4, end=0.02): super().__init__(torch.linspace(start, end, n, dtype=torch.float64))
+
+    def __init__(self, n=1000, start=1e-4, end=0.02):
+        super().__init__(torch.linspace(start, end, n, dtype=torch.float64))
 
 # %% ../nbs/01_background.ipynb #01-cosine
 class Cosine(Process):
     "Continuous cosine schedule (released `VPSDECosine`). Network time 999 t."
+
     t_min, t_max, s = 1e-3, 0.9946, 0.008
-    def _angle(self, t): return (t+self.s)/(1+self.s)*math.pi/2
-    def log_alpha(self, t): return self._angle(t).cos().log() - math.log(math.cos(self.s/(1+self.s)*math.pi/2))
+
+    def _angle(self, t):
+        return (t + self.s) / (1 + self.s) * math.pi / 2
+
+    def log_alpha(self, t):
+        return self._angle(t).cos().log() - math.log(
+            math.cos(self.s / (1 + self.s) * math.pi / 2)
+        )
+
     def t_of_lam(self, lam):
-        la = -0.5*torch.logaddexp(-2*lam, torch.zeros_like(lam)) + math.log(math.cos(self.s/(1+self.s)*math.pi/2))
-        return la.exp().clamp(-1, 1).arccos()*2*(1+self.s)/math.pi - self.s
-    def c_noise(self, t): return 999*t
-    def t_of_noise(self, c): return c/999
-    def f(self, t): return -self._angle(t).tan()/(1+self.s)*math.pi/2
-    def g2(self, t): return -2*self.f(t)
+        la = -0.5 * torch.logaddexp(-2 * lam, torch.zeros_like(lam)) + math.log(
+            math.cos(self.s / (1 + self.s) * math.pi / 2)
+        )
+        return la.exp().clamp(-1, 1).arccos() * 2 * (1 + self.s) / math.pi - self.s
+
+    def c_noise(self, t):
+        return 999 * t
+
+    def t_of_noise(self, c):
+        return c / 999
+
+    def f(self, t):
+        return -self._angle(t).tan() / (1 + self.s) * math.pi / 2
+
+    def g2(self, t):
+        return -2 * self.f(t)
 
 # %% ../nbs/01_background.ipynb #01-edm
 class EDM(Process):
     r"Karras et al. 2022: $x_\sigma = x_0 + \sigma\epsilon$; time is $\sigma$ itself. Network time $\tfrac14\ln\sigma$."
+
     t_min, t_max = 0.002, 80.0
-    def __init__(self, p_mean=-1.2, p_std=1.2): self.p_mean, self.p_std = p_mean, p_std
-    def log_alpha(self, t): return torch.zeros_like(t)
-    def sigma(self, t): return t
-    def t_of_lam(self, lam): return (-lam).exp()
-    def sample_t(self, u): return (self.p_mean + self.p_std*torch.special.ndtri(u.double().clamp(1e-12, 1-1e-12))).exp()
-    def c_noise(self, t): return t.log()/4
-    def t_of_noise(self, c): return (4*c).exp()
-    def f(self, t): return torch.zeros_like(t)
-    def g2(self, t): return 2*t
+
+    def __init__(self, p_mean=-1.2, p_std=1.2):
+        self.p_mean, self.p_std = p_mean, p_std
+
+    def log_alpha(self, t):
+        return torch.zeros_like(t)
+
+    def sigma(self, t):
+        return t
+
+    def t_of_lam(self, lam):
+        return (-lam).exp()
+
+    def sample_t(self, u):
+        return (
+            self.p_mean
+            + self.p_std * torch.special.ndtri(u.double().clamp(1e-12, 1 - 1e-12))
+        ).exp()
+
+    def c_noise(self, t):
+        return t.log() / 4
+
+    def t_of_noise(self, c):
+        return (4 * c).exp()
+
+    def f(self, t):
+        return torch.zeros_like(t)
+
+    def g2(self, t):
+        return 2 * t
 
 # %% ../nbs/01_background.ipynb #01-make_process
 def make_process(
-    cfg: DiffusionConfig # the diffusion section of an experiment
-) -> Process:            # one of the five
+    cfg: DiffusionConfig,  # the diffusion section of an experiment
+) -> Process:  # one of the five
     "The process that a configuration names."
-    if cfg.process == "vp": return VP(cfg.beta_min, cfg.beta_max)
-    return {"sd": StableDiffusionBetas, "linear": LinearBetas, "cosine": Cosine}[cfg.process]() if cfg.process != "edm" else EDM(cfg.p_mean, cfg.p_std)
+    if cfg.process == "vp":
+        return VP(cfg.beta_min, cfg.beta_max)
+    return (
+        {"sd": StableDiffusionBetas, "linear": LinearBetas, "cosine": Cosine}[
+            cfg.process
+        ]()
+        if cfg.process != "edm"
+        else EDM(cfg.p_mean, cfg.p_std)
+    )
 
 # %% ../nbs/01_background.ipynb #01-expand
 def expand(t: Tensor, like: Tensor) -> Tensor:
     "(B,) to (B, 1, 1, 1) in the dtype of `like`."
-    return t.to(like.dtype).reshape(-1, *(1,)*(like.dim()-1))
+    return t.to(like.dtype).reshape(-1, *(1,) * (like.dim() - 1))
 
 # %% ../nbs/01_background.ipynb #01-diffusion
 class Diffusion:
     "A process together with what the network predicts: everything between a network and a loss or a sampler."
+
     def __init__(self, cfg: DiffusionConfig):
-        self.cfg, self.process, self.prediction, self._on = cfg, make_process(cfg), cfg.prediction, {}
+        self.cfg, self.process, self.prediction, self._on = (
+            cfg,
+            make_process(cfg),
+            cfg.prediction,
+            {},
+        )
         if cfg.variance == "learned" and not isinstance(self.process, Betas):
-            raise ParameterError(f"variance = 'learned' with process = {cfg.process!r}: the variance of a reverse step is learned between discrete steps; use process = 'linear' or 'sd'")
+            raise ParameterError(
+                f"variance = 'learned' with process = {cfg.process!r}: the variance of a reverse step is learned between discrete steps; use process = 'linear' or 'sd'"
+            )
 
     def scalings(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "$c_{skip}, c_{out}, c_{in}$ at times (B,)."
         a, s, one = self.process.alpha(t), self.process.sigma(t), torch.ones_like(t)
-        if self.prediction == "noise": return 1/a, -s/a, one
-        if self.prediction == "x0": return 0*one, one, one
-        if self.prediction == "v": return a, -s, one
-        d = self.cfg.sigma_data; r = (s**2 + d**2).sqrt()
-        return (d/r)**2, s*d/r, 1/r
+        if self.prediction == "noise":
+            return 1 / a, -s / a, one
+        if self.prediction == "x0":
+            return 0 * one, one, one
+        if self.prediction == "v":
+            return a, -s, one
+        d = self.cfg.sigma_data
+        r = (s**2 + d**2).sqrt()
+        return (d / r) ** 2, s * d / r, 1 / r
 
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         r"Draw $x_t = \alpha_t x_0 + \sigma_t\epsilon$; x0, eps (B, C, H, W), t (B,) (Section 2)."
-        return expand(self.process.alpha(t), x0)*x0 + expand(self.process.sigma(t), x0)*eps
+        return (
+            expand(self.process.alpha(t), x0) * x0
+            + expand(self.process.sigma(t), x0) * eps
+        )
 
     def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         "What the network's output is trained towards (the table's last column, in closed form)."
-        if self.prediction == "noise": return eps
-        if self.prediction == "x0": return x0
-        if self.prediction == "v": return expand(self.process.alpha(t), x0)*eps - expand(self.process.sigma(t), x0)*x0
+        if self.prediction == "noise":
+            return eps
+        if self.prediction == "x0":
+            return x0
+        if self.prediction == "v":
+            return (
+                expand(self.process.alpha(t), x0) * eps
+                - expand(self.process.sigma(t), x0) * x0
+            )
         skip, out, _ = self.scalings(t)
-        return (x0 - expand(skip, x0)*self.q_sample(x0, t, eps))/expand(out, x0)
+        return (x0 - expand(skip, x0) * self.q_sample(x0, t, eps)) / expand(out, x0)
 
     def network(self, model, xt: Tensor, t: Tensor, **cond) -> Tensor:
         "F: the network on its own scales, (B, C, H, W)."
-        return model(expand(self.scalings(t)[2], xt)*xt, self.process.c_noise(t).float(), **cond)
+        return model(
+            expand(self.scalings(t)[2], xt) * xt,
+            self.process.c_noise(t).float(),
+            **cond,
+        )
 
     def to_x0(self, F: Tensor, xt: Tensor, t: Tensor) -> Tensor:
         "D: the clean image that the output F stands for."
         skip, out, _ = self.scalings(t)
-        return expand(skip, xt)*xt + expand(out, xt)*F.to(xt.dtype)
+        return expand(skip, xt) * xt + expand(out, xt) * F.to(xt.dtype)
 
     def to_eps(self, x0: Tensor, xt: Tensor, t: Tensor) -> Tensor:
         "The noise that goes with a clean image."
-        return (xt - expand(self.process.alpha(t), xt)*x0)/expand(self.process.sigma(t), xt)
+        return (xt - expand(self.process.alpha(t), xt) * x0) / expand(
+            self.process.sigma(t), xt
+        )
 
     def error(self, model, x0: Tensor, t: Tensor, eps: Tensor, **cond) -> Tensor:
         "Mean squared error of the network's prediction per example, (B,), whatever it is trained with: the paper's loss for noise prediction (Section 2)."
-        F = self.network(model, self.q_sample(x0, t, eps), t, **cond)[:, :x0.shape[1]]
+        F = self.network(model, self.q_sample(x0, t, eps), t, **cond)[:, : x0.shape[1]]
         return (F.float() - self.target(x0, t, eps)).square().flatten(1).mean(1)
 
     def loss(self, model, x0: Tensor, t: Tensor, eps: Tensor, **cond) -> Tensor:
@@ -175,55 +318,98 @@ class Diffusion:
         xt, C = self.q_sample(x0, t, eps), x0.shape[1]
         out = self.network(model, xt, t, **cond)
         diff = out[:, :C].float() - self.target(x0, t, eps)
-        simple = (diff.square() if self.cfg.loss == "mse" else diff.abs()).flatten(1).mean(1)
-        if self.cfg.variance == "fixed": return simple
-        if out.shape[1] != 2*C:
-            raise ParameterError(f"variance = 'learned' needs a network with {2*C} output channels, and this one has {out.shape[1]}; use a backbone that predicts variances, or variance = 'fixed'")
+        simple = (
+            (diff.square() if self.cfg.loss == "mse" else diff.abs()).flatten(1).mean(1)
+        )
+        if self.cfg.variance == "fixed":
+            return simple
+        if out.shape[1] != 2 * C:
+            raise ParameterError(
+                f"variance = 'learned' needs a network with {2 * C} output channels, and this one has {out.shape[1]}; use a backbone that predicts variances, or variance = 'fixed'"
+            )
         return simple + variance_loss(self, out[:, :C], out[:, C:], x0, xt, t)
 
 # %% ../nbs/01_background.ipynb #01-posterior
 def posterior(
-    log_alpha: Tensor # of increasing times, float64, (S,), S at least 2; time 0 comes before the first
-) -> tuple:           # four (S,): factor of x0, factor of x_t, log of the smallest variance (first one clipped), log of the largest
+    log_alpha: Tensor,  # of increasing times, float64, (S,), S at least 2; time 0 comes before the first
+) -> tuple:  # four (S,): factor of x0, factor of x_t, log of the smallest variance (first one clipped), log of the largest
     "The Gaussian of each reverse step to the time before (Nichol and Dhariwal 2021, Section 2; released ADM code for the clipping)."
     before = torch.cat([torch.zeros_like(log_alpha[:1]), log_alpha[:-1]])
-    beta, var, var_before = (-torch.expm1(2*v) for v in (log_alpha - before, log_alpha, before))
-    small = beta*var_before/var
-    return beta*before.exp()/var, var_before*(log_alpha - before).exp()/var, torch.cat([small[1:2], small[1:]]).log(), beta.log()
+    beta, var, var_before = (
+        -torch.expm1(2 * v) for v in (log_alpha - before, log_alpha, before)
+    )
+    small = beta * var_before / var
+    return (
+        beta * before.exp() / var,
+        var_before * (log_alpha - before).exp() / var,
+        torch.cat([small[1:2], small[1:]]).log(),
+        beta.log(),
+    )
+
 
 def mix_variance(
-    v: Tensor, small, large # the network's output; log variances, numbers or tensors that broadcast
-) -> Tensor:                # log variance
+    v: Tensor,
+    small,
+    large,  # the network's output; log variances, numbers or tensors that broadcast
+) -> Tensor:  # log variance
     r"$\tfrac{v+1}2\log\beta + \tfrac{1-v}2\log\tilde\beta$ (Nichol and Dhariwal 2021, Eq. 15)."
-    w = (v.float() + 1)/2
-    return w*large + (1 - w)*small
+    w = (v.float() + 1) / 2
+    return w * large + (1 - w) * small
 
 # %% ../nbs/01_background.ipynb #01-kl_gaussians
 def kl_gaussians(
-    mean_q: Tensor, log_var_q: Tensor, mean_p: Tensor, log_var_p: Tensor # broadcast
-) -> Tensor:                                                             # nats, elementwise
+    mean_q: Tensor,
+    log_var_q: Tensor,
+    mean_p: Tensor,
+    log_var_p: Tensor,  # broadcast
+) -> Tensor:  # nats, elementwise
     "KL(q || p) of two Gaussians."
-    return 0.5*(log_var_p - log_var_q - 1 + (log_var_q - log_var_p).exp() + (mean_q - mean_p).square()*(-log_var_p).exp())
+    return 0.5 * (
+        log_var_p
+        - log_var_q
+        - 1
+        + (log_var_q - log_var_p).exp()
+        + (mean_q - mean_p).square() * (-log_var_p).exp()
+    )
+
 
 def binned_nll(
-    x: Tensor, mean: Tensor, log_var: Tensor # values k/127.5 - 1, and the Gaussian
-) -> Tensor:                                 # nats, elementwise
+    x: Tensor,
+    mean: Tensor,
+    log_var: Tensor,  # values k/127.5 - 1, and the Gaussian
+) -> Tensor:  # nats, elementwise
     "Minus the log-probability of an 8-bit value (Ho et al. 2020, Eq. 13)."
-    scale = (-0.5*log_var).exp()
-    up, low = (torch.special.ndtr(scale*(x - mean + h)) for h in (1/255, -1/255))
-    return -torch.where(x < -0.999, up, torch.where(x > 0.999, 1 - low, up - low)).clamp(min=1e-12).log()
+    scale = (-0.5 * log_var).exp()
+    up, low = (torch.special.ndtr(scale * (x - mean + h)) for h in (1 / 255, -1 / 255))
+    return (
+        -torch.where(x < -0.999, up, torch.where(x > 0.999, 1 - low, up - low))
+        .clamp(min=1e-12)
+        .log()
+    )
 
 # %% ../nbs/01_background.ipynb #01-variance_loss
 def variance_loss(
-    diffusion: Diffusion,      # of a discrete process
-    F: Tensor, v: Tensor,      # the network's output: prediction (its gradient is stopped), variance
-    x0: Tensor, xt: Tensor, t: Tensor # clean and noisy images, times (B,)
-) -> Tensor:                   # bits per dimension, (B,)
+    diffusion: Diffusion,  # of a discrete process
+    F: Tensor,
+    v: Tensor,  # the network's output: prediction (its gradient is stopped), variance
+    x0: Tensor,
+    xt: Tensor,
+    t: Tensor,  # clean and noisy images, times (B,)
+) -> Tensor:  # bits per dimension, (B,)
     "The bound's term of each example's step, times steps/1000 (Nichol and Dhariwal 2021, Section 3.1)."
     p, device = diffusion.process, x0.device
-    if device not in diffusion._on: diffusion._on[device] = torch.stack(posterior(p.log_alphas)).to(device)   # a copy in every step would make the device wait
-    c0, cx, small, large = (expand(c, x0) for c in diffusion._on[device][:, (t*p.n).round().long() - 1])
+    if device not in diffusion._on:
+        diffusion._on[device] = torch.stack(posterior(p.log_alphas)).to(
+            device
+        )  # a copy in every step would make the device wait
+    c0, cx, small, large = (
+        expand(c, x0) for c in diffusion._on[device][:, (t * p.n).round().long() - 1]
+    )
     log_var, guess = mix_variance(v, small, large), diffusion.to_x0(F.detach(), xt, t)
-    mean_q, mean_p = c0*x0 + cx*xt, c0*guess + cx*xt
-    nats = torch.where(expand(t*p.n, x0) < 1.5, binned_nll(x0, mean_p, log_var), kl_gaussians(mean_q, small, mean_p, log_var))
-    return nats.flatten(1).mean(1)/math.log(2)*(p.n/1000)
+    mean_q, mean_p = c0 * x0 + cx * xt, c0 * guess + cx * xt
+    nats = torch.where(
+        expand(t * p.n, x0) < 1.5,
+        binned_nll(x0, mean_p, log_var),
+        kl_gaussians(mean_q, small, mean_p, log_var),
+    )
+    return nats.flatten(1).mean(1) / math.log(2) * (p.n / 1000)

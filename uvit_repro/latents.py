@@ -24,162 +24,319 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .config import CONFIGS, DATASETS, FACTS, DataConfig, ParameterError, data_root as data_folder, eval_id, experiment, project_root, resolve_name
-from .data import Batches, Data, _locate, draw_latents, hold_out, list_folder, load_digits, read_ahead, read_image, to_model, to_uint8
-from .results import load_tensors, run_lock, sha256_file, sweep_unfinished, write_atomic, write_json
+from uvit_repro.config import (
+    CONFIGS,
+    DATASETS,
+    FACTS,
+    DataConfig,
+    ParameterError,
+    data_root as data_folder,
+    eval_id,
+    experiment,
+    project_root,
+    resolve_name,
+)
+from uvit_repro.data.images import (
+    Batches,
+    Data,
+    _locate,
+    draw_latents,
+    hold_out,
+    list_folder,
+    load_digits,
+    read_ahead,
+    read_image,
+    to_model,
+    to_uint8,
+)
+from uvit_repro.runs.records import (
+    load_tensors,
+    run_lock,
+    sha256_file,
+    sweep_unfinished,
+    write_atomic,
+    write_json,
+)
 
 # %% ../nbs/07_imagenet.ipynb #07-weights_sum
 def weights_sum(
-    state: dict,      # tensors by name
-    parts=("",)       # only names that begin so
-) -> str:             # hexadecimal
+    state: dict,  # tensors by name
+    parts=("",),  # only names that begin so
+) -> str:  # hexadecimal
     "The sha256 of weights: names, shapes and values as float32, whatever file they came from."
     h = hashlib.sha256()
     for k in sorted(k for k in state if k.startswith(tuple(parts))):
         t = state[k].detach().float().cpu().contiguous()
-        h.update(f"{k} {tuple(t.shape)}\n".encode()); h.update(t.numpy().data)
+        h.update(f"{k} {tuple(t.shape)}\n".encode())
+        h.update(t.numpy().data)
     return h.hexdigest()
 
 # %% ../nbs/07_imagenet.ipynb #07-autoencoder
 class Autoencoder:
     "`diffusers.AutoencoderKL` behind two calls: pixels to moments, latents to pixels (Section 4)."
-    def __init__(self,
-        vae,            # diffusers.AutoencoderKL
-        name: str = "", # how it is found again: original, ema, digits or a path
-        device="cpu"    # where it computes
+
+    def __init__(
+        self,
+        vae,  # diffusers.AutoencoderKL
+        name: str = "",  # how it is found again: original, ema, digits or a path
+        device="cpu",  # where it computes
     ):
-        self.vae, self.name, self.device, c = vae.eval().requires_grad_(False).to(device), name, torch.device(device), vae.config
-        self.image_chans, self.latent_chans, self.factor = c.in_channels, c.latent_channels, 2**(len(c.block_out_channels) - 1)
+        self.vae, self.name, self.device, c = (
+            vae.eval().requires_grad_(False).to(device),
+            name,
+            torch.device(device),
+            vae.config,
+        )
+        self.image_chans, self.latent_chans, self.factor = (
+            c.in_channels,
+            c.latent_channels,
+            2 ** (len(c.block_out_channels) - 1),
+        )
         state = vae.state_dict()
-        self.sha256, self.encoder_sha256 = weights_sum(state), weights_sum(state, ("encoder.", "quant_conv."))
+        self.sha256, self.encoder_sha256 = (
+            weights_sum(state),
+            weights_sum(state, ("encoder.", "quant_conv.")),
+        )
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
         "uint8 (B, C, H, W) to moments, float32 (B, 2c, h, w): mean, then log-variance."
-        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != self.image_chans or images.shape[2] % self.factor or images.shape[3] % self.factor:
-            raise ParameterError(f"images {images.dtype} {tuple(images.shape)}: this autoencoder takes uint8 (B, {self.image_chans}, H, W), H and W multiples of {self.factor}")
-        return self.vae.encode(to_model(images.to(self.device, non_blocking=True))).latent_dist.parameters.float()
+        if (
+            images.dtype != torch.uint8
+            or images.dim() != 4
+            or images.shape[1] != self.image_chans
+            or images.shape[2] % self.factor
+            or images.shape[3] % self.factor
+        ):
+            raise ParameterError(
+                f"images {images.dtype} {tuple(images.shape)}: this autoencoder takes uint8 (B, {self.image_chans}, H, W), H and W multiples of {self.factor}"
+            )
+        return self.vae.encode(
+            to_model(images.to(self.device, non_blocking=True))
+        ).latent_dist.parameters.float()
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         "Latents as the autoencoder has them (B, c, h, w) to uint8 (B, C, H, W) on the same device; a few at a time, their decoder is large."
-        few = max(1, 2**20//(latents.shape[-2]*latents.shape[-1]*self.factor**2))
-        return torch.cat([to_uint8(self.vae.decode(z.to(self.device).float()).sample) for z in latents.split(few)]).to(latents.device)
+        few = max(1, 2**20 // (latents.shape[-2] * latents.shape[-1] * self.factor**2))
+        return torch.cat(
+            [
+                to_uint8(self.vae.decode(z.to(self.device).float()).sample)
+                for z in latents.split(few)
+            ]
+        ).to(latents.device)
 
     def shape(self, side: int) -> tuple:
         "Shape of the moments of a square image."
-        return 2*self.latent_chans, side//self.factor, side//self.factor
+        return 2 * self.latent_chans, side // self.factor, side // self.factor
 
 # %% ../nbs/07_imagenet.ipynb #07-ldm_config
 def ldm_config(
-    state: dict,   # tensors under the names of the latent-diffusion code
-    groups: int    # of the group norms: they leave no trace in the weights
-) -> dict:         # arguments of AutoencoderKL
+    state: dict,  # tensors under the names of the latent-diffusion code
+    groups: int,  # of the group norms: they leave no trace in the weights
+) -> dict:  # arguments of AutoencoderKL
     "The sizes of an autoencoder from its weights."
     count = lambda name: next(n for n in range(99) if name.format(n) not in state)
     n = count("encoder.down.{}.block.0.conv2.weight")
-    return dict(in_channels=state["encoder.conv_in.weight"].shape[1], out_channels=state["decoder.conv_out.weight"].shape[0],
-        block_out_channels=tuple(state[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(n)), layers_per_block=count("encoder.down.0.block.{}.conv2.weight"),
-        down_block_types=("DownEncoderBlock2D",)*n, up_block_types=("UpDecoderBlock2D",)*n, latent_channels=state["post_quant_conv.weight"].shape[0],
-        norm_num_groups=groups, mid_block_add_attention="encoder.mid.attn_1.q.weight" in state)
+    return dict(
+        in_channels=state["encoder.conv_in.weight"].shape[1],
+        out_channels=state["decoder.conv_out.weight"].shape[0],
+        block_out_channels=tuple(
+            state[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(n)
+        ),
+        layers_per_block=count("encoder.down.0.block.{}.conv2.weight"),
+        down_block_types=("DownEncoderBlock2D",) * n,
+        up_block_types=("UpDecoderBlock2D",) * n,
+        latent_channels=state["post_quant_conv.weight"].shape[0],
+        norm_num_groups=groups,
+        mid_block_add_attention="encoder.mid.attn_1.q.weight" in state,
+    )
+
 
 def from_ldm(
-    state: dict,   # as in autoencoder_kl.pth, or a whole Stable Diffusion checkpoint
-    groups=32      # Stable Diffusion's
-):                 # diffusers.AutoencoderKL
+    state: dict,  # as in autoencoder_kl.pth, or a whole Stable Diffusion checkpoint
+    groups=32,  # Stable Diffusion's
+):  # diffusers.AutoencoderKL
     "Convert the released code's autoencoder. Raises `ParameterError` when the tensors are not one."
     from diffusers import AutoencoderKL
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-    state = {k.removeprefix("first_stage_model."): v for k, v in state.get("state_dict", state).items()}
-    state = {k: v for k, v in state.items() if k.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))}
-    try: config = ldm_config(state, groups)
-    except (KeyError, StopIteration) as e: raise ParameterError(f"not an autoencoder of the latent-diffusion code: {e} is missing among {len(state)} tensors") from None
+
+    state = {
+        k.removeprefix("first_stage_model."): v
+        for k, v in state.get("state_dict", state).items()
+    }
+    state = {
+        k: v
+        for k, v in state.items()
+        if k.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
+    }
+    try:
+        config = ldm_config(state, groups)
+    except (KeyError, StopIteration) as e:
+        raise ParameterError(
+            f"not an autoencoder of the latent-diffusion code: {e} is missing among {len(state)} tensors"
+        ) from None
     vae = AutoencoderKL(**config)
-    try: vae.load_state_dict(convert_ldm_vae_checkpoint(state, vae.config))
-    except RuntimeError as e: raise ParameterError(f"the autoencoder's tensors do not fit together: {str(e).splitlines()[-1].strip()}") from None
+    try:
+        vae.load_state_dict(convert_ldm_vae_checkpoint(state, vae.config))
+    except RuntimeError as e:
+        raise ParameterError(
+            f"the autoencoder's tensors do not fit together: {str(e).splitlines()[-1].strip()}"
+        ) from None
     return vae
 
 # %% ../nbs/07_imagenet.ipynb #07-find_autoencoder
-AUTOENCODERS = {   # decoder of the configuration: folder, public repository, its files, the released code's file
-    "original": ("sd-v1-vae", "CompVis/stable-diffusion-v1-4", ["vae/*.json", "vae/*.safetensors"], "autoencoder_kl.pth"),
-    "ema": ("sd-vae-ft-ema", "stabilityai/sd-vae-ft-ema", ["*.json", "*.safetensors"], "autoencoder_kl_ema.pth"),
+AUTOENCODERS = {  # decoder of the configuration: folder, public repository, its files, the released code's file
+    "original": (
+        "sd-v1-vae",
+        "CompVis/stable-diffusion-v1-4",
+        ["vae/*.json", "vae/*.safetensors"],
+        "autoencoder_kl.pth",
+    ),
+    "ema": (
+        "sd-vae-ft-ema",
+        "stabilityai/sd-vae-ft-ema",
+        ["*.json", "*.safetensors"],
+        "autoencoder_kl_ema.pth",
+    ),
 }
 
+
 def find_autoencoder(
-    name: str, # original | ema | a folder under autoencoders/ | a path
-    root       # the folder of the data sets
-) -> Path:     # a folder with config.json, or a file
+    name: str,  # original | ema | a folder under autoencoders/ | a path
+    root,  # the folder of the data sets
+) -> Path:  # a folder with config.json, or a file
     "Where an autoencoder's weights are. Raises `FileNotFoundError` with the command that fetches them."
-    base, (folder, repo, files, file) = Path(root)/"autoencoders", AUTOENCODERS.get(name, (name, "", "", name))
-    places = [base/folder, base/file, Path(root)/"stable-diffusion"/file] + ([] if repo else [Path(name).expanduser().absolute()])
+    base, (folder, repo, files, file) = (
+        Path(root) / "autoencoders",
+        AUTOENCODERS.get(name, (name, "", "", name)),
+    )
+    places = [base / folder, base / file, Path(root) / "stable-diffusion" / file] + (
+        [] if repo else [Path(name).expanduser().absolute()]
+    )
     for p in places:
-        if p.is_file(): return p
-        for q in (p, p/"vae"):
-            if (q/"config.json").is_file(): return q
-    how = (f"Fetch it (335 MB) with\n    python -c \"from huggingface_hub import snapshot_download as d; d({repo!r}, allow_patterns={files!r}, local_dir={str(base/folder)!r})\"\n"
-           f"or put the released code's {file} into {base}" if repo else f"Known names are {', '.join(AUTOENCODERS)}; a folder needs config.json, as diffusers saves it")
-    raise FileNotFoundError(f"autoencoder {name!r}: looked for {', '.join(map(str, places))}. {how}")
+        if p.is_file():
+            return p
+        for q in (p, p / "vae"):
+            if (q / "config.json").is_file():
+                return q
+    how = (
+        f'Fetch it (335 MB) with\n    python -c "from huggingface_hub import snapshot_download as d; d({repo!r}, allow_patterns={files!r}, local_dir={str(base / folder)!r})"\n'
+        f"or put the released code's {file} into {base}"
+        if repo
+        else f"Known names are {', '.join(AUTOENCODERS)}; a folder needs config.json, as diffusers saves it"
+    )
+    raise FileNotFoundError(
+        f"autoencoder {name!r}: looked for {', '.join(map(str, places))}. {how}"
+    )
+
 
 def load_autoencoder(
-    name: str,    # as for `find_autoencoder`, or digits
-    root,         # the folder of the data sets
-    device="cpu"  # where it computes
+    name: str,  # as for `find_autoencoder`, or digits
+    root,  # the folder of the data sets
+    device="cpu",  # where it computes
 ) -> Autoencoder:
     "An autoencoder by name or by path; nothing is downloaded, nothing is unpickled."
-    if name == "digits": return digits_autoencoder(device)
+    if name == "digits":
+        return digits_autoencoder(device)
     from diffusers import AutoencoderKL
+
     path = find_autoencoder(name, root)
-    if path.is_file(): return Autoencoder(from_ldm(load_tensors(path)), name if name in AUTOENCODERS else str(path), device)
-    try: vae = AutoencoderKL.from_pretrained(path, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-    except Exception as e: raise ValueError(f"{path} can't be used as an autoencoder: {str(e).splitlines()[0][:200] if str(e) else type(e).__name__}. Fetch or make it again.") from None
+    if path.is_file():
+        return Autoencoder(
+            from_ldm(load_tensors(path)),
+            name if name in AUTOENCODERS else str(path),
+            device,
+        )
+    try:
+        vae = AutoencoderKL.from_pretrained(
+            path,
+            local_files_only=True,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+        )
+    except Exception as e:
+        raise ValueError(
+            f"{path} can't be used as an autoencoder: {str(e).splitlines()[0][:200] if str(e) else type(e).__name__}. Fetch or make it again."
+        ) from None
     return Autoencoder(vae, name if name in AUTOENCODERS else str(path), device)
 
 # %% ../nbs/07_imagenet.ipynb #07-enlarge
 def enlarge(
-    images: Tensor, # uint8, (B, C, H, W)
-    times=16        # corrections
-) -> Tensor:        # uint8, (B, C, 2H, 2W)
+    images: Tensor,  # uint8, (B, C, H, W)
+    times=16,  # corrections
+) -> Tensor:  # uint8, (B, C, 2H, 2W)
     "Bicubic to twice the side, such that 2x2 averages are the pixels again."
-    x = images.float(); y = F.interpolate(x, scale_factor=2, mode="bicubic", align_corners=False)
-    for _ in range(times): y = (y + F.interpolate(x - F.avg_pool2d(y, 2), scale_factor=2)).clamp(0, 255)
+    x = images.float()
+    y = F.interpolate(x, scale_factor=2, mode="bicubic", align_corners=False)
+    for _ in range(times):
+        y = (y + F.interpolate(x - F.avg_pool2d(y, 2), scale_factor=2)).clamp(0, 255)
     return y.round().to(torch.uint8)
 
+
 def halve(
-    images: Tensor # uint8, (B, C, 2H, 2W)
-) -> Tensor:       # uint8, (B, C, H, W)
+    images: Tensor,  # uint8, (B, C, 2H, 2W)
+) -> Tensor:  # uint8, (B, C, H, W)
     "2x2 averages."
     return F.avg_pool2d(images.float(), 2).round().to(torch.uint8)
 
+
 def psnr(a: Tensor, b: Tensor) -> float:
     "Peak signal-to-noise ratio of two sets of uint8 images, in dB."
-    return float(-10*(((a.float() - b.float())/255).square().mean()).log10())
+    return float(-10 * (((a.float() - b.float()) / 255).square().mean()).log10())
 
 # %% ../nbs/07_imagenet.ipynb #07-train_digits_autoencoder
-DIGITS_VAE = dict(in_channels=1, out_channels=1, down_block_types=("DownEncoderBlock2D",)*2, up_block_types=("UpDecoderBlock2D",)*2, block_out_channels=(16, 32),
-                  layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=16, mid_block_add_attention=False)
+DIGITS_VAE = dict(
+    in_channels=1,
+    out_channels=1,
+    down_block_types=("DownEncoderBlock2D",) * 2,
+    up_block_types=("UpDecoderBlock2D",) * 2,
+    block_out_channels=(16, 32),
+    layers_per_block=1,
+    latent_channels=4,
+    norm_num_groups=8,
+    sample_size=16,
+    mid_block_add_attention=False,
+)
+
 
 def train_digits_autoencoder(
-    images: Tensor,   # training digits, uint8, (N, 1, 8, 8)
-    steps=600, seed=0, kl=2e-4, # updates; initial weights, order and draws; weight of the Kullback-Leibler term
-    watch: Tensor = None, every=100 # held-out digits whose reconstruction is measured every so many steps
-) -> tuple:           # AutoencoderKL, [(step, PSNR in dB)]
+    images: Tensor,  # training digits, uint8, (N, 1, 8, 8)
+    steps=600,
+    seed=0,
+    kl=2e-4,  # updates; initial weights, order and draws; weight of the Kullback-Leibler term
+    watch: Tensor = None,
+    every=100,  # held-out digits whose reconstruction is measured every so many steps
+) -> tuple:  # AutoencoderKL, [(step, PSNR in dB)]
     "Train the digits' autoencoder: AdamW, one-cycle rate to 4e-3, batch 32, one thread (not in the paper)."
     from diffusers import AutoencoderKL
+
     g, threads, curve = torch.Generator().manual_seed(seed), torch.get_num_threads(), []
     torch.set_num_threads(1)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed); vae = AutoencoderKL(**DIGITS_VAE)
+        torch.manual_seed(seed)
+        vae = AutoencoderKL(**DIGITS_VAE)
     x = to_model(enlarge(images))
-    opt = torch.optim.AdamW(vae.parameters(), 4e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    opt = torch.optim.AdamW(
+        vae.parameters(), 4e-3, betas=(0.9, 0.99), weight_decay=1e-4
+    )
     rate = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, total_steps=steps)
     for s in range(1, steps + 1):
         b = x[torch.randint(len(x), (32,), generator=g)]
         q = vae.encode(b).latent_dist
-        y = vae.decode(draw_latents(q.parameters, torch.randn(q.mean.shape, generator=g), 1.0)).sample
-        loss = F.mse_loss(y, b) + kl*q.kl().mean()/q.mean[0].numel()
-        opt.zero_grad(); loss.backward(); opt.step(); rate.step()
+        y = vae.decode(
+            draw_latents(q.parameters, torch.randn(q.mean.shape, generator=g), 1.0)
+        ).sample
+        loss = F.mse_loss(y, b) + kl * q.kl().mean() / q.mean[0].numel()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        rate.step()
         if watch is not None and (s % every == 0 or s == steps):
-            ae = Autoencoder(vae); big = enlarge(watch); curve.append((s, psnr(ae.decode(ae.encode(big).chunk(2, 1)[0]), big))); vae.train().requires_grad_(True)
+            ae = Autoencoder(vae)
+            big = enlarge(watch)
+            curve.append((s, psnr(ae.decode(ae.encode(big).chunk(2, 1)[0]), big)))
+            vae.train().requires_grad_(True)
     torch.set_num_threads(threads)
     return vae.eval().requires_grad_(False), curve
 
@@ -188,496 +345,1130 @@ def digits_autoencoder(device="cpu") -> Autoencoder:
     "The digits' autoencoder with its shipped weights."
     from diffusers import AutoencoderKL
     from safetensors.torch import load
+
     vae = AutoencoderKL(**DIGITS_VAE)
-    vae.load_state_dict(load((resources.files("uvit_repro")/"data"/"digits_autoencoder.safetensors").read_bytes()))
+    vae.load_state_dict(
+        load(
+            (
+                resources.files("uvit_repro")
+                / "_assets"
+                / "digits_autoencoder.safetensors"
+            ).read_bytes()
+        )
+    )
     return Autoencoder(vae, "digits", device)
 
 # %% ../nbs/07_imagenet.ipynb #07-foldersource
 class FolderSource:
     "The images of a folder, one class for each sub-folder, prepared as the paper prepares ImageNet (chapter 03a)."
+
     held_out = 0
+
     def __init__(self, base, img_size: int, in_chans=3):
-        self.base, self.img_size, self.in_chans = Path(base).resolve(), img_size, in_chans
+        self.base, self.img_size, self.in_chans = (
+            Path(base).resolve(),
+            img_size,
+            in_chans,
+        )
         self.files, self.notes = list_folder(self.base)
-        if not self.files: raise FileNotFoundError(f"{base}: no image in it" + (f" ({self.notes[0]})" if self.notes else ""))
+        if not self.files:
+            raise FileNotFoundError(
+                f"{base}: no image in it"
+                + (f" ({self.notes[0]})" if self.notes else "")
+            )
         self.name, self.image_shape = f"folder:{base}", (in_chans, img_size, img_size)
-        listing = hashlib.sha256("".join(f"{c}\0{f.relative_to(self.base).as_posix()}\0{f.stat().st_size}\n" for c, f in self.files).encode("utf-8", "surrogateescape"))
-        self.key = dict(kind="folder", listing=listing.hexdigest(), images=len(self.files), shape=list(self.image_shape))
-    def __len__(self): return len(self.files)
+        listing = hashlib.sha256(
+            "".join(
+                f"{c}\0{f.relative_to(self.base).as_posix()}\0{f.stat().st_size}\n"
+                for c, f in self.files
+            ).encode("utf-8", "surrogateescape")
+        )
+        self.key = dict(
+            kind="folder",
+            listing=listing.hexdigest(),
+            images=len(self.files),
+            shape=list(self.image_shape),
+        )
+
+    def __len__(self):
+        return len(self.files)
 
     def _one(self, f):
-        try: return read_image(f, self.img_size, self.in_chans)[:2]
-        except Exception as e: return f"left out, not readable: {f.relative_to(self.base).as_posix()} ({type(e).__name__})"
+        try:
+            return read_image(f, self.img_size, self.in_chans)[:2]
+        except Exception as e:
+            return f"left out, not readable: {f.relative_to(self.base).as_posix()} ({type(e).__name__})"
+
     def read(self, a: int, b: int) -> tuple:
         "Positions a .. b-1: uint8 (n, C, H, W), classes, sums of the files, notes on what could not be read."
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool: got = list(pool.map(self._one, [f for _, f in self.files[a:b]]))
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            got = list(pool.map(self._one, [f for _, f in self.files[a:b]]))
         ok = [i for i, g in enumerate(got) if not isinstance(g, str)]
-        x = np.stack([got[i][0] for i in ok]).transpose(0, 3, 1, 2) if ok else np.empty((0, *self.image_shape), np.uint8)
-        return torch.from_numpy(np.ascontiguousarray(x)), [self.files[a + i][0] for i in ok], [got[i][1] for i in ok], [g for g in got if isinstance(g, str)]
+        x = (
+            np.stack([got[i][0] for i in ok]).transpose(0, 3, 1, 2)
+            if ok
+            else np.empty((0, *self.image_shape), np.uint8)
+        )
+        return (
+            torch.from_numpy(np.ascontiguousarray(x)),
+            [self.files[a + i][0] for i in ok],
+            [got[i][1] for i in ok],
+            [g for g in got if isinstance(g, str)],
+        )
+
     def finish(self, classes: list, sums: list) -> tuple:
         "Content sum (the one of `load_folder`) and the order of the rows by content."
-        order = sorted(range(len(sums)), key=lambda i: (classes[i], sums[i])); h = hashlib.sha256()
-        for i in order: h.update(f"{classes[i]}\0{sums[i]}\n".encode("utf-8", "surrogateescape"))
+        order = sorted(range(len(sums)), key=lambda i: (classes[i], sums[i]))
+        h = hashlib.sha256()
+        for i in order:
+            h.update(f"{classes[i]}\0{sums[i]}\n".encode("utf-8", "surrogateescape"))
         return h.hexdigest(), order, sorted(set(classes))
+
 
 class DataSource:
     "The images of an opened data set: training, then held-out, in their own order."
+
     def __init__(self, data: Data, prepare=lambda u8: u8):
-        self.data, self.prepare, self.name, self.notes, self.held_out = data, prepare, data.name, [], len(data.test_labels)
-        self.labels = torch.cat([data.train_labels, data.test_labels]).tolist(); self.n = len(data.train_labels)
+        self.data, self.prepare, self.name, self.notes, self.held_out = (
+            data,
+            prepare,
+            data.name,
+            [],
+            len(data.test_labels),
+        )
+        self.labels = torch.cat([data.train_labels, data.test_labels]).tolist()
+        self.n = len(data.train_labels)
         self.image_shape = tuple(self.read(0, 1)[0].shape[1:])
-        self.key = dict(kind="data", sha256=data.sha256, images=len(self.labels), held_out=self.held_out, shape=list(self.image_shape))
-    def __len__(self): return len(self.labels)
+        self.key = dict(
+            kind="data",
+            sha256=data.sha256,
+            images=len(self.labels),
+            held_out=self.held_out,
+            shape=list(self.image_shape),
+        )
+
+    def __len__(self):
+        return len(self.labels)
 
     def read(self, a: int, b: int) -> tuple:
         "As for `FolderSource.read`; the sum of the whole set is known, so single images have none."
         d, cut = self.data, min(max(self.n, a), b)
-        parts = [d.train_images[a:cut] if d.train_images is not None else torch.stack([d.stream[i][0] for i in range(a, cut)])] if cut > a else []
-        u8 = torch.cat(parts + ([d.test_images[cut - self.n:b - self.n]] if b > cut else []))
-        return self.prepare(u8), [d.class_names[y] if d.class_names else "" for y in self.labels[a:b]], [], []
-    def finish(self, classes: list, sums: list) -> tuple: return self.data.sha256, list(range(len(classes))), list(self.data.class_names) or [""]
+        parts = (
+            [
+                d.train_images[a:cut]
+                if d.train_images is not None
+                else torch.stack([d.stream[i][0] for i in range(a, cut)])
+            ]
+            if cut > a
+            else []
+        )
+        u8 = torch.cat(
+            parts + ([d.test_images[cut - self.n : b - self.n]] if b > cut else [])
+        )
+        return (
+            self.prepare(u8),
+            [d.class_names[y] if d.class_names else "" for y in self.labels[a:b]],
+            [],
+            [],
+        )
+
+    def finish(self, classes: list, sums: list) -> tuple:
+        return (
+            self.data.sha256,
+            list(range(len(classes))),
+            list(self.data.class_names) or [""],
+        )
 
 # %% ../nbs/07_imagenet.ipynb #07-storeerror
 FORMAT, VERSION = "uvit_repro latents", 1
 
+
 class StoreError(ValueError):
     "A store that can't be used; the message names the file and says what to do."
-    def _render_traceback_(self): return [f"{type(self).__name__}: {self}"]
+
+    def _render_traceback_(self):
+        return [f"{type(self).__name__}: {self}"]
+
 
 def repair(path: Path, bad: list) -> str:
     "What to do about files of a store that are not as they should be."
     more = f"; and {len(bad) - 8} more" if len(bad) > 8 else ""
     return f"{path}: {'; '.join(bad[:8])}{more}. Delete the named file(s) and repeat the command that encoded the store: only these are made again"
 
+
 def store_index(path: Path, form: str, version: int) -> dict:
     "index.json of a store. Raises `StoreError` when it is damaged or of another kind."
-    try: i = json.loads((path/"index.json").read_text())
-    except ValueError: raise StoreError(f"{path/'index.json'} is damaged. Delete it and repeat the command that encoded the store") from None
-    if (i.get("format"), i.get("version")) != (form, version): raise StoreError(f"{path}: format {i.get('format')!r} version {i.get('version')!r}; this code reads {form!r} version {version}")
+    try:
+        i = json.loads((path / "index.json").read_text())
+    except ValueError:
+        raise StoreError(
+            f"{path / 'index.json'} is damaged. Delete it and repeat the command that encoded the store"
+        ) from None
+    if (i.get("format"), i.get("version")) != (form, version):
+        raise StoreError(
+            f"{path}: format {i.get('format')!r} version {i.get('version')!r}; this code reads {form!r} version {version}"
+        )
     return i
 
+
 def check_sums(
-    path: Path, want: dict, # the store, file -> its recorded sum
-    say=None                # told each file
-) -> dict:                  # files and bytes that were read
+    path: Path,
+    want: dict,  # the store, file -> its recorded sum
+    say=None,  # told each file
+) -> dict:  # files and bytes that were read
     "Read files and compare their sums. Raises `StoreError` naming each one that is missing or altered."
     bad = []
     for n, (f, sha) in enumerate(want.items(), 1):
-        state = "is missing" if not f.is_file() else "ok" if sha256_file(f) == sha else "is altered (its sha256 is not the recorded one)"
-        if state != "ok": bad.append(f"{f.name} {state}")
-        if say: say(f"{n}/{len(want)} {f.name}: {state}")
-    if bad: raise StoreError(repair(path, bad))
+        state = (
+            "is missing"
+            if not f.is_file()
+            else "ok"
+            if sha256_file(f) == sha
+            else "is altered (its sha256 is not the recorded one)"
+        )
+        if state != "ok":
+            bad.append(f"{f.name} {state}")
+        if say:
+            say(f"{n}/{len(want)} {f.name}: {state}")
+    if bad:
+        raise StoreError(repair(path, bad))
     return dict(files=len(want), bytes=sum(f.stat().st_size for f in want))
 
 # %% ../nbs/07_imagenet.ipynb #07-file
-def _file(kind: str, k: int) -> str: return f"{kind}-{k:05d}.{'json' if kind == 'shard' else 'npy'}"
+def _file(kind: str, k: int) -> str:
+    return f"{kind}-{k:05d}.{'json' if kind == 'shard' else 'npy'}"
+
 
 def npy_header(shape: tuple, dtype) -> bytes:
     "The first bytes of an .npy file with these contents."
-    b = BytesIO(); np.lib.format.write_array_header_1_0(b, dict(descr=np.lib.format.dtype_to_descr(np.dtype(dtype)), fortran_order=False, shape=tuple(shape)))
+    b = BytesIO()
+    np.lib.format.write_array_header_1_0(
+        b,
+        dict(
+            descr=np.lib.format.dtype_to_descr(np.dtype(dtype)),
+            fortran_order=False,
+            shape=tuple(shape),
+        ),
+    )
     return b.getvalue()
+
 
 def file_problem(path: Path, shape: tuple, dtype) -> str:
     "Why an .npy file is not one of this shape, judged by its size and first bytes; empty when it may be."
-    if not path.is_file(): return f"{path.name} is missing"
+    if not path.is_file():
+        return f"{path.name} is missing"
     head, got = npy_header(shape, dtype), path.stat().st_size
-    want = len(head) + int(np.prod(shape))*np.dtype(dtype).itemsize
-    if got != want: return f"{path.name} has {got:,} bytes instead of {want:,}"
-    with open(path, "rb") as f: return "" if f.read(len(head)) == head else f"{path.name} does not begin as an array of {np.dtype(dtype)} {tuple(shape)}"
+    want = len(head) + int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if got != want:
+        return f"{path.name} has {got:,} bytes instead of {want:,}"
+    with open(path, "rb") as f:
+        return (
+            ""
+            if f.read(len(head)) == head
+            else f"{path.name} does not begin as an array of {np.dtype(dtype)} {tuple(shape)}"
+        )
 
 # %% ../nbs/07_imagenet.ipynb #07-begin_store
 def begin_store(
-    path: Path, # the store's folder, held by the caller
-    job: dict   # everything that decides its bytes
+    path: Path,  # the store's folder, held by the caller
+    job: dict,  # everything that decides its bytes
 ):
     "Note what is made here. Raises `ParameterError` when it is something else."
-    if (path/"job.json").exists():
-        old = json.loads((path/"job.json").read_text())
-        if old == job: return
-        diff = "; ".join(f"{k} = {old.get(k)!r} there, {job.get(k)!r} here" for k in {**old, **job} if old.get(k) != job.get(k))
-        raise ParameterError(f"{path} holds the latents of something else ({diff[:400]}). Give another folder, or remove this one")
-    if there := sorted(p.name for p in path.iterdir() if p.name != ".lock"): raise ParameterError(f"{path} is not empty ({', '.join(there[:3])}) and no store: give another folder")
-    write_json(path/"job.json", job)
+    if (path / "job.json").exists():
+        old = json.loads((path / "job.json").read_text())
+        if old == job:
+            return
+        diff = "; ".join(
+            f"{k} = {old.get(k)!r} there, {job.get(k)!r} here"
+            for k in {**old, **job}
+            if old.get(k) != job.get(k)
+        )
+        raise ParameterError(
+            f"{path} holds the latents of something else ({diff[:400]}). Give another folder, or remove this one"
+        )
+    if there := sorted(p.name for p in path.iterdir() if p.name != ".lock"):
+        raise ParameterError(
+            f"{path} is not empty ({', '.join(there[:3])}) and no store: give another folder"
+        )
+    write_json(path / "job.json", job)
+
 
 def shard_record(path: Path, k: int, job: dict):
     "What shard-NNNNN.json says when the files it speaks of are there, with the right size; else `None`."
-    try: s = json.loads((path/_file("shard", k)).read_text())
-    except (OSError, ValueError): return None
+    try:
+        s = json.loads((path / _file("shard", k)).read_text())
+    except (OSError, ValueError):
+        return None
     views = 2 if job["mirror"] else 1
-    kinds = dict(moments=((s["rows"], views, *job["moments"]), job["dtype"]), **({"pixels": ((s["rows"], *job["source"]["shape"]), "uint8")} if job["pixels"] else {}))
-    return None if any(file_problem(path/_file(n, k), *what) for n, what in kinds.items()) else s
+    kinds = dict(
+        moments=((s["rows"], views, *job["moments"]), job["dtype"]),
+        **(
+            {"pixels": ((s["rows"], *job["source"]["shape"]), "uint8")}
+            if job["pixels"]
+            else {}
+        ),
+    )
+    return (
+        None
+        if any(file_problem(path / _file(n, k), *what) for n, what in kinds.items())
+        else s
+    )
 
 # %% ../nbs/07_imagenet.ipynb #07-encode_batch
 def encode_batch(
-    images: Tensor,           # uint8, (B, C, H, W)
+    images: Tensor,  # uint8, (B, C, H, W)
     autoencoder: Autoencoder,
-    dtype: str, mirror: bool  # float32 | float16; each image's mirror as well
-) -> np.ndarray:              # (B, 1 or 2, 2c, h, w)
+    dtype: str,
+    mirror: bool,  # float32 | float16; each image's mirror as well
+) -> np.ndarray:  # (B, 1 or 2, 2c, h, w)
     "Moments of images and their mirrors."
     views = [images, images.flip(-1)] if mirror else [images]
     m = torch.stack([autoencoder.encode(v).cpu() for v in views], 1).numpy()
-    with np.errstate(over="ignore"): out = m.astype(dtype)
-    if not np.isfinite(out).all(): raise FloatingPointError(f"moments that are not finite as {dtype} (largest {np.nanmax(np.abs(m)):.3g}): use dtype = float32, and check the autoencoder")
+    with np.errstate(over="ignore"):
+        out = m.astype(dtype)
+    if not np.isfinite(out).all():
+        raise FloatingPointError(
+            f"moments that are not finite as {dtype} (largest {np.nanmax(np.abs(m)):.3g}): use dtype = float32, and check the autoencoder"
+        )
     return out
+
 
 def shard_statistics(moments: np.ndarray) -> dict:
     "Sums over rows, views and positions for each channel, float64: of means, of their squares, of variances."
-    c = moments.shape[2]//2; mean, var = moments[:, :, :c].astype(np.float64), np.exp(np.clip(moments[:, :, c:].astype(np.float64), -30, 20))
+    c = moments.shape[2] // 2
+    mean, var = (
+        moments[:, :, :c].astype(np.float64),
+        np.exp(np.clip(moments[:, :, c:].astype(np.float64), -30, 20)),
+    )
     total = lambda a: a.sum((0, 1, 3, 4)).tolist()
-    return dict(n=int(mean.size//max(c, 1)), mean=total(mean), square=total(mean**2), variance=total(var))
+    return dict(
+        n=int(mean.size // max(c, 1)),
+        mean=total(mean),
+        square=total(mean**2),
+        variance=total(var),
+    )
 
-def encode_shard(path: Path, k: int, a: int, b: int, source, autoencoder: Autoencoder, job: dict, tell):
+
+def encode_shard(
+    path: Path,
+    k: int,
+    a: int,
+    b: int,
+    source,
+    autoencoder: Autoencoder,
+    job: dict,
+    tell,
+):
     "Encode positions a .. b-1 into shard k; images are read ahead while the encoder works."
     moments, pixels, classes, sums, notes = [], [], [], [], []
     bounds = ((i, min(i + job["batch"], b)) for i in range(a, b, job["batch"]))
     for (_, end), (u8, c, s, n) in read_ahead(lambda ab: source.read(*ab), bounds):
-        if len(u8): moments.append(encode_batch(u8, autoencoder, job["dtype"], job["mirror"]))
-        if job["pixels"]: pixels.append(u8.numpy())
-        classes += c; sums += s; notes += n; tell(end)
+        if len(u8):
+            moments.append(encode_batch(u8, autoencoder, job["dtype"], job["mirror"]))
+        if job["pixels"]:
+            pixels.append(u8.numpy())
+        classes += c
+        sums += s
+        notes += n
+        tell(end)
     views = 2 if job["mirror"] else 1
-    arrays = dict(moments=np.concatenate(moments) if moments else np.empty((0, views, *job["moments"]), job["dtype"]), **({"pixels": np.concatenate(pixels)} if job["pixels"] else {}))
-    files = {kind: write_atomic(path/_file(kind, k), lambda p: np.save(p, x)) for kind, x in arrays.items()}
-    made = dict(device=autoencoder.device.type, threads=torch.get_num_threads(), torch=torch.__version__)
-    write_json(path/_file("shard", k), dict(rows=len(classes), **{kind: sha256_file(f) for kind, f in files.items()}, classes=classes, sums=sums, notes=notes,
-                                            statistics=shard_statistics(arrays["moments"]), made=made))
+    arrays = dict(
+        moments=np.concatenate(moments)
+        if moments
+        else np.empty((0, views, *job["moments"]), job["dtype"]),
+        **({"pixels": np.concatenate(pixels)} if job["pixels"] else {}),
+    )
+    files = {
+        kind: write_atomic(path / _file(kind, k), lambda p: np.save(p, x))
+        for kind, x in arrays.items()
+    }
+    made = dict(
+        device=autoencoder.device.type,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+    )
+    write_json(
+        path / _file("shard", k),
+        dict(
+            rows=len(classes),
+            **{kind: sha256_file(f) for kind, f in files.items()},
+            classes=classes,
+            sums=sums,
+            notes=notes,
+            statistics=shard_statistics(arrays["moments"]),
+            made=made,
+        ),
+    )
 
 # %% ../nbs/07_imagenet.ipynb #07-merge_statistics
 def merge_statistics(parts: list) -> dict:
     "Mean and deviation of the means, mean variance, per channel; the deviation of draws over everything and one over it."
-    n = sum(p["n"] for p in parts); mean, square, var = (sum(np.array(p[k]) for p in parts)/max(n, 1) for k in ("mean", "square", "variance"))
-    std = float(np.sqrt((square + var).mean() - mean.mean()**2))
-    return dict(mean=mean.tolist(), std=np.sqrt(np.maximum(square - mean**2, 0)).tolist(), variance=var.tolist(), drawn_std=std, scale=1/std if std > 0 else None)
+    n = sum(p["n"] for p in parts)
+    mean, square, var = (
+        sum(np.array(p[k]) for p in parts) / max(n, 1)
+        for k in ("mean", "square", "variance")
+    )
+    std = float(np.sqrt((square + var).mean() - mean.mean() ** 2))
+    return dict(
+        mean=mean.tolist(),
+        std=np.sqrt(np.maximum(square - mean**2, 0)).tolist(),
+        variance=var.tolist(),
+        drawn_std=std,
+        scale=1 / std if std > 0 else None,
+    )
+
 
 def finish_store(path: Path, source, autoencoder: Autoencoder, job: dict, shards: int):
     "labels.npy, order.npy and index.json from the records of the shards."
     parts = [shard_record(path, k, job) for k in range(shards)]
     classes, sums = ([v for p in parts for v in p[key]] for key in ("classes", "sums"))
-    if not classes: raise StoreError(f"{source.name}: none of its {len(source)} images could be read. " + " | ".join(parts[0]["notes"][:3]))
-    sha, order, names = source.finish(classes, sums); number = {c: i for i, c in enumerate(names)}
-    arrays = dict(order=np.array(order, np.int64), labels=np.array([number[classes[i]] for i in order], np.int64))
-    files = {n: write_atomic(path/f"{n}.npy", lambda p: np.save(p, x)) for n, x in arrays.items()}
+    if not classes:
+        raise StoreError(
+            f"{source.name}: none of its {len(source)} images could be read. "
+            + " | ".join(parts[0]["notes"][:3])
+        )
+    sha, order, names = source.finish(classes, sums)
+    number = {c: i for i, c in enumerate(names)}
+    arrays = dict(
+        order=np.array(order, np.int64),
+        labels=np.array([number[classes[i]] for i in order], np.int64),
+    )
+    files = {
+        n: write_atomic(path / f"{n}.npy", lambda p: np.save(p, x))
+        for n, x in arrays.items()
+    }
     keep = ("rows", "moments", "pixels")
-    write_json(path/"index.json", dict(format=FORMAT, version=VERSION, count=len(classes), shape=job["moments"], image_shape=list(source.image_shape), dtype=job["dtype"], mirror=job["mirror"],
-        source=dict(name=source.name, sha256=sha, held_out=source.held_out), class_names=names if names != [""] else [],
-        autoencoder=dict(name=autoencoder.name, sha256=autoencoder.sha256, encoder_sha256=autoencoder.encoder_sha256),
-        statistics=merge_statistics([p["statistics"] for p in parts]), files={n: sha256_file(f) for n, f in files.items()}, shards=[{n: p[n] for n in keep if n in p} for p in parts],
-        made=[m for i, m in enumerate(p["made"] for p in parts) if m not in [p["made"] for p in parts[:i]]], notes=(source.notes + [n for p in parts for n in p["notes"]])[:1000]))
+    write_json(
+        path / "index.json",
+        dict(
+            format=FORMAT,
+            version=VERSION,
+            count=len(classes),
+            shape=job["moments"],
+            image_shape=list(source.image_shape),
+            dtype=job["dtype"],
+            mirror=job["mirror"],
+            source=dict(name=source.name, sha256=sha, held_out=source.held_out),
+            class_names=names if names != [""] else [],
+            autoencoder=dict(
+                name=autoencoder.name,
+                sha256=autoencoder.sha256,
+                encoder_sha256=autoencoder.encoder_sha256,
+            ),
+            statistics=merge_statistics([p["statistics"] for p in parts]),
+            files={n: sha256_file(f) for n, f in files.items()},
+            shards=[{n: p[n] for n in keep if n in p} for p in parts],
+            made=[
+                m
+                for i, m in enumerate(p["made"] for p in parts)
+                if m not in [p["made"] for p in parts[:i]]
+            ],
+            notes=(source.notes + [n for p in parts for n in p["notes"]])[:1000],
+        ),
+    )
 
 # %% ../nbs/07_imagenet.ipynb #07-encode_images
 def encode_images(
-    source,                   # FolderSource, DataSource, or anything with their attributes
-    autoencoder: Autoencoder, # where it computes is where it lies
-    path,                     # the store's folder
-    dtype="float32",          # float32 | float16
-    batch=32,                 # images encoded at once: part of what decides the bits
-    shard_rows=4096,          # images in a shard: what a kill can cost
-    pixels=False,             # keep the pixels too
-    mirror=True,              # encode each image's mirror as well
-    say=print                 # a line every 15 seconds
-):                            # Store
+    source,  # FolderSource, DataSource, or anything with their attributes
+    autoencoder: Autoencoder,  # where it computes is where it lies
+    path,  # the store's folder
+    dtype="float32",  # float32 | float16
+    batch=32,  # images encoded at once: part of what decides the bits
+    shard_rows=4096,  # images in a shard: what a kill can cost
+    pixels=False,  # keep the pixels too
+    mirror=True,  # encode each image's mirror as well
+    say=print,  # a line every 15 seconds
+):  # Store
     "Encode images once (setup, section 6). The same call resumes, repairs, or finds that all is done."
-    if dtype not in ("float32", "float16") or batch < 1 or shard_rows < batch or shard_rows % batch:
-        raise ParameterError(f"dtype = {dtype!r}, batch = {batch}, shard_rows = {shard_rows}: float32 or float16, and whole batches in a shard")
+    if (
+        dtype not in ("float32", "float16")
+        or batch < 1
+        or shard_rows < batch
+        or shard_rows % batch
+    ):
+        raise ParameterError(
+            f"dtype = {dtype!r}, batch = {batch}, shard_rows = {shard_rows}: float32 or float16, and whole batches in a shard"
+        )
     C, H, W = source.image_shape
     if C != autoencoder.image_chans or H != W or H % autoencoder.factor:
-        raise ParameterError(f"images {C}x{H}x{W}: this autoencoder takes squares of {autoencoder.image_chans} channel(s), the side a multiple of {autoencoder.factor}")
-    job = dict(source=source.key, encoder_sha256=autoencoder.encoder_sha256, sha256=autoencoder.sha256,
-        moments=list(autoencoder.shape(H)), dtype=dtype, batch=batch, shard_rows=shard_rows, pixels=pixels, mirror=mirror)
+        raise ParameterError(
+            f"images {C}x{H}x{W}: this autoencoder takes squares of {autoencoder.image_chans} channel(s), the side a multiple of {autoencoder.factor}"
+        )
+    job = dict(
+        source=source.key,
+        encoder_sha256=autoencoder.encoder_sha256,
+        sha256=autoencoder.sha256,
+        moments=list(autoencoder.shape(H)),
+        dtype=dtype,
+        batch=batch,
+        shard_rows=shard_rows,
+        pixels=pixels,
+        mirror=mirror,
+    )
     path, n = Path(path), len(source)
     with run_lock(path, say):
-        sweep_unfinished(path); begin_store(path, job)
+        sweep_unfinished(path)
+        begin_store(path, job)
         spans = [(a, min(a + shard_rows, n)) for a in range(0, n, shard_rows)]
         todo = [k for k in range(len(spans)) if shard_record(path, k, job) is None]
-        done, total, start, last = 0, sum(spans[k][1] - spans[k][0] for k in todo), time.perf_counter(), [time.perf_counter()]
+        done, total, start, last = (
+            0,
+            sum(spans[k][1] - spans[k][0] for k in todo),
+            time.perf_counter(),
+            [time.perf_counter()],
+        )
+
         def tell(seen):
             now = time.perf_counter()
-            if now - last[0] > 15: last[0] = now; say(f"encoded {seen}/{total}, {seen/(now - start):.1f} images/s, {(now - start)/seen*(total - seen)/60:.0f} minutes left")
+            if now - last[0] > 15:
+                last[0] = now
+                say(
+                    f"encoded {seen}/{total}, {seen / (now - start):.1f} images/s, {(now - start) / seen * (total - seen) / 60:.0f} minutes left"
+                )
+
         for k in todo:
-            a, b = spans[k]; encode_shard(path, k, a, b, source, autoencoder, job, lambda end: tell(done + end - a)); done += b - a
-        if todo or not all((path/f).exists() for f in ("index.json", "labels.npy", "order.npy")): finish_store(path, source, autoencoder, job, len(spans))
+            a, b = spans[k]
+            encode_shard(
+                path,
+                k,
+                a,
+                b,
+                source,
+                autoencoder,
+                job,
+                lambda end: tell(done + end - a),
+            )
+            done += b - a
+        if todo or not all(
+            (path / f).exists() for f in ("index.json", "labels.npy", "order.npy")
+        ):
+            finish_store(path, source, autoencoder, job, len(spans))
     return Store(path)
 
 # %% ../nbs/07_imagenet.ipynb #07-store
 class Store:
     "Encoded images on disk. `len`, and `read(index, mirror)`; processes may share one, each maps what it reads."
+
     def __init__(self, path):
         self.path, self._maps = Path(path), {}
-        if not (self.path/"index.json").is_file():
-            done = len(list(self.path.glob("shard-*.json"))) if (self.path/"job.json").is_file() else None
-            raise FileNotFoundError(f"{path}: no store of latents" + (
-                f" yet: {done} shards are encoded. Repeat the command that encodes it; it goes on where it stopped" if done is not None else " (no index.json)"))
+        if not (self.path / "index.json").is_file():
+            done = (
+                len(list(self.path.glob("shard-*.json")))
+                if (self.path / "job.json").is_file()
+                else None
+            )
+            raise FileNotFoundError(
+                f"{path}: no store of latents"
+                + (
+                    f" yet: {done} shards are encoded. Repeat the command that encodes it; it goes on where it stopped"
+                    if done is not None
+                    else " (no index.json)"
+                )
+            )
         i = self.index = store_index(self.path, FORMAT, VERSION)
-        self.shape, self.dtype, self.mirror, self.image_shape, self.views = tuple(i["shape"]), np.dtype(i["dtype"]), i["mirror"], tuple(i["image_shape"]), 2 if i["mirror"] else 1
-        if bad := [p for f, s, d in self.files() if (p := file_problem(f, s, d))]: raise StoreError(repair(self.path, bad))
-        self.order, self.labels, rows = np.load(self.path/"order.npy"), torch.from_numpy(np.load(self.path/"labels.npy")), np.array([s["rows"] for s in i["shards"]])
-        self.ends = rows.cumsum(); self.first = self.ends - rows                                        # of each shard
+        self.shape, self.dtype, self.mirror, self.image_shape, self.views = (
+            tuple(i["shape"]),
+            np.dtype(i["dtype"]),
+            i["mirror"],
+            tuple(i["image_shape"]),
+            2 if i["mirror"] else 1,
+        )
+        if bad := [p for f, s, d in self.files() if (p := file_problem(f, s, d))]:
+            raise StoreError(repair(self.path, bad))
+        self.order, self.labels, rows = (
+            np.load(self.path / "order.npy"),
+            torch.from_numpy(np.load(self.path / "labels.npy")),
+            np.array([s["rows"] for s in i["shards"]]),
+        )
+        self.ends = rows.cumsum()
+        self.first = self.ends - rows  # of each shard
 
     def files(self):
         "(path, shape, dtype) of every array."
-        for n in ("labels", "order"): yield self.path/f"{n}.npy", (self.index["count"],), np.int64
+        for n in ("labels", "order"):
+            yield self.path / f"{n}.npy", (self.index["count"],), np.int64
         for k, s in enumerate(self.index["shards"]):
-            yield self.path/_file("moments", k), (s["rows"], self.views, *self.shape), self.dtype
-            if "pixels" in s: yield self.path/_file("pixels", k), (s["rows"], *self.image_shape), np.uint8
-    def __len__(self): return self.index["count"]
-    def __getstate__(self): return dict(self.__dict__, _maps={})
+            yield (
+                self.path / _file("moments", k),
+                (s["rows"], self.views, *self.shape),
+                self.dtype,
+            )
+            if "pixels" in s:
+                yield (
+                    self.path / _file("pixels", k),
+                    (s["rows"], *self.image_shape),
+                    np.uint8,
+                )
+
+    def __len__(self):
+        return self.index["count"]
+
+    def __getstate__(self):
+        return dict(self.__dict__, _maps={})
+
     @property
     def sha256(self) -> str:
         "Sum of the content: images, encoder and number format, not the computed bits, which depend on the machine."
-        i = self.index; return hashlib.sha256(f"{i['source']['sha256']} {i['autoencoder']['encoder_sha256']} {self.shape} {i['dtype']}".encode()).hexdigest()
+        i = self.index
+        return hashlib.sha256(
+            f"{i['source']['sha256']} {i['autoencoder']['encoder_sha256']} {self.shape} {i['dtype']}".encode()
+        ).hexdigest()
 
     def _rows(self, kind, index):
-        rows = self.order[np.asarray(index)]; shard = np.searchsorted(self.ends, rows, side="right")
+        rows = self.order[np.asarray(index)]
+        shard = np.searchsorted(self.ends, rows, side="right")
         for k in set(shard.tolist()):
-            if (kind, k) not in self._maps: self._maps[kind, k] = np.asarray(np.load(self.path/_file(kind, k), mmap_mode="r"))
-        return [(self._maps[kind, k], r) for k, r in zip(shard.tolist(), (rows - self.first[shard]).tolist())]
+            if (kind, k) not in self._maps:
+                self._maps[kind, k] = np.asarray(
+                    np.load(self.path / _file(kind, k), mmap_mode="r")
+                )
+        return [
+            (self._maps[kind, k], r)
+            for k, r in zip(shard.tolist(), (rows - self.first[shard]).tolist())
+        ]
+
     def read(self, index: Tensor, mirror: Tensor = None) -> Tensor:
         "Moments (B, 2c, h, w) of examples, or of the mirrors of those marked."
-        flags = [0]*len(index) if mirror is None else [int(m) for m in mirror.tolist()]
-        if any(flags) and not self.mirror: raise ParameterError(f"{self.path} was encoded without mirror images: use flip = False")
+        flags = (
+            [0] * len(index) if mirror is None else [int(m) for m in mirror.tolist()]
+        )
+        if any(flags) and not self.mirror:
+            raise ParameterError(
+                f"{self.path} was encoded without mirror images: use flip = False"
+            )
         out = np.empty((len(index), *self.shape), self.dtype)
-        for i, (m, r) in enumerate(self._rows("moments", index)): out[i] = m[r, flags[i]]
+        for i, (m, r) in enumerate(self._rows("moments", index)):
+            out[i] = m[r, flags[i]]
         return torch.from_numpy(out)
+
     def pixels(self, index: Tensor):
         "uint8 (B, C, H, W), or `None` where pixels were not kept."
-        if "pixels" not in self.index["shards"][0]: return None
+        if "pixels" not in self.index["shards"][0]:
+            return None
         out = np.empty((len(index), *self.image_shape), np.uint8)
-        for i, (m, r) in enumerate(self._rows("pixels", index)): out[i] = m[r]
+        for i, (m, r) in enumerate(self._rows("pixels", index)):
+            out[i] = m[r]
         return torch.from_numpy(out)
 
 # %% ../nbs/07_imagenet.ipynb #07-verify_store
 def verify_store(
-    path,     # the store's folder
-    say=None  # told each file
-) -> dict:    # files and bytes that were read, images
+    path,  # the store's folder
+    say=None,  # told each file
+) -> dict:  # files and bytes that were read, images
     "Read every file of a store and compare sums. Raises `StoreError` naming each one that is short, missing or altered."
     s = Store(path)
-    want = {s.path/f"{n}.npy": v for n, v in s.index["files"].items()} | {s.path/_file(kind, k): v for k, r in enumerate(s.index["shards"]) for kind, v in r.items() if kind != "rows"}
+    want = {s.path / f"{n}.npy": v for n, v in s.index["files"].items()} | {
+        s.path / _file(kind, k): v
+        for k, r in enumerate(s.index["shards"])
+        for kind, v in r.items()
+        if kind != "rows"
+    }
     return dict(check_sums(s.path, want, say), images=len(s))
 
 # %% ../nbs/07_imagenet.ipynb #07-inputs
 class Inputs:
     "Some examples of a store: `len` and `read`, as training wants them."
-    def __init__(self, store: Store, index: Tensor): self.store, self.index = store, index
-    def __len__(self): return len(self.index)
-    def read(self, index: Tensor, mirror: Tensor = None) -> Tensor: return self.store.read(self.index[index], mirror)
+
+    def __init__(self, store: Store, index: Tensor):
+        self.store, self.index = store, index
+
+    def __len__(self):
+        return len(self.index)
+
+    def read(self, index: Tensor, mirror: Tensor = None) -> Tensor:
+        return self.store.read(self.index[index], mirror)
+
 
 class LatentDecoder:
     "From the network's scale to pixels. The autoencoder is loaded when it is first needed, on the device where the latents are."
-    def __init__(self, load, scale: float, finish=lambda u8: u8): self.load, self.scale, self.finish, self._loaded = load, scale, finish, {}
+
+    def __init__(self, load, scale: float, finish=lambda u8: u8):
+        self.load, self.scale, self.finish, self._loaded = load, scale, finish, {}
+
     def large(self, x: Tensor, decoder: str = "") -> Tensor:
         "What the autoencoder gives: uint8 (B, C, H, W) for x (B, c, h, w)."
         key = decoder, str(x.device)
-        if key not in self._loaded: self._loaded = {key: self.load(decoder, x.device)}
-        return self._loaded[key].decode(x.float()/self.scale)
-    def __call__(self, x: Tensor, decoder: str = "") -> Tensor: return self.finish(self.large(x, decoder))
+        if key not in self._loaded:
+            self._loaded = {key: self.load(decoder, x.device)}
+        return self._loaded[key].decode(x.float() / self.scale)
+
+    def __call__(self, x: Tensor, decoder: str = "") -> Tensor:
+        return self.finish(self.large(x, decoder))
+
     def using(self, decoder: str):
         "The same with the weights that a configuration names (`original`, `ema`)."
         return lambda x: self(x, decoder)
 
+
 def store_decoder(store: Store, root, device, decoder: str) -> Autoencoder:
     "The autoencoder for a store's latents: the one that encoded them, or the one that the configuration names."
-    a = load_autoencoder(decoder or store.index["autoencoder"]["name"], root, device); want = store.index["autoencoder"]
+    a = load_autoencoder(decoder or store.index["autoencoder"]["name"], root, device)
+    want = store.index["autoencoder"]
     if not decoder and a.sha256 != want["sha256"]:
-        raise StoreError(f"{store.path} was encoded with {want['name']} of sum {want['sha256'][:16]}..., "
-                         f"what is found under this name has {a.sha256[:16]}...: name the right one with decoder, or bring it back")
-    if 2*a.latent_chans != store.shape[0]: raise ParameterError(f"decoder = {decoder!r} takes latents of {a.latent_chans} channels, {store.path} has {store.shape[0]//2}")
+        raise StoreError(
+            f"{store.path} was encoded with {want['name']} of sum {want['sha256'][:16]}..., "
+            f"what is found under this name has {a.sha256[:16]}...: name the right one with decoder, or bring it back"
+        )
+    if 2 * a.latent_chans != store.shape[0]:
+        raise ParameterError(
+            f"decoder = {decoder!r} takes latents of {a.latent_chans} channels, {store.path} has {store.shape[0] // 2}"
+        )
     return a
 
 # %% ../nbs/07_imagenet.ipynb #07-from_store
 def from_store(
-    store: Store,      # opened
-    cfg: DataConfig,   # img_size and in_chans are those of the latents; holdout, latent_scale
-    name: str,         # of the data set
-    decode=None,       # LatentDecoder; None: the store's own autoencoder, found under root
-    root=None,         # the folder of the data sets
-    pixels=None        # uint8 (N, C, H, W) of all examples; None: those in the store, if any
+    store: Store,  # opened
+    cfg: DataConfig,  # img_size and in_chans are those of the latents; holdout, latent_scale
+    name: str,  # of the data set
+    decode=None,  # LatentDecoder; None: the store's own autoencoder, found under root
+    root=None,  # the folder of the data sets
+    pixels=None,  # uint8 (N, C, H, W) of all examples; None: those in the store, if any
 ) -> Data:
     "A store as a data set."
     (c2, h, w), labels, N = store.shape, store.labels, len(store)
-    if (h, w, c2//2) != (cfg.img_size, cfg.img_size, cfg.in_chans):
-        raise ParameterError(f"{store.path}: latents of {c2//2}x{h}x{w}, but img_size = {cfg.img_size} and in_chans = {cfg.in_chans}; add -p img_size {h} -p in_chans {c2//2}")
-    if cfg.latent_scale <= 0: raise ParameterError(f"latent_scale = {cfg.latent_scale}: a factor above 0; for unit variance {store.index['statistics']['scale']:.5g}")
+    if (h, w, c2 // 2) != (cfg.img_size, cfg.img_size, cfg.in_chans):
+        raise ParameterError(
+            f"{store.path}: latents of {c2 // 2}x{h}x{w}, but img_size = {cfg.img_size} and in_chans = {cfg.in_chans}; add -p img_size {h} -p in_chans {c2 // 2}"
+        )
+    if cfg.latent_scale <= 0:
+        raise ParameterError(
+            f"latent_scale = {cfg.latent_scale}: a factor above 0; for unit variance {store.index['statistics']['scale']:.5g}"
+        )
     names, own = list(store.index["class_names"]), store.index["source"]["held_out"]
     if cfg.num_classes and len(names) > cfg.num_classes:
-        raise ParameterError(f"num_classes = {cfg.num_classes}: {store.path} has labels 0..{len(names)-1}; set num_classes = {len(names)}, or 0")
-    if own and cfg.holdout not in (0, own): raise ParameterError(f"holdout = {cfg.holdout}: {store.path} has {own} held-out images of its own; use holdout = 0")
-    train, test = (torch.arange(N - own), torch.arange(N - own, N)) if own else hold_out(labels, cfg.holdout, store.index["source"]["sha256"])
+        raise ParameterError(
+            f"num_classes = {cfg.num_classes}: {store.path} has labels 0..{len(names) - 1}; set num_classes = {len(names)}, or 0"
+        )
+    if own and cfg.holdout not in (0, own):
+        raise ParameterError(
+            f"holdout = {cfg.holdout}: {store.path} has {own} held-out images of its own; use holdout = 0"
+        )
+    train, test = (
+        (torch.arange(N - own), torch.arange(N - own, N))
+        if own
+        else hold_out(labels, cfg.holdout, store.index["source"]["sha256"])
+    )
     take = (lambda i: pixels[i]) if pixels is not None else store.pixels
     held = take(test) if len(test) else None
-    if held is None: held = torch.empty((0, *(store.image_shape if pixels is None else pixels.shape[1:])), dtype=torch.uint8)
-    means = torch.cat([torch.empty(0, c2//2, h, w)] + [cfg.latent_scale*store.read(i).float().chunk(2, 1)[0] for i in test.split(1000) if len(i)])
+    if held is None:
+        held = torch.empty(
+            (0, *(store.image_shape if pixels is None else pixels.shape[1:])),
+            dtype=torch.uint8,
+        )
+    means = torch.cat(
+        [torch.empty(0, c2 // 2, h, w)]
+        + [
+            cfg.latent_scale * store.read(i).float().chunk(2, 1)[0]
+            for i in test.split(1000)
+            if len(i)
+        ]
+    )
     K = max(len(names), cfg.num_classes) if names else 0
-    decode = decode or LatentDecoder(lambda d, device: store_decoder(store, root, device, d), cfg.latent_scale)
-    return Data(name, take(train), labels[train], held, labels[test], K,
-                names + [str(i) for i in range(len(names), K)], store.sha256, list(store.index["notes"]), inputs=Inputs(store, train), test_inputs=means, decode=decode)
+    decode = decode or LatentDecoder(
+        lambda d, device: store_decoder(store, root, device, d), cfg.latent_scale
+    )
+    return Data(
+        name,
+        take(train),
+        labels[train],
+        held,
+        labels[test],
+        K,
+        names + [str(i) for i in range(len(names), K)],
+        store.sha256,
+        list(store.index["notes"]),
+        inputs=Inputs(store, train),
+        test_inputs=means,
+        decode=decode,
+    )
 
 # %% ../nbs/07_imagenet.ipynb #07-load_latents
 def load_latents(
-    cfg: DataConfig, # dataset latents:PATH
-    root             # relative paths are looked for here as well
+    cfg: DataConfig,  # dataset latents:PATH
+    root,  # relative paths are looked for here as well
 ) -> Data:
     "A store of one's own."
     return from_store(Store(_locate(cfg.dataset, root)), cfg, "latents", root=root)
 
+
 def _find_imagenet(name: str, root) -> Path:
-    path = Path(root)/f"{name}_latents"
-    if not (path/"index.json").is_file():
-        state = "is not complete" if (path/"job.json").is_file() else "is not there"
-        raise FileNotFoundError(f"{name}: {path} {state}. Encode ImageNet once (about {'84' if name == 'imagenet256' else '336'} GB, half with --dtype float16) with\n"
+    path = Path(root) / f"{name}_latents"
+    if not (path / "index.json").is_file():
+        state = "is not complete" if (path / "job.json").is_file() else "is not there"
+        raise FileNotFoundError(
+            f"{name}: {path} {state}. Encode ImageNet once (about {'84' if name == 'imagenet256' else '336'} GB, half with --dtype float16) with\n"
             f"    python -m uvit_repro.latents encode --source imagenet --img-size {name[8:]} --autoencoder original --data-root {root}\n"
-            "which says how to get ImageNet and the autoencoder where they are missing, and resumes where it stopped; or set UVIT_DATA (parameter data_root) to the folder that has it")
+            "which says how to get ImageNet and the autoencoder where they are missing, and resumes where it stopped; or set UVIT_DATA (parameter data_root) to the folder that has it"
+        )
     return path
 
-def find_imagenet256(root) -> Path: "The store of ImageNet's latents at 256x256, or `FileNotFoundError` with the command that makes it."; return _find_imagenet("imagenet256", root)
-def find_imagenet512(root) -> Path: "The same at 512x512."; return _find_imagenet("imagenet512", root)
 
-def load_imagenet256(cfg: DataConfig, root) -> Data: "ImageNet at 256x256 as latents of 4x32x32 (setup, section 6)."; return from_store(Store(find_imagenet256(root)), cfg, "imagenet256", root=root)
-def load_imagenet512(cfg: DataConfig, root) -> Data: "ImageNet at 512x512 as latents of 4x64x64 (setup, section 6)."; return from_store(Store(find_imagenet512(root)), cfg, "imagenet512", root=root)
+def find_imagenet256(root) -> Path:
+    "The store of ImageNet's latents at 256x256, or `FileNotFoundError` with the command that makes it."
+    return _find_imagenet("imagenet256", root)
+
+
+def find_imagenet512(root) -> Path:
+    "The same at 512x512."
+    return _find_imagenet("imagenet512", root)
+
+
+def load_imagenet256(cfg: DataConfig, root) -> Data:
+    "ImageNet at 256x256 as latents of 4x32x32 (setup, section 6)."
+    return from_store(Store(find_imagenet256(root)), cfg, "imagenet256", root=root)
+
+
+def load_imagenet512(cfg: DataConfig, root) -> Data:
+    "ImageNet at 512x512 as latents of 4x64x64 (setup, section 6)."
+    return from_store(Store(find_imagenet512(root)), cfg, "imagenet512", root=root)
 
 # %% ../nbs/07_imagenet.ipynb #07-digits_store
 def digits_store(
-    digits: Data,     # all of them, none held out
-    ae: Autoencoder   # the digits' own
+    digits: Data,  # all of them, none held out
+    ae: Autoencoder,  # the digits' own
 ) -> Store:
     "The digits' latents, encoded when first needed: in results/cache, or in a temporary folder where that can't be written."
     import shutil
-    name, quiet = f"digits_latents-{hashlib.sha256(f'{digits.sha256} {ae.sha256} {VERSION}'.encode()).hexdigest()[:12]}", lambda *a, **k: None
-    make = lambda path: encode_images(DataSource(digits, enlarge), ae, path, batch=100, shard_rows=500, say=quiet)
-    for base in (project_root()/"results"/"cache", Path(tempfile.gettempdir())/f"uvit-latents-{os.getuid() if hasattr(os, 'getuid') else 0}"):
+
+    name, quiet = (
+        f"digits_latents-{hashlib.sha256(f'{digits.sha256} {ae.sha256} {VERSION}'.encode()).hexdigest()[:12]}",
+        lambda *a, **k: None,
+    )
+    make = lambda path: encode_images(
+        DataSource(digits, enlarge), ae, path, batch=100, shard_rows=500, say=quiet
+    )
+    for base in (
+        project_root() / "results" / "cache",
+        Path(tempfile.gettempdir())
+        / f"uvit-latents-{os.getuid() if hasattr(os, 'getuid') else 0}",
+    ):
         try:
-            try: return make(base/name)
-            except ValueError: shutil.rmtree(base/name); return make(base/name)             # a cache that is damaged is made again
-        except OSError as e: reason = e
+            try:
+                return make(base / name)
+            except ValueError:
+                shutil.rmtree(base / name)
+                return make(base / name)  # a cache that is damaged is made again
+        except OSError as e:
+            reason = e
     raise reason
 
+
 def load_digits_latents(
-    cfg: DataConfig, # img_size 8, in_chans 4
-    root=None        # not used: digits and autoencoder are part of packages
-) -> Data:           # pixels stay the 8x8 digits
+    cfg: DataConfig,  # img_size 8, in_chans 4
+    root=None,  # not used: digits and autoencoder are part of packages
+) -> Data:  # pixels stay the 8x8 digits
     "The handwritten digits as latents of 4x8x8; samples come back as 8x8 pixels, `decode.large` gives the 16x16 ones."
-    digits = load_digits(DataConfig(dataset="digits", img_size=8, in_chans=1), root); ae = digits_autoencoder()
-    load = lambda decoder, device: digits_autoencoder(device) if decoder in ("", "original") else load_autoencoder(decoder, root, device)
-    data = from_store(digits_store(digits, ae), cfg, "digits_latents", LatentDecoder(load, cfg.latent_scale, halve), root, digits.train_images)
-    return replace(data, pixels_sha256=digits.sha256)        # the pixels are the digits, so what knows the digits' classes knows these
+    digits = load_digits(DataConfig(dataset="digits", img_size=8, in_chans=1), root)
+    ae = digits_autoencoder()
+    load = lambda decoder, device: (
+        digits_autoencoder(device)
+        if decoder in ("", "original")
+        else load_autoencoder(decoder, root, device)
+    )
+    data = from_store(
+        digits_store(digits, ae),
+        cfg,
+        "digits_latents",
+        LatentDecoder(load, cfg.latent_scale, halve),
+        root,
+        digits.train_images,
+    )
+    return replace(
+        data, pixels_sha256=digits.sha256
+    )  # the pixels are the digits, so what knows the digits' classes knows these
 
 # %% ../nbs/07_imagenet.ipynb #07-remeasure
 def remeasure(
-    run,               # a finished run, of `run_experiment`
+    run,  # a finished run, of `run_experiment`
     num_samples: int,  # images of each measurement
     variations: list,  # dicts of fields of SamplingConfig, each one measurement
-    say=print, chapter="07_imagenet", paper_ref="" # progress; noted beside the measurements
-):                     # DataFrame: a row per variation, its fields, folder of samples, eval_id and every metric
+    say=print,
+    chapter="07_imagenet",
+    paper_ref="",  # progress; noted beside the measurements
+):  # DataFrame: a row per variation, its fields, folder of samples, eval_id and every metric
     "Measure a trained network with other sampling; what is recorded is not measured again, and nothing is trained."
     import pandas as pd
-    from uvit_repro.run import measure_samples, missing_measurements, open_experiment, samples_folder
+    from uvit_repro.runs.run import (
+        measure_samples,
+        missing_measurements,
+        open_experiment,
+        samples_folder,
+    )
+
     rows, step = [], run.exp.train.n_steps
     for v in variations:
-        e = replace(run.exp, sampling=replace(run.exp.sampling, **v), evaluation=replace(run.exp.evaluation, num_samples=num_samples, curve_steps=(), loss_steps=()))
+        e = replace(
+            run.exp,
+            sampling=replace(run.exp.sampling, **v),
+            evaluation=replace(
+                run.exp.evaluation,
+                num_samples=num_samples,
+                curve_steps=(),
+                loss_steps=(),
+            ),
+        )
         e, data = open_experiment(e)
         with run_lock(run.folder, say):
-            info = json.loads((run.folder/"run.json").read_text())
+            info = json.loads((run.folder / "run.json").read_text())
             if todo := [m for m in missing_measurements(e, run.folder, info) if m[2]]:
-                info["evaluations"].update(measure_samples(e, data, run.folder, step, num_samples, say, chapter=chapter, paper_ref=paper_ref)); write_json(run.folder/"run.json", info)
-        rows.append((dict(v, samples=samples_folder(e, run.folder, step, num_samples)), eval_id(e, step, num_samples)))
-    found = run.measurements(); found = found[found.status == "ok"]
-    return pd.DataFrame([dict(v, eval_id=eid, **found[found.eval_id == eid].set_index("metric").value.to_dict()) for v, eid in rows])
+                info["evaluations"].update(
+                    measure_samples(
+                        e,
+                        data,
+                        run.folder,
+                        step,
+                        num_samples,
+                        say,
+                        chapter=chapter,
+                        paper_ref=paper_ref,
+                    )
+                )
+                write_json(run.folder / "run.json", info)
+        rows.append(
+            (
+                dict(v, samples=samples_folder(e, run.folder, step, num_samples)),
+                eval_id(e, step, num_samples),
+            )
+        )
+    found = run.measurements()
+    found = found[found.status == "ok"]
+    return pd.DataFrame(
+        [
+            dict(
+                v,
+                eval_id=eid,
+                **found[found.eval_id == eid].set_index("metric").value.to_dict(),
+            )
+            for v, eid in rows
+        ]
+    )
+
 
 def class_spread(
-    features: Tensor, # (N, F)
-    labels: Tensor    # (N,)
-) -> float:           # root of the mean squared distance from the mean of the class
+    features: Tensor,  # (N, F)
+    labels: Tensor,  # (N,)
+) -> float:  # root of the mean squared distance from the mean of the class
     "How much images of one class differ, in some features."
     parts = [features[labels == c] for c in labels.unique()]
-    return float((sum(((p - p.mean(0))**2).sum() for p in parts)/len(features)).sqrt())
+    return float(
+        (sum(((p - p.mean(0)) ** 2).sum() for p in parts) / len(features)).sqrt()
+    )
 
 # %% ../nbs/07_imagenet.ipynb #07-guidance_sweep
 def guidance_sweep(
-    run,              # a finished class-conditional run
-    scales,           # values of cfg_scale
-    num_samples: int, # images at each
-    data: Data,       # of the run
-    features: str,    # network of the spread
-    say=print
-):                    # DataFrame of `remeasure`, with `spread` over that of the held-out images
+    run,  # a finished class-conditional run
+    scales,  # values of cfg_scale
+    num_samples: int,  # images at each
+    data: Data,  # of the run
+    features: str,  # network of the spread
+    say=print,
+):  # DataFrame of `remeasure`, with `spread` over that of the held-out images
     "Fidelity against variety over the scale of guidance."
     from uvit_repro.metrics import extract
-    from uvit_repro.run import read_samples
-    table = remeasure(run, num_samples, [dict(cfg_scale=float(w)) for w in scales], say, paper_ref="guidance"); look = lambda x: extract(x, features)["features"]
-    table["spread"] = [class_spread(look(x), y) for x, y in map(read_samples, table.samples)]
-    if len(data.test_images): table["spread"] /= class_spread(look(data.test_images), data.test_labels)
+    from uvit_repro.runs.run import read_samples
+
+    table = remeasure(
+        run,
+        num_samples,
+        [dict(cfg_scale=float(w)) for w in scales],
+        say,
+        paper_ref="guidance",
+    )
+    look = lambda x: extract(x, features)["features"]
+    table["spread"] = [
+        class_spread(look(x), y) for x, y in map(read_samples, table.samples)
+    ]
+    if len(data.test_images):
+        table["spread"] /= class_spread(look(data.test_images), data.test_labels)
     return table
 
 # %% ../nbs/07_imagenet.ipynb #07-solver_table
-TABLE3_STEPS, TABLE3_SOLVERS = (4, 5, 10, 15, 20, 50), ("ddim", "dpm_solver_fast", "dpm_solver_pp_fast", "dpm_solver_pp_2m")
+TABLE3_STEPS, TABLE3_SOLVERS = (
+    (4, 5, 10, 15, 20, 50),
+    ("ddim", "dpm_solver_fast", "dpm_solver_pp_fast", "dpm_solver_pp_2m"),
+)
+
 
 def solver_table(
-    run, num_samples: int,                       # a finished run; images of each cell
-    metric: str,                                 # which measure
-    steps=TABLE3_STEPS, solvers=TABLE3_SOLVERS,  # evaluations; samplers
-    cfg_scale=1.0, say=print
-):                                               # DataFrame: index nfe, a column per solver
+    run,
+    num_samples: int,  # a finished run; images of each cell
+    metric: str,  # which measure
+    steps=TABLE3_STEPS,
+    solvers=TABLE3_SOLVERS,  # evaluations; samplers
+    cfg_scale=1.0,
+    say=print,
+):  # DataFrame: index nfe, a column per solver
     "Table 3 on a trained network: one measure by solver and number of network evaluations."
-    table = remeasure(run, num_samples, [dict(sampler=s, nfe=n, cfg_scale=cfg_scale) for s in solvers for n in steps], say, paper_ref="Table 3")
-    return table.pivot(index="nfe", columns="sampler", values=metric)[list(solvers)] if metric in table else table.iloc[:0]
+    table = remeasure(
+        run,
+        num_samples,
+        [dict(sampler=s, nfe=n, cfg_scale=cfg_scale) for s in solvers for n in steps],
+        say,
+        paper_ref="Table 3",
+    )
+    return (
+        table.pivot(index="nfe", columns="sampler", values=metric)[list(solvers)]
+        if metric in table
+        else table.iloc[:0]
+    )
+
 
 def paper_table3():
     "The published rows, steps by model: FID of DPM-Solver on ImageNet 256x256. DataFrame."
-    from uvit_repro.paper import load_paper
-    t = load_paper("Table 3", "ImageNet 256x256", "FID"); t["model"] = t.method + t.steps.map(lambda s: f", {s//1000}K iterations")
-    return t.pivot(index="nfe", columns="model", values="number").rename_axis(columns=None)
+    from uvit_repro.paper.numbers import load_paper
+
+    t = load_paper("Table 3", "ImageNet 256x256", "FID")
+    t["model"] = t.method + t.steps.map(lambda s: f", {s // 1000}K iterations")
+    return t.pivot(index="nfe", columns="model", values="number").rename_axis(
+        columns=None
+    )
 
 # %% ../nbs/07_imagenet.ipynb #07-table1_experiments
 def table1_experiments() -> dict:
     "The latent rows of Table 1, by name."
-    return {n: e for n, e in CONFIGS.items() if e.data.dataset in ("imagenet256", "imagenet512")}
+    return {
+        n: e
+        for n, e in CONFIGS.items()
+        if e.data.dataset in ("imagenet256", "imagenet512")
+    }
+
 
 def figure5_experiments() -> dict:
     "Long skip or none on ImageNet 256x256, FID on 10,000 samples without guidance every 50,000 iterations (Figure 5; which configuration it plots is not stated: L/2 is taken)."
-    e = CONFIGS["ImageNet 256x256 U-ViT-L/2"]; n = 650_000
-    e = replace(e, train=replace(e.train, n_steps=n), sampling=replace(e.sampling, cfg_scale=1.0),
-                evaluation=replace(e.evaluation, num_samples=10_000, curve_steps=tuple(range(50_000, n, 50_000))))
-    return {"with long skip": e, "without long skip": replace(e, model=replace(e.model, skip="none"))}
+    e = CONFIGS["ImageNet 256x256 U-ViT-L/2"]
+    n = 650_000
+    e = replace(
+        e,
+        train=replace(e.train, n_steps=n),
+        sampling=replace(e.sampling, cfg_scale=1.0),
+        evaluation=replace(
+            e.evaluation,
+            num_samples=10_000,
+            curve_steps=tuple(range(50_000, n, 50_000)),
+        ),
+    )
+    return {
+        "with long skip": e,
+        "without long skip": replace(e, model=replace(e.model, skip="none")),
+    }
 
 # %% ../nbs/07_imagenet.ipynb #07-madeup
 class _MadeUp:
     "Source and autoencoder in one: random moments of real shape, to measure reading."
-    name, notes, held_out, image_chans, latent_chans, factor, device = "made-up", [], 0, 3, 4, 8, torch.device("cpu")
+
+    name, notes, held_out, image_chans, latent_chans, factor, device = (
+        "made-up",
+        [],
+        0,
+        3,
+        4,
+        8,
+        torch.device("cpu"),
+    )
+
     def __init__(self, n: int, side: int):
-        self.n, self.image_shape, self.key = n, (3, side, side), dict(kind="made-up", images=n)
-        self.sha256 = self.encoder_sha256 = "0"*64
-    def __len__(self): return self.n
-    def read(self, a, b): return torch.zeros((b - a, *self.image_shape), dtype=torch.uint8), [f"{i % 1000:04d}" for i in range(a, b)], [], []
-    def finish(self, classes, sums): return self.sha256, list(range(self.n)), sorted(set(classes))
-    def shape(self, side): return 8, side//8, side//8
-    def encode(self, u8): return torch.randn((len(u8), *self.shape(u8.shape[-1])), generator=torch.Generator().manual_seed(len(u8)))
+        self.n, self.image_shape, self.key = (
+            n,
+            (3, side, side),
+            dict(kind="made-up", images=n),
+        )
+        self.sha256 = self.encoder_sha256 = "0" * 64
+
+    def __len__(self):
+        return self.n
+
+    def read(self, a, b):
+        return (
+            torch.zeros((b - a, *self.image_shape), dtype=torch.uint8),
+            [f"{i % 1000:04d}" for i in range(a, b)],
+            [],
+            [],
+        )
+
+    def finish(self, classes, sums):
+        return self.sha256, list(range(self.n)), sorted(set(classes))
+
+    def shape(self, side):
+        return 8, side // 8, side // 8
+
+    def encode(self, u8):
+        return torch.randn(
+            (len(u8), *self.shape(u8.shape[-1])),
+            generator=torch.Generator().manual_seed(len(u8)),
+        )
+
 
 def input_cost(
-    rows=4096, side=256,      # encoded images, and their side in pixels
-    batch=64, train_batch=4,  # images read at a time; images of the training step
-    threads=1,                # CPU threads
-    model="U-ViT-S/2",        # a row of Table 2
-    steps=2, folder=None      # timed training steps, after one that is not; where the store is made (None: temporary)
-) -> dict:                    # seconds per image of input and of training, their ratio, images per second of input
+    rows=4096,
+    side=256,  # encoded images, and their side in pixels
+    batch=64,
+    train_batch=4,  # images read at a time; images of the training step
+    threads=1,  # CPU threads
+    model="U-ViT-S/2",  # a row of Table 2
+    steps=2,
+    folder=None,  # timed training steps, after one that is not; where the store is made (None: temporary)
+) -> dict:  # seconds per image of input and of training, their ratio, images per second of input
     "Time reading, drawing and scaling latents beside a training step on the CPU."
     from uvit_repro.diffusion import Diffusion
     from uvit_repro.train import Trainer, build_model, step_randomness
-    e = experiment("paper", dataset="imagenet256", preset_name=model, img_size=side//8, num_classes=1000, precision="fp32", use_checkpoint=False, batch_size=train_batch)
-    before = torch.get_num_threads(); torch.set_num_threads(threads)
+
+    e = experiment(
+        "paper",
+        dataset="imagenet256",
+        preset_name=model,
+        img_size=side // 8,
+        num_classes=1000,
+        precision="fp32",
+        use_checkpoint=False,
+        batch_size=train_batch,
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         with tempfile.TemporaryDirectory(dir=folder) as d:
-            made = _MadeUp(rows, side); store = encode_images(made, made, Path(d)/"store", batch=batch, shard_rows=batch*(1024//batch or 1), say=lambda *a, **k: None)
+            made = _MadeUp(rows, side)
+            store = encode_images(
+                made,
+                made,
+                Path(d) / "store",
+                batch=batch,
+                shard_rows=batch * (1024 // batch or 1),
+                say=lambda *a, **k: None,
+            )
             data = from_store(store, e.data, "imagenet256")
-            b = Batches(data, batch, 0, True, 0.1, 1000, latent_scale=e.data.latent_scale); n = max(2, rows//batch); b.at(0)
+            b = Batches(
+                data, batch, 0, True, 0.1, 1000, latent_scale=e.data.latent_scale
+            )
+            n = max(2, rows // batch)
+            b.at(0)
             t = time.perf_counter()
-            for s in range(1, n + 1): x0, y = b.at(s)
-            reading = (time.perf_counter() - t)/(n*batch)
-        trainer, x0, y, times = Trainer(build_model(e), Diffusion(e.diffusion), e.train), x0[:train_batch], y[:train_batch], []
+            for s in range(1, n + 1):
+                x0, y = b.at(s)
+            reading = (time.perf_counter() - t) / (n * batch)
+        trainer, x0, y, times = (
+            Trainer(build_model(e), Diffusion(e.diffusion), e.train),
+            x0[:train_batch],
+            y[:train_batch],
+            [],
+        )
         for s in range(steps + 1):
-            t = time.perf_counter(); tt, eps = step_randomness(0, s, tuple(x0.shape), trainer.diffusion, torch.device("cpu"))
-            trainer.update(x0, tt, eps, y=y); times.append(time.perf_counter() - t)
-    finally: torch.set_num_threads(before)
-    training = min(times[1:])/len(x0)
-    return dict(model=model, threads=threads, images_per_second=1/reading, input_seconds=reading, training_seconds=training, share=reading/training)
+            t = time.perf_counter()
+            tt, eps = step_randomness(
+                0, s, tuple(x0.shape), trainer.diffusion, torch.device("cpu")
+            )
+            trainer.update(x0, tt, eps, y=y)
+            times.append(time.perf_counter() - t)
+    finally:
+        torch.set_num_threads(before)
+    training = min(times[1:]) / len(x0)
+    return dict(
+        model=model,
+        threads=threads,
+        images_per_second=1 / reading,
+        input_seconds=reading,
+        training_seconds=training,
+        share=reading / training,
+    )
 
 # %% ../nbs/07_imagenet.ipynb #07-open_source
 EXAMPLES = """examples:
@@ -689,57 +1480,155 @@ EXAMPLES = """examples:
 encode resumes where it stopped, and makes files again that were deleted; verify reads everything and names what is short or altered.
 The store is then a data set: papermill nbs/07_imagenet.ipynb out.ipynb -p dataset latents:data/photos_latents"""
 
+
 def open_source(
-    name: str,      # imagenet | folder:PATH | npz:PATH | a pixel data set by its name
+    name: str,  # imagenet | folder:PATH | npz:PATH | a pixel data set by its name
     img_size: int,  # side of the prepared images, for imagenet and folders; None: the data set's own
-    root: Path,     # the folder of the data sets
-    channels: int   # of the images
-):                  # FolderSource or DataSource
+    root: Path,  # the folder of the data sets
+    channels: int,  # of the images
+):  # FolderSource or DataSource
     "What `encode --source` names."
-    from uvit_repro.imagesets import imagenet_folder
+    from uvit_repro.data.imagesets import imagenet_folder
+
     kind = name.partition(":")[0]
     if kind in ("imagenet", "folder"):
-        if not img_size: raise ParameterError(f"--source {name} needs --img-size, as in --img-size 256")
-        s = FolderSource(imagenet_folder(root) if kind == "imagenet" else _locate(name, root), img_size, channels); s.name = name; return s
-    pixel = [k for k, v in DATASETS.items() if k in FACTS and not FACTS[k].get("text_dim") and "latents" not in v and k != "folder"]
-    if kind not in pixel: raise ParameterError(f"--source {name!r}: known are imagenet, folder:PATH, {', '.join(pixel)} (npz as npz:PATH)")
+        if not img_size:
+            raise ParameterError(
+                f"--source {name} needs --img-size, as in --img-size 256"
+            )
+        s = FolderSource(
+            imagenet_folder(root) if kind == "imagenet" else _locate(name, root),
+            img_size,
+            channels,
+        )
+        s.name = name
+        return s
+    pixel = [
+        k
+        for k, v in DATASETS.items()
+        if k in FACTS
+        and not FACTS[k].get("text_dim")
+        and "latents" not in v
+        and k != "folder"
+    ]
+    if kind not in pixel:
+        raise ParameterError(
+            f"--source {name!r}: known are imagenet, folder:PATH, {', '.join(pixel)} (npz as npz:PATH)"
+        )
     facts = {k: v for k, v in FACTS[kind].items() if k not in ("features", "holdout")}
-    if kind == "npz": facts.update(img_size=img_size or facts["img_size"], in_chans=channels)
-    return DataSource(resolve_name(DATASETS, kind)(DataConfig(dataset=name, **facts), root), enlarge if kind == "digits" else lambda u8: u8)
+    if kind == "npz":
+        facts.update(img_size=img_size or facts["img_size"], in_chans=channels)
+    return DataSource(
+        resolve_name(DATASETS, kind)(DataConfig(dataset=name, **facts), root),
+        enlarge if kind == "digits" else lambda u8: u8,
+    )
 
 # %% ../nbs/07_imagenet.ipynb #07-main
 def main(args=None) -> int:
     "`python -m uvit_repro.latents encode | verify | speed`."
     import argparse
     from uvit_repro.train import pick_device
+
     how = dict(epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap = argparse.ArgumentParser(prog="python -m uvit_repro.latents", description="Encode images once, check what was encoded.", **how)
+    ap = argparse.ArgumentParser(
+        prog="python -m uvit_repro.latents",
+        description="Encode images once, check what was encoded.",
+        **how,
+    )
     sub = ap.add_subparsers(dest="command", required=True)
-    commands = dict(encode="encode a folder or a data set", verify="read a store and compare all sums", speed="time latent input beside a training step")
-    enc, ver, spd = (sub.add_parser(n, help=h, description=h, **how) for n, h in commands.items())
-    enc.add_argument("--source", required=True, help="imagenet | folder:PATH | npz:PATH | a data set by its name")
+    commands = dict(
+        encode="encode a folder or a data set",
+        verify="read a store and compare all sums",
+        speed="time latent input beside a training step",
+    )
+    enc, ver, spd = (
+        sub.add_parser(n, help=h, description=h, **how) for n, h in commands.items()
+    )
+    enc.add_argument(
+        "--source",
+        required=True,
+        help="imagenet | folder:PATH | npz:PATH | a data set by its name",
+    )
     enc.add_argument("--img-size", type=int, help="side of the prepared images")
-    enc.add_argument("--autoencoder", default="original", help="original | ema | digits | a path (default: original)")
-    enc.add_argument("--out", help="the store's folder (default: IMAGENETSIZE_latents under the data root)")
-    enc.add_argument("--dtype", default="float32", choices=["float32", "float16"], help="numbers in the files")
-    enc.add_argument("--batch", type=int, default=32, help="images encoded at once (default: 32)")
-    enc.add_argument("--shard-rows", type=int, default=4096, help="images in a shard (default: 4096)")
-    enc.add_argument("--pixels", action="store_true", help="keep the pixels, for small sets"); enc.add_argument("--no-mirror", action="store_true", help="leave the mirror images out")
+    enc.add_argument(
+        "--autoencoder",
+        default="original",
+        help="original | ema | digits | a path (default: original)",
+    )
+    enc.add_argument(
+        "--out",
+        help="the store's folder (default: IMAGENETSIZE_latents under the data root)",
+    )
+    enc.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "float16"],
+        help="numbers in the files",
+    )
+    enc.add_argument(
+        "--batch", type=int, default=32, help="images encoded at once (default: 32)"
+    )
+    enc.add_argument(
+        "--shard-rows", type=int, default=4096, help="images in a shard (default: 4096)"
+    )
+    enc.add_argument(
+        "--pixels", action="store_true", help="keep the pixels, for small sets"
+    )
+    enc.add_argument(
+        "--no-mirror", action="store_true", help="leave the mirror images out"
+    )
     enc.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:1")
-    enc.add_argument("--data-root", default="", help="folder of the data sets (default: UVIT_DATA, or data/ in the project)")
+    enc.add_argument(
+        "--data-root",
+        default="",
+        help="folder of the data sets (default: UVIT_DATA, or data/ in the project)",
+    )
     ver.add_argument("path", help="the store's folder")
-    spd.add_argument("--rows", type=int, default=4096, help="encoded images (default: 4096)"); spd.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    a = ap.parse_args(args); say = lambda line, **k: print(line, flush=True)
+    spd.add_argument(
+        "--rows", type=int, default=4096, help="encoded images (default: 4096)"
+    )
+    spd.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    a = ap.parse_args(args)
+    say = lambda line, **k: print(line, flush=True)
     try:
-        if a.command == "verify": print("whole: {images:,} images, {files} files, {bytes:,} bytes".format(**verify_store(a.path, say)))
-        elif a.command == "speed": print(json.dumps(input_cost(a.rows, threads=a.threads), indent=1))
+        if a.command == "verify":
+            print(
+                "whole: {images:,} images, {files} files, {bytes:,} bytes".format(
+                    **verify_store(a.path, say)
+                )
+            )
+        elif a.command == "speed":
+            print(json.dumps(input_cost(a.rows, threads=a.threads), indent=1))
         else:
-            root = data_folder(a.data_root); out = a.out or (root/f"imagenet{a.img_size}_latents" if a.source == "imagenet" else None)
-            if not out: raise ParameterError("--out is missing: the folder of the new store")
+            root = data_folder(a.data_root)
+            out = a.out or (
+                root / f"imagenet{a.img_size}_latents"
+                if a.source == "imagenet"
+                else None
+            )
+            if not out:
+                raise ParameterError("--out is missing: the folder of the new store")
             ae = load_autoencoder(a.autoencoder, root, pick_device(a.device))
-            s = encode_images(open_source(a.source, a.img_size, root, ae.image_chans), ae, out, a.dtype, a.batch, a.shard_rows, a.pixels, not a.no_mirror, say)
-            k = s.index["statistics"]; print(f"{out}: {len(s):,} images, moments {s.shape}, deviation of draws {k['drawn_std']:.5g}, latent_scale for unit variance {k['scale']:.5g}")
-    except (ValueError, OSError) as e: print(f"failed: {e}", file=sys.stderr, flush=True); return 1
+            s = encode_images(
+                open_source(a.source, a.img_size, root, ae.image_chans),
+                ae,
+                out,
+                a.dtype,
+                a.batch,
+                a.shard_rows,
+                a.pixels,
+                not a.no_mirror,
+                say,
+            )
+            k = s.index["statistics"]
+            print(
+                f"{out}: {len(s):,} images, moments {s.shape}, deviation of draws {k['drawn_std']:.5g}, latent_scale for unit variance {k['scale']:.5g}"
+            )
+    except (ValueError, OSError) as e:
+        print(f"failed: {e}", file=sys.stderr, flush=True)
+        return 1
     return 0
 
-if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())
+
+if __name__ == "__main__" and "get_ipython" not in globals():
+    sys.exit(main())

@@ -16,109 +16,169 @@ from .config import ParameterError, key_seed
 
 # %% ../nbs/02a_layers.ipynb #02a-timestep_embedding
 def timestep_embedding(
-    t: Tensor,           # times on the network's scale, (B,)
-    dim: int,            # width of the embedding, even
-    max_period=10000.0   # the longest wavelength over 2 pi
-) -> Tensor:             # (B, dim) float32: cosines, then sines
+    t: Tensor,  # times on the network's scale, (B,)
+    dim: int,  # width of the embedding, even
+    max_period=10000.0,  # the longest wavelength over 2 pi
+) -> Tensor:  # (B, dim) float32: cosines, then sines
     "Sinusoidal embedding of the time (Section 3; released `timestep_embedding`)."
-    freqs = torch.exp(-math.log(max_period)*torch.arange(dim//2, dtype=torch.float32, device=t.device)/(dim//2))
-    args = t[:, None].float()*freqs
+    freqs = torch.exp(
+        -math.log(max_period)
+        * torch.arange(dim // 2, dtype=torch.float32, device=t.device)
+        / (dim // 2)
+    )
+    args = t[:, None].float() * freqs
     return torch.cat([args.cos(), args.sin()], dim=-1)
 
 # %% ../nbs/02a_layers.ipynb #02a-unpatchify
 def unpatchify(
-    x: Tensor,       # tokens (B, L, P*P*C), L a square number
-    patch_size: int, # P
-    in_chans: int    # C
-) -> Tensor:         # images (B, C, H, W)
+    x: Tensor,  # tokens (B, L, P*P*C), L a square number
+    patch_size: int,  # P
+    in_chans: int,  # C
+) -> Tensor:  # images (B, C, H, W)
     "Fold tokens to an image (Section 3)."
-    return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=math.isqrt(x.shape[1]), p=patch_size, q=patch_size, c=in_chans)
+    return rearrange(
+        x,
+        "b (h w) (p q c) -> b c (h p) (w q)",
+        h=math.isqrt(x.shape[1]),
+        p=patch_size,
+        q=patch_size,
+        c=in_chans,
+    )
+
 
 def patchify(
-    x: Tensor,      # images (B, C, H, W)
-    patch_size: int # P
-) -> Tensor:        # tokens (B, L, P*P*C)
+    x: Tensor,  # images (B, C, H, W)
+    patch_size: int,  # P
+) -> Tensor:  # tokens (B, L, P*P*C)
     "The inverse of `unpatchify`."
-    return rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
+    return rearrange(
+        x, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size
+    )
 
 # %% ../nbs/02a_layers.ipynb #02a-patchembed
 class PatchEmbed(nn.Module):
     "Image to tokens: one linear layer per patch (released), or a stack of convolutions (Figure 2d; details ours)."
-    def __init__(self, patch_size: int, in_chans: int, embed_dim: int, kind: str = "linear"):
+
+    def __init__(
+        self, patch_size: int, in_chans: int, embed_dim: int, kind: str = "linear"
+    ):
         super().__init__()
         if kind == "linear":
             self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
             return
         n, strides, layers, width = patch_size, [], [], in_chans
-        while n > 1: strides.append(p := next(p for p in range(2, n+1) if n % p == 0)); n //= p
+        while n > 1:
+            strides.append(p := next(p for p in range(2, n + 1) if n % p == 0))
+            n //= p
         for i, s in enumerate(strides := strides or [1]):
-            out = max(embed_dim >> (len(strides)-i), 1)
-            layers += [nn.Conv2d(width, out, 3, stride=s, padding=1), nn.GELU()]; width = out
+            out = max(embed_dim >> (len(strides) - i), 1)
+            layers += [nn.Conv2d(width, out, 3, stride=s, padding=1), nn.GELU()]
+            width = out
         self.proj = nn.Sequential(*layers, nn.Conv2d(width, embed_dim, 1))
-    def forward(self, x: Tensor) -> Tensor: return self.proj(x).flatten(2).transpose(1, 2)   # (B, C, H, W) -> (B, L, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, L, D)
 
 # %% ../nbs/02a_layers.ipynb #02a-sincos2d
 def sincos2d(
-    side: int, # tokens along one side of the image
-    dim: int   # width D, a multiple of 4
-) -> Tensor:   # (side*side, D)
+    side: int,  # tokens along one side of the image
+    dim: int,  # width D, a multiple of 4
+) -> Tensor:  # (side*side, D)
     "Sinusoidal embedding of row and column, half the width each (Figure 2e)."
-    if dim % 4: raise ParameterError(f"embed_dim = {dim}: sincos2d needs a multiple of 4; try {dim + 4 - dim % 4}")
-    row = timestep_embedding(torch.arange(side), dim//2)
+    if dim % 4:
+        raise ParameterError(
+            f"embed_dim = {dim}: sincos2d needs a multiple of 4; try {dim + 4 - dim % 4}"
+        )
+    row = timestep_embedding(torch.arange(side), dim // 2)
     return torch.cat([row.repeat_interleave(side, 0), row.repeat(side, 1)], dim=1)
 
 # %% ../nbs/02a_layers.ipynb #02a-attention
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, # (B, H, L, D/H)
-    path: str = "sdpa"               # sdpa: fused; matrix: two products and a softmax
-) -> Tensor:                         # (B, H, L, D/H)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,  # (B, H, L, D/H)
+    path: str = "sdpa",  # sdpa: fused; matrix: two products and a softmax
+) -> Tensor:  # (B, H, L, D/H)
     "Scaled dot-product attention by one of two paths."
-    if path == "sdpa": return F.scaled_dot_product_attention(q, k, v)
-    return ((q*q.shape[-1]**-0.5) @ k.transpose(-2, -1)).softmax(-1).to(v.dtype) @ v
+    if path == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v)
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1).to(v.dtype) @ v
 
 # %% ../nbs/02a_layers.ipynb #02a-attention-2
 class Attention(nn.Module):
     "Multi-head self-attention with the released names. `path` is set by `set_attention`."
+
     path = "sdpa"
+
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = False):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv, self.proj = nn.Linear(dim, 3*dim, bias=qkv_bias), nn.Linear(dim, dim)
-    def forward(self, x: Tensor) -> Tensor:                                                    # (B, L, D)
-        q, k, v = rearrange(self.qkv(x), "b l (k h d) -> k b h l d", k=3, h=self.num_heads)
-        return self.proj(rearrange(attention(q, k, v, self.path), "b h l d -> b l (h d)"))
+        self.qkv, self.proj = (
+            nn.Linear(dim, 3 * dim, bias=qkv_bias),
+            nn.Linear(dim, dim),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, L, D)
+        q, k, v = rearrange(
+            self.qkv(x), "b l (k h d) -> k b h l d", k=3, h=self.num_heads
+        )
+        return self.proj(
+            rearrange(attention(q, k, v, self.path), "b h l d -> b l (h d)")
+        )
+
 
 class Mlp(nn.Module):
     "Two linear layers with an exact GELU between."
+
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-    def forward(self, x: Tensor) -> Tensor: return self.fc2(F.gelu(self.fc1(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
 
 # %% ../nbs/02a_layers.ipynb #02a-set_attention
 def set_attention(
-    model: nn.Module, # any model made of these layers
-    path: str         # sdpa | matrix
+    model: nn.Module,  # any model made of these layers
+    path: str,  # sdpa | matrix
 ):
     "Choose the attention path of every layer."
-    if path not in ("sdpa", "matrix"): raise ParameterError(f"attention = {path!r}: allowed are 'sdpa', 'matrix'")
+    if path not in ("sdpa", "matrix"):
+        raise ParameterError(f"attention = {path!r}: allowed are 'sdpa', 'matrix'")
     for m in model.modules():
-        if isinstance(m, Attention): m.path = path
+        if isinstance(m, Attention):
+            m.path = path
 
 # %% ../nbs/02a_layers.ipynb #02a-time_attention
 def time_attention(
-    batch: int, heads: int, length: int, width: int, # B, H, L, D/H
-    device="cpu", dtype=torch.float32, repeats=5     # where, autocast type, timed repetitions
-) -> dict:                                           # seconds, forward and backward, the fastest repetition of each path
+    batch: int,
+    heads: int,
+    length: int,
+    width: int,  # B, H, L, D/H
+    device="cpu",
+    dtype=torch.float32,
+    repeats=5,  # where, autocast type, timed repetitions
+) -> dict:  # seconds, forward and backward, the fastest repetition of each path
     "Time both attention paths on shapes like the model's."
     device, res = torch.device(device), {}
-    qkv = [torch.randn(batch, heads, length, width, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
-    sync = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+    qkv = [
+        torch.randn(
+            batch, heads, length, width, device=device, dtype=dtype, requires_grad=True
+        )
+        for _ in range(3)
+    ]
+    sync = (
+        (lambda: torch.cuda.synchronize(device))
+        if device.type == "cuda"
+        else (lambda: None)
+    )
     for path in ("sdpa", "matrix"):
         best = float("inf")
-        for _ in range(repeats + 1):                                                           # the first is warm-up and rarely the fastest
-            sync(); start = time.perf_counter()
-            attention(*qkv, path).sum().backward(); sync()
+        for _ in range(repeats + 1):  # the first is warm-up and rarely the fastest
+            sync()
+            start = time.perf_counter()
+            attention(*qkv, path).sum().backward()
+            sync()
             best = min(best, time.perf_counter() - start)
         res[path] = best
     return res
@@ -126,70 +186,111 @@ def time_attention(
 # %% ../nbs/02a_layers.ipynb #02a-adaln
 class AdaLN(nn.Module):
     r"$y_s \mathrm{LN}(h) + y_b$ (Figure 2b). kind `adaln`: scale starts at 1; `adaln_literal`: near 0; `adaln_zero`: also returns DiT's gate, all starting at 0."
+
     def __init__(self, dim: int, kind: str = "adaln"):
         super().__init__()
         self.kind, self.norm = kind, nn.LayerNorm(dim, elementwise_affine=False)
-        self.proj = nn.Linear(dim, (3 if kind == "adaln_zero" else 2)*dim)
+        self.proj = nn.Linear(dim, (3 if kind == "adaln_zero" else 2) * dim)
+
     def init_special(self):
-        if self.kind == "adaln": nn.init.ones_(self.proj.bias[:self.norm.normalized_shape[0]])
-        if self.kind == "adaln_zero": nn.init.zeros_(self.proj.weight); nn.init.zeros_(self.proj.bias)
-    def forward(self, h: Tensor, temb: Tensor):                                                # h (B, L, D), temb (B, D) -> normed h, gate
+        if self.kind == "adaln":
+            nn.init.ones_(self.proj.bias[: self.norm.normalized_shape[0]])
+        if self.kind == "adaln_zero":
+            nn.init.zeros_(self.proj.weight)
+            nn.init.zeros_(self.proj.bias)
+
+    def forward(
+        self, h: Tensor, temb: Tensor
+    ):  # h (B, L, D), temb (B, D) -> normed h, gate
         if self.kind != "adaln_zero":
             ys, yb = self.proj(temb)[:, None].chunk(2, -1)
-            return ys*self.norm(h) + yb, 1.0
+            return ys * self.norm(h) + yb, 1.0
         shift, scale, gate = self.proj(F.silu(temb))[:, None].chunk(3, -1)
-        return (1 + scale)*self.norm(h) + shift, gate
+        return (1 + scale) * self.norm(h) + shift, gate
 
 # %% ../nbs/02a_layers.ipynb #02a-init_parameter
 def init_parameter(
-    owner: nn.Module, # the module that holds it
-    leaf: str,        # its name there: weight, bias, pos_embed
-    p: Tensor,        # filled in place
-    gen=None,         # random generator; None: the global one
-    pos_std=0.02      # standard deviation of a position embedding
+    owner: nn.Module,  # the module that holds it
+    leaf: str,  # its name there: weight, bias, pos_embed
+    p: Tensor,  # filled in place
+    gen=None,  # random generator; None: the global one
+    pos_std=0.02,  # standard deviation of a position embedding
 ):
     "The released initialisation of one parameter (`uvit_setup` section 2)."
     if isinstance(owner, nn.Linear) or leaf == "pos_embed":
-        if leaf == "bias": return nn.init.zeros_(p)
-        std = pos_std if leaf == "pos_embed" else 0.02                      # the released truncation at 2 is a hundred standard deviations away
-        return nn.init.normal_(p, std=std, generator=gen) if std < 0.1 else nn.init.trunc_normal_(p, std=std, generator=gen)
-    if isinstance(owner, (nn.LayerNorm, nn.GroupNorm)): return nn.init.ones_(p) if leaf == "weight" else nn.init.zeros_(p)
-    if isinstance(owner, nn.Embedding): return nn.init.normal_(p, generator=gen)
+        if leaf == "bias":
+            return nn.init.zeros_(p)
+        std = (
+            pos_std if leaf == "pos_embed" else 0.02
+        )  # the released truncation at 2 is a hundred standard deviations away
+        return (
+            nn.init.normal_(p, std=std, generator=gen)
+            if std < 0.1
+            else nn.init.trunc_normal_(p, std=std, generator=gen)
+        )
+    if isinstance(owner, (nn.LayerNorm, nn.GroupNorm)):
+        return nn.init.ones_(p) if leaf == "weight" else nn.init.zeros_(p)
+    if isinstance(owner, nn.Embedding):
+        return nn.init.normal_(p, generator=gen)
     if isinstance(owner, nn.Conv2d):
-        if leaf == "weight": return nn.init.kaiming_uniform_(p, a=math.sqrt(5), generator=gen)
-        bound = (owner.weight[0].numel())**-0.5
+        if leaf == "weight":
+            return nn.init.kaiming_uniform_(p, a=math.sqrt(5), generator=gen)
+        bound = (owner.weight[0].numel()) ** -0.5
         return nn.init.uniform_(p, -bound, bound, generator=gen)
-    raise ValueError(f"no initialisation for {leaf} of {type(owner).__name__}: add one to init_parameter")
+    raise ValueError(
+        f"no initialisation for {leaf} of {type(owner).__name__}: add one to init_parameter"
+    )
 
 # %% ../nbs/02a_layers.ipynb #02a-init_weights
 @torch.no_grad()
 def init_weights(
-    model: nn.Module, # on the CPU
-    seed: int = None, # None: draw from the global generator
-    pos_std=0.02,     # standard deviation of the position embedding
-    conv_init="default" # identity: the final 3x3 convolution starts by passing its input
-) -> nn.Module:       # the same model
+    model: nn.Module,  # on the CPU
+    seed: int = None,  # None: draw from the global generator
+    pos_std=0.02,  # standard deviation of the position embedding
+    conv_init="default",  # identity: the final 3x3 convolution starts by passing its input
+) -> nn.Module:  # the same model
     "Initial weights keyed by (seed, parameter name)."
-    if next(model.parameters()).is_meta: return model                       # nothing there to fill
-    fill = getattr(model, "init_parameter", init_parameter)                 # a backbone from another library starts as its own code does
+    if next(model.parameters()).is_meta:
+        return model  # nothing there to fill
+    fill = getattr(
+        model, "init_parameter", init_parameter
+    )  # a backbone from another library starts as its own code does
     for name, module in model.named_modules():
         for leaf, p in module.named_parameters(recurse=False):
-            gen = None if seed is None else torch.Generator().manual_seed(key_seed(seed, "init", f"{name}.{leaf}".lstrip(".")))
+            gen = (
+                None
+                if seed is None
+                else torch.Generator().manual_seed(
+                    key_seed(seed, "init", f"{name}.{leaf}".lstrip("."))
+                )
+            )
             fill(module, leaf, p, gen, pos_std)
     for name, module in model.named_modules():
-        if hasattr(module, "init_special"): module.init_special()
-        if conv_init == "identity" and name == "final_layer" and isinstance(module, nn.Conv2d): nn.init.dirac_(module.weight); nn.init.zeros_(module.bias)
+        if hasattr(module, "init_special"):
+            module.init_special()
+        if (
+            conv_init == "identity"
+            and name == "final_layer"
+            and isinstance(module, nn.Conv2d)
+        ):
+            nn.init.dirac_(module.weight)
+            nn.init.zeros_(module.bias)
     return model
 
 # %% ../nbs/02a_layers.ipynb #02a-compile_blocks
 def compile_blocks(
-    net: nn.Module,   # a network with blocks: modules whose class says `is_block = True`
-    strict: bool=True # False: what can't be compiled on this machine runs as it is, with a warning
-) -> nn.Module:       # the same network
+    net: nn.Module,  # a network with blocks: modules whose class says `is_block = True`
+    strict: bool = True,  # False: what can't be compiled on this machine runs as it is, with a warning
+) -> nn.Module:  # the same network
     "Compile each block; equal blocks share their code. One graph for each kind of block, shape and mode (training, inference)."
     blocks = [m for m in net.modules() if getattr(m, "is_block", False)]
-    if not blocks: raise ParameterError(f"{type(net).__name__} has no blocks to compile: set compile = 'off'")
+    if not blocks:
+        raise ParameterError(
+            f"{type(net).__name__} has no blocks to compile: set compile = 'off'"
+        )
     import torch._dynamo
+
     torch._dynamo.config.suppress_errors = not strict
-    for m in blocks: m.compile(dynamic=False)
+    for m in blocks:
+        m.compile(dynamic=False)
     return net

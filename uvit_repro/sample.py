@@ -19,139 +19,257 @@ from .diffusion import EDM, Diffusion, Process, mix_variance, posterior
 
 # %% ../nbs/04a_sampling.ipynb #04a-initial_noise
 def initial_noise(
-    sample_seed: int, # seed of the whole set of images
-    start: int,       # index of the first image
-    n: int,           # how many
-    shape: tuple,     # of one image, (C, H, W)
-    device="cpu"      # where it goes; it is drawn on the CPU
-) -> Tensor:          # float32, (n, *shape)
+    sample_seed: int,  # seed of the whole set of images
+    start: int,  # index of the first image
+    n: int,  # how many
+    shape: tuple,  # of one image, (C, H, W)
+    device="cpu",  # where it goes; it is drawn on the CPU
+) -> Tensor:  # float32, (n, *shape)
     "Standard normal noise of images start .. start + n - 1, each from its own seed."
     g = torch.Generator()
-    return torch.stack([torch.randn(shape, generator=g.manual_seed(key_seed(sample_seed, "x_init", i))) for i in range(start, start+n)]).to(device)
+    return torch.stack(
+        [
+            torch.randn(
+                shape, generator=g.manual_seed(key_seed(sample_seed, "x_init", i))
+            )
+            for i in range(start, start + n)
+        ]
+    ).to(device)
 
 # %% ../nbs/04a_sampling.ipynb #04a-step_noise
 BLOCK = 50
 
+
 def step_noise(
-    sample_seed: int, # seed of the whole set of images
-    step: int,        # step of the sampler, from 0
-    start: int,       # index of the first image
-    n: int,           # how many
-    shape: tuple,     # of one image
-    device="cpu"      # where it is drawn
-) -> Tensor:          # float32, (n, *shape)
+    sample_seed: int,  # seed of the whole set of images
+    step: int,  # step of the sampler, from 0
+    start: int,  # index of the first image
+    n: int,  # how many
+    shape: tuple,  # of one image
+    device="cpu",  # where it is drawn
+) -> Tensor:  # float32, (n, *shape)
     "Noise of one step of a stochastic sampler, independent of batching."
-    g, first, last = torch.Generator(device=device), start//BLOCK, (start+n-1)//BLOCK
-    blocks = [torch.randn((BLOCK, *shape), generator=g.manual_seed(key_seed(sample_seed, "sde", step, b)), device=device) for b in range(first, last+1)]
-    return torch.cat(blocks)[start - first*BLOCK:][:n]
+    g, first, last = (
+        torch.Generator(device=device),
+        start // BLOCK,
+        (start + n - 1) // BLOCK,
+    )
+    blocks = [
+        torch.randn(
+            (BLOCK, *shape),
+            generator=g.manual_seed(key_seed(sample_seed, "sde", step, b)),
+            device=device,
+        )
+        for b in range(first, last + 1)
+    ]
+    return torch.cat(blocks)[start - first * BLOCK :][:n]
 
 # %% ../nbs/04a_sampling.ipynb #04a-sample_labels
 def sample_labels(
-    sample_seed: int, # seed of the whole set of images
-    start: int,       # index of the first image
-    n: int,           # how many
-    num_classes: int, # real classes, without the null class
-    counts: Tensor = None # (num_classes,) how often each comes in training: draw in that proportion; None: uniform
-) -> Tensor:          # int64, (n,)
+    sample_seed: int,  # seed of the whole set of images
+    start: int,  # index of the first image
+    n: int,  # how many
+    num_classes: int,  # real classes, without the null class
+    counts: Tensor = None,  # (num_classes,) how often each comes in training: draw in that proportion; None: uniform
+) -> Tensor:  # int64, (n,)
     "Class of image i: i modulo the number of classes (Appendix A: uniform over classes), or drawn by frequency from (seed, i), as the released code does on ImageNet 64x64."
-    if counts is None: return torch.arange(start, start+n) % num_classes
-    u = torch.tensor([key_seed(sample_seed, "label", i)/2**63 for i in range(start, start+n)], dtype=torch.float64)
+    if counts is None:
+        return torch.arange(start, start + n) % num_classes
+    u = torch.tensor(
+        [key_seed(sample_seed, "label", i) / 2**63 for i in range(start, start + n)],
+        dtype=torch.float64,
+    )
     edges = counts.double().cumsum(0)
-    return torch.searchsorted(edges, u*edges[-1], right=True).clamp(max=num_classes-1)
+    return torch.searchsorted(edges, u * edges[-1], right=True).clamp(
+        max=num_classes - 1
+    )
 
 # %% ../nbs/04a_sampling.ipynb #04a-guidance_scale
 def guidance_scale(
-    cfg_scale: float,            # w, or the largest one
-    c_noise: float,              # the time that the network is told, 0 .. 1000
+    cfg_scale: float,  # w, or the largest one
+    c_noise: float,  # the time that the network is told, 0 .. 1000
     schedule: str = "constant",  # constant | power_cosine
-    power: float = 4.0           # of power_cosine
+    power: float = 4.0,  # of power_cosine
 ) -> float:
     "Guidance at a time: constant (the paper), or DiffiT's power-cosine schedule (released `forward_with_cfg`)."
-    if schedule == "constant": return cfg_scale
-    if schedule != "power_cosine": raise ParameterError(f"cfg_schedule = {schedule!r}: allowed are constant and power_cosine")
-    return 1 + (cfg_scale - 1)*0.5*(1 - math.cos(math.pi*(1 - min(max(c_noise/1000, 0.0), 1.0))**power))
+    if schedule == "constant":
+        return cfg_scale
+    if schedule != "power_cosine":
+        raise ParameterError(
+            f"cfg_schedule = {schedule!r}: allowed are constant and power_cosine"
+        )
+    return 1 + (cfg_scale - 1) * 0.5 * (
+        1 - math.cos(math.pi * (1 - min(max(c_noise / 1000, 0.0), 1.0)) ** power)
+    )
+
 
 def guide(
-    cond: Tensor, null: Tensor, # both outputs, (B, C, H, W)
-    w: float,                   # guidance; 0: null, 1: cond
-    channels: int = 0           # only the first channels, the others are the conditional output's; 0: all
-) -> Tensor:                    # (B, C, H, W)
+    cond: Tensor,
+    null: Tensor,  # both outputs, (B, C, H, W)
+    w: float,  # guidance; 0: null, 1: cond
+    channels: int = 0,  # only the first channels, the others are the conditional output's; 0: all
+) -> Tensor:  # (B, C, H, W)
     "$F_{null} + w (F_{cond} - F_{null})$ on all or on the first channels."
-    out = null + w*(cond - null)
-    if channels > out.shape[1]: raise ParameterError(f"cfg_channels = {channels}: images have {out.shape[1]} channels; use 0 for all")
+    out = null + w * (cond - null)
+    if channels > out.shape[1]:
+        raise ParameterError(
+            f"cfg_channels = {channels}: images have {out.shape[1]} channels; use 0 for all"
+        )
     return torch.cat([out[:, :channels], cond[:, channels:]], 1) if channels else out
 
 # %% ../nbs/04a_sampling.ipynb #04a-denoiser
 class Denoiser:
     "A network, a process, guidance and clipping as one function of (x, t), for solvers (Section 2; guidance as in Appendix A)."
-    def __init__(self,
-        model,                     # network(x, c_noise, **cond)
-        diffusion: Diffusion,      # what its output stands for
-        cfg_scale: float = 1.0,    # w of null + w (cond - null); 1: no guidance
-        clip: bool = False,        # limit the clean image to [-1, 1]; the noise follows
-        null: dict = None,         # unconditional arguments, one example each: dict(y=tensor(10)) or dict(context=(77, 768))
-        autocast: torch.dtype = None, # bfloat16 or float16 inside the network; None: as it is
-        trace: list = None,        # receives (t, clean image) of every evaluation
-        cfg_channels: int = 0,     # guide the first channels only, the others are the conditional output's; 0: all
-        cfg_schedule: str = "constant", cfg_power: float = 4.0 # see `guidance_scale`
+
+    def __init__(
+        self,
+        model,  # network(x, c_noise, **cond)
+        diffusion: Diffusion,  # what its output stands for
+        cfg_scale: float = 1.0,  # w of null + w (cond - null); 1: no guidance
+        clip: bool = False,  # limit the clean image to [-1, 1]; the noise follows
+        null: dict = None,  # unconditional arguments, one example each: dict(y=tensor(10)) or dict(context=(77, 768))
+        autocast: torch.dtype = None,  # bfloat16 or float16 inside the network; None: as it is
+        trace: list = None,  # receives (t, clean image) of every evaluation
+        cfg_channels: int = 0,  # guide the first channels only, the others are the conditional output's; 0: all
+        cfg_schedule: str = "constant",
+        cfg_power: float = 4.0,  # see `guidance_scale`
     ):
-        if cfg_scale != 1 and not null: raise ParameterError(f"cfg_scale = {cfg_scale} needs the null condition; give null=dict(y=...) or use cfg_scale = 1")
-        self.model, self.diffusion, self.cfg_scale, self.clip, self.autocast, self.trace = model, diffusion, cfg_scale, clip, autocast, trace
+        if cfg_scale != 1 and not null:
+            raise ParameterError(
+                f"cfg_scale = {cfg_scale} needs the null condition; give null=dict(y=...) or use cfg_scale = 1"
+            )
+        (
+            self.model,
+            self.diffusion,
+            self.cfg_scale,
+            self.clip,
+            self.autocast,
+            self.trace,
+        ) = model, diffusion, cfg_scale, clip, autocast, trace
         if cfg_schedule != "constant" and isinstance(diffusion.process, EDM):
-            raise ParameterError(f"cfg_schedule = {cfg_schedule!r}: needs times of 0 .. 1000, and edm tells its network a logarithm; use cfg_schedule = 'constant'")
-        self.cfg_channels, self.cfg_schedule, self.cfg_power = cfg_channels, cfg_schedule, cfg_power
-        self.null, self.nfe, self._coef = {k: torch.as_tensor(v) for k, v in (null or {}).items()}, 0, {}
+            raise ParameterError(
+                f"cfg_schedule = {cfg_schedule!r}: needs times of 0 .. 1000, and edm tells its network a logarithm; use cfg_schedule = 'constant'"
+            )
+        self.cfg_channels, self.cfg_schedule, self.cfg_power = (
+            cfg_channels,
+            cfg_schedule,
+            cfg_power,
+        )
+        self.null, self.nfe, self._coef = (
+            {k: torch.as_tensor(v) for k, v in (null or {}).items()},
+            0,
+            {},
+        )
 
     def coefficients(self, t: float) -> tuple:
         "(c_in, c_noise, x0 from x, x0 from F, eps from x, eps from F, alpha, sigma) at a time."
         if t not in self._coef:
             d, tt = self.diffusion, torch.tensor([t], dtype=torch.float64)
-            skip, out, c_in, c_noise, a, s = (v.item() for v in (*d.scalings(tt), d.process.c_noise(tt), d.process.alpha(tt), d.process.sigma(tt)))
-            self._coef[t] = c_in, c_noise, skip, out, (1-a*skip)/s, -a*out/s, a, s
+            skip, out, c_in, c_noise, a, s = (
+                v.item()
+                for v in (
+                    *d.scalings(tt),
+                    d.process.c_noise(tt),
+                    d.process.alpha(tt),
+                    d.process.sigma(tt),
+                )
+            )
+            self._coef[t] = (
+                c_in,
+                c_noise,
+                skip,
+                out,
+                (1 - a * skip) / s,
+                -a * out / s,
+                a,
+                s,
+            )
         return self._coef[t]
 
     @torch.inference_mode()
     def outputs(self, x: Tensor, t: float, **cond) -> tuple[Tensor, Tensor]:
         "F, guided, in the dtype of x, and the further channels of a network that also predicts variances (None of one that does not)."
         c_in, c_noise = self.coefficients(t)[:2]
-        xs, guided, C = (x if c_in == 1 else c_in*x), self.cfg_scale != 1, x.shape[1]
+        xs, guided, C = (x if c_in == 1 else c_in * x), self.cfg_scale != 1, x.shape[1]
         if guided:
-            if set(cond) != set(self.null): raise ParameterError(f"guidance has null for {sorted(self.null)} but conditions {sorted(cond)}: they must match")
+            if set(cond) != set(self.null):
+                raise ParameterError(
+                    f"guidance has null for {sorted(self.null)} but conditions {sorted(cond)}: they must match"
+                )
             for k, v in cond.items():
-                self.null[k] = self.null[k].to(v)                                 # moves once; free afterwards
+                self.null[k] = self.null[k].to(v)  # moves once; free afterwards
                 cond[k] = torch.cat([v, self.null[k].expand_as(v)])
             xs = torch.cat([xs, xs])
-        with torch.autocast(x.device.type, dtype=self.autocast) if self.autocast else nullcontext():
-            out = self.model(xs, torch.full((len(xs),), c_noise, dtype=torch.float32, device=x.device), **cond)
+        with (
+            torch.autocast(x.device.type, dtype=self.autocast)
+            if self.autocast
+            else nullcontext()
+        ):
+            out = self.model(
+                xs,
+                torch.full((len(xs),), c_noise, dtype=torch.float32, device=x.device),
+                **cond,
+            )
         self.nfe += 1
-        F, v = out[:, :C].to(x.dtype), out[:len(x), C:].to(x.dtype) if out.shape[1] > C else None
-        return (guide(*F.chunk(2), guidance_scale(self.cfg_scale, c_noise, self.cfg_schedule, self.cfg_power), self.cfg_channels) if guided else F), v
-    def output(self, x: Tensor, t: float, **cond) -> Tensor: return self.outputs(x, t, **cond)[0]
+        F, v = (
+            out[:, :C].to(x.dtype),
+            out[: len(x), C:].to(x.dtype) if out.shape[1] > C else None,
+        )
+        return (
+            guide(
+                *F.chunk(2),
+                guidance_scale(
+                    self.cfg_scale, c_noise, self.cfg_schedule, self.cfg_power
+                ),
+                self.cfg_channels,
+            )
+            if guided
+            else F
+        ), v
+
+    def output(self, x: Tensor, t: float, **cond) -> Tensor:
+        return self.outputs(x, t, **cond)[0]
 
     @torch.inference_mode()
     def all(self, x: Tensor, t: float, **cond) -> tuple[Tensor, Tensor, Tensor]:
         "The clean image, the noise, and what is said of the variance (or None), from one evaluation."
         F, v = self.outputs(x, t, **cond)
         _, _, skip, out, e_skip, e_out, a, s = self.coefficients(t)
-        x0, eps = skip*x + out*F, e_skip*x + e_out*F
-        if self.clip: x0 = x0.clamp(-1, 1); eps = (x - a*x0)/s
-        if self.trace is not None: self.trace.append((t, x0.float().cpu()))
+        x0, eps = skip * x + out * F, e_skip * x + e_out * F
+        if self.clip:
+            x0 = x0.clamp(-1, 1)
+            eps = (x - a * x0) / s
+        if self.trace is not None:
+            self.trace.append((t, x0.float().cpu()))
         return x0, eps, v
-    def both(self, x: Tensor, t: float, **cond) -> tuple[Tensor, Tensor]: return self.all(x, t, **cond)[:2]
-    def x0(self, x: Tensor, t: float, **cond) -> Tensor: return self.both(x, t, **cond)[0]
-    def eps(self, x: Tensor, t: float, **cond) -> Tensor: return self.both(x, t, **cond)[1]
+
+    def both(self, x: Tensor, t: float, **cond) -> tuple[Tensor, Tensor]:
+        return self.all(x, t, **cond)[:2]
+
+    def x0(self, x: Tensor, t: float, **cond) -> Tensor:
+        return self.both(x, t, **cond)[0]
+
+    def eps(self, x: Tensor, t: float, **cond) -> Tensor:
+        return self.both(x, t, **cond)[1]
 
 # %% ../nbs/04a_sampling.ipynb #04a-exactmixture
 class ExactMixture(nn.Module):
     "The optimal network for a mixture of equal Gaussians, for any process and prediction; computes in float64."
-    def __init__(self,
-        diffusion: Diffusion,   # decides the scales of input and output
-        means: Tensor,          # (K, C, H, W) or (K, D)
-        std: float,             # of every component
-        classes: Tensor = None  # (K,) class of each component; a label outside of them means all components
+
+    def __init__(
+        self,
+        diffusion: Diffusion,  # decides the scales of input and output
+        means: Tensor,  # (K, C, H, W) or (K, D)
+        std: float,  # of every component
+        classes: Tensor = None,  # (K,) class of each component; a label outside of them means all components
     ):
         super().__init__()
-        self.diffusion, self.std, self.classes, self.shape = diffusion, std, classes, means.shape[1:]
+        self.diffusion, self.std, self.classes, self.shape = (
+            diffusion,
+            std,
+            classes,
+            means.shape[1:],
+        )
         self.register_buffer("means", means.double().flatten(1))
 
     def time(self, c_noise: Tensor) -> Tensor:
@@ -160,364 +278,573 @@ class ExactMixture(nn.Module):
 
     def denoise(self, x: Tensor, t: Tensor, y: Tensor = None) -> Tensor:
         "E[x0 | x_t = x] for x (B, D) float64 and t (B,)."
-        a, s = self.diffusion.process.alpha(t)[:, None], self.diffusion.process.sigma(t)[:, None]
-        v = a**2*self.std**2 + s**2
-        logits = (2*a*(x @ self.means.T) - a**2*self.means.square().sum(1))/(2*v)
+        a, s = (
+            self.diffusion.process.alpha(t)[:, None],
+            self.diffusion.process.sigma(t)[:, None],
+        )
+        v = a**2 * self.std**2 + s**2
+        logits = (2 * a * (x @ self.means.T) - a**2 * self.means.square().sum(1)) / (
+            2 * v
+        )
         if y is not None and self.classes is not None:
             other = (self.classes != y[:, None]) & torch.isin(y, self.classes)[:, None]
             logits = logits.masked_fill(other, -math.inf)
         mean = logits.softmax(1) @ self.means
-        return mean + a*self.std**2/v*(x - a*mean)
+        return mean + a * self.std**2 / v * (x - a * mean)
 
     def forward(self, x: Tensor, c_noise: Tensor, y: Tensor = None) -> Tensor:
-        t = self.time(c_noise); skip, out, c_in = (c[:, None] for c in self.diffusion.scalings(t))
-        xt = x.double().flatten(1)/c_in
-        return ((self.denoise(xt, t, y) - skip*xt)/out).reshape(x.shape).to(x.dtype)
+        t = self.time(c_noise)
+        skip, out, c_in = (c[:, None] for c in self.diffusion.scalings(t))
+        xt = x.double().flatten(1) / c_in
+        return ((self.denoise(xt, t, y) - skip * xt) / out).reshape(x.shape).to(x.dtype)
 
     def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         "n exact samples and their components."
         k = torch.randint(len(self.means), (n,), generator=generator)
-        x = self.means[k] + self.std*torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
+        x = self.means[k] + self.std * torch.randn(
+            n, self.means.shape[1], generator=generator, dtype=torch.float64
+        )
         return x.reshape(n, *self.shape), k
 
 # %% ../nbs/04a_sampling.ipynb #04a-euler_maruyama
 def euler_maruyama(
-    den: Denoiser,          # of a variance-preserving process
-    x: Tensor,              # state at t_max, (B, C, H, W)
-    n_steps: int,           # evaluations, at least 2; the paper uses 1000
-    noise,                  # noise(step) -> tensor like x, step = 0 .. n_steps - 2
-    t_end: float = 1e-3,    # last time that is evaluated
-    **cond                  # y or context, per image
-) -> Tensor:                # images, like x
+    den: Denoiser,  # of a variance-preserving process
+    x: Tensor,  # state at t_max, (B, C, H, W)
+    n_steps: int,  # evaluations, at least 2; the paper uses 1000
+    noise,  # noise(step) -> tensor like x, step = 0 .. n_steps - 2
+    t_end: float = 1e-3,  # last time that is evaluated
+    **cond,  # y or context, per image
+) -> Tensor:  # images, like x
     "The released sampler of the reverse SDE (Appendix A)."
     p = den.diffusion.process
     check_sampler("euler_maruyama", n_steps, p)
-    t = torch.cat([torch.zeros(1, dtype=torch.float64), torch.linspace(t_end, p.t_max, n_steps, dtype=torch.float64)]).flip(0)
+    t = torch.cat(
+        [
+            torch.zeros(1, dtype=torch.float64),
+            torch.linspace(t_end, p.t_max, n_steps, dtype=torch.float64),
+        ]
+    ).flip(0)
     dt, g2 = t.diff(), p.g2(t[:-1])
-    keep, drift, scale = (1 + p.f(t[:-1])*dt).tolist(), (g2*dt/p.sigma(t[:-1])).tolist(), (-g2*dt).sqrt().tolist()
+    keep, drift, scale = (
+        (1 + p.f(t[:-1]) * dt).tolist(),
+        (g2 * dt / p.sigma(t[:-1])).tolist(),
+        (-g2 * dt).sqrt().tolist(),
+    )
     for i, ti in enumerate(t[:-1].tolist()):
-        x = keep[i]*x + drift[i]*den.eps(x, ti, **cond)
-        if i < n_steps-1: x = x + scale[i]*noise(i).to(x)
+        x = keep[i] * x + drift[i] * den.eps(x, ti, **cond)
+        if i < n_steps - 1:
+            x = x + scale[i] * noise(i).to(x)
     return x
 
 # %% ../nbs/04a_sampling.ipynb #04a-check_sampler
 def check_sampler(
-    sampler: str,    # one of SAMPLERS
-    nfe: int,        # evaluations asked for
-    process: Process # that it would solve
+    sampler: str,  # one of SAMPLERS
+    nfe: int,  # evaluations asked for
+    process: Process,  # that it would solve
 ):
     "Raise `ParameterError` where this sampler can't spend `nfe` evaluations on this process."
-    if nfe < 1: raise ParameterError(f"nfe = {nfe}: at least 1 evaluation is needed")
+    if nfe < 1:
+        raise ParameterError(f"nfe = {nfe}: at least 1 evaluation is needed")
     if sampler == "heun" and nfe % 2 == 0:
-        raise ParameterError(f"nfe = {nfe}: heun takes 2k - 1 evaluations (two per step, one in the last); nearest are {nfe-1} and {nfe+1}")
+        raise ParameterError(
+            f"nfe = {nfe}: heun takes 2k - 1 evaluations (two per step, one in the last); nearest are {nfe - 1} and {nfe + 1}"
+        )
     if sampler == "euler_maruyama":
-        if nfe < 2: raise ParameterError(f"nfe = {nfe}: euler_maruyama needs at least 2 evaluations (the paper uses 1000)")
-        if isinstance(process, EDM): raise ParameterError("euler_maruyama walks the reverse SDE of a variance-preserving process (vp, sd, linear, cosine); for edm use heun")
+        if nfe < 2:
+            raise ParameterError(
+                f"nfe = {nfe}: euler_maruyama needs at least 2 evaluations (the paper uses 1000)"
+            )
+        if isinstance(process, EDM):
+            raise ParameterError(
+                "euler_maruyama walks the reverse SDE of a variance-preserving process (vp, sd, linear, cosine); for edm use heun"
+            )
     if sampler == "ancestral":
-        if not 2 <= nfe <= ANCESTRAL: raise ParameterError(f"nfe = {nfe}: ancestral takes 2 to {ANCESTRAL} of the {ANCESTRAL} steps (DiffiT 250)")
-        if isinstance(process, EDM): raise ParameterError("ancestral walks the steps of a variance-preserving process (vp, sd, linear, cosine); for edm use heun")
+        if not 2 <= nfe <= ANCESTRAL:
+            raise ParameterError(
+                f"nfe = {nfe}: ancestral takes 2 to {ANCESTRAL} of the {ANCESTRAL} steps (DiffiT 250)"
+            )
+        if isinstance(process, EDM):
+            raise ParameterError(
+                "ancestral walks the steps of a variance-preserving process (vp, sd, linear, cosine); for edm use heun"
+            )
 
-ANCESTRAL = 1000        # steps of a discrete process; a continuous one is cut into as many
+
+ANCESTRAL = 1000  # steps of a discrete process; a continuous one is cut into as many
 
 # %% ../nbs/04a_sampling.ipynb #04a-spaced_steps
 def spaced_steps(
-    n: int, total: int = 1000 # how many steps out of how many
-) -> list[int]:               # increasing, from 0 to total - 1
+    n: int,
+    total: int = 1000,  # how many steps out of how many
+) -> list[int]:  # increasing, from 0 to total - 1
     "The subset that guided-diffusion's respacing takes for one section."
-    if not 2 <= n <= total: raise ParameterError(f"nfe = {n}: ancestral takes 2 to {total} of the {total} steps")
-    stride, at, steps = (total - 1)/(n - 1), 0.0, []
-    for _ in range(n): steps.append(round(at)); at += stride
+    if not 2 <= n <= total:
+        raise ParameterError(
+            f"nfe = {n}: ancestral takes 2 to {total} of the {total} steps"
+        )
+    stride, at, steps = (total - 1) / (n - 1), 0.0, []
+    for _ in range(n):
+        steps.append(round(at))
+        at += stride
     return steps
 
+
 def ancestral_plan(
-    process: Process, n: int # any that preserves variance; steps
-) -> list[tuple]:            # from the last to the first: (t, factor of x0, factor of x, log variance small, large)
+    process: Process,
+    n: int,  # any that preserves variance; steps
+) -> list[
+    tuple
+]:  # from the last to the first: (t, factor of x0, factor of x, log variance small, large)
     "Every coefficient of ancestral sampling, as floats."
-    t = process.t_max*(torch.tensor(spaced_steps(n, ANCESTRAL), dtype=torch.float64) + 1)/ANCESTRAL
-    return list(zip(*(v.flip(0).tolist() for v in (t, *posterior(process.log_alpha(t))))))
+    t = (
+        process.t_max
+        * (torch.tensor(spaced_steps(n, ANCESTRAL), dtype=torch.float64) + 1)
+        / ANCESTRAL
+    )
+    return list(
+        zip(*(v.flip(0).tolist() for v in (t, *posterior(process.log_alpha(t)))))
+    )
 
 # %% ../nbs/04a_sampling.ipynb #04a-ancestral
 def ancestral(
-    den: Denoiser,          # of a variance-preserving process
-    x: Tensor,              # state at t_max, (B, C, H, W)
-    n_steps: int,           # evaluations, 2 to 1000
-    noise,                  # noise(step) -> tensor like x, step = 0 .. n_steps - 2
-    large: bool = False,    # where variances are not learned: beta (DDPM on CIFAR10, ADM) instead of beta tilde (leaves less noise with few steps)
-    **cond                  # y or context, per image
-) -> Tensor:                # images, like x
+    den: Denoiser,  # of a variance-preserving process
+    x: Tensor,  # state at t_max, (B, C, H, W)
+    n_steps: int,  # evaluations, 2 to 1000
+    noise,  # noise(step) -> tensor like x, step = 0 .. n_steps - 2
+    large: bool = False,  # where variances are not learned: beta (DDPM on CIFAR10, ADM) instead of beta tilde (leaves less noise with few steps)
+    **cond,  # y or context, per image
+) -> Tensor:  # images, like x
     "DDPM's sampler on a spaced subset of the steps (Ho et al. 2020, Algorithm 2; Nichol and Dhariwal 2021; released DiffiT: 250)."
     check_sampler("ancestral", n_steps, den.diffusion.process)
     learned = den.diffusion.cfg.variance == "learned"
-    for i, (t, c0, cx, low, high) in enumerate(ancestral_plan(den.diffusion.process, n_steps)):
+    for i, (t, c0, cx, low, high) in enumerate(
+        ancestral_plan(den.diffusion.process, n_steps)
+    ):
         x0, _, v = den.all(x, t, **cond)
-        if learned and v is None: raise ParameterError("variance = 'learned', but the network has no channels for it; use a backbone that predicts variances, or variance = 'fixed'")
-        x = c0*x0 + cx*x
-        if i == n_steps-1: return x
-        scale = (0.5*mix_variance(v, low, high)).exp().to(x) if learned else math.exp(0.5*(high if large else low))
-        x = x + scale*noise(i).to(x)
+        if learned and v is None:
+            raise ParameterError(
+                "variance = 'learned', but the network has no channels for it; use a backbone that predicts variances, or variance = 'fixed'"
+            )
+        x = c0 * x0 + cx * x
+        if i == n_steps - 1:
+            return x
+        scale = (
+            (0.5 * mix_variance(v, low, high)).exp().to(x)
+            if learned
+            else math.exp(0.5 * (high if large else low))
+        )
+        x = x + scale * noise(i).to(x)
 
 # %% ../nbs/04a_sampling.ipynb #04a-fast_orders
 def fast_orders(
-    nfe: int   # evaluations, at least 1
-) -> list[int]:# orders of the groups; they add up to nfe
+    nfe: int,  # evaluations, at least 1
+) -> list[int]:  # orders of the groups; they add up to nfe
     "Groups of third order with a tail of second and first order, as released."
-    if nfe < 1: raise ParameterError(f"nfe = {nfe}: the smallest allowed is 1 (one step of first order)")
-    k = nfe//3 + 1
-    return ([3]*(k-2) + [2, 1], [3]*(k-1) + [1], [3]*(k-1) + [2])[nfe % 3]
+    if nfe < 1:
+        raise ParameterError(
+            f"nfe = {nfe}: the smallest allowed is 1 (one step of first order)"
+        )
+    k = nfe // 3 + 1
+    return ([3] * (k - 2) + [2, 1], [3] * (k - 1) + [1], [3] * (k - 1) + [2])[nfe % 3]
 
 # %% ../nbs/04a_sampling.ipynb #04a-log_snr_times
 def log_snr_times(
-    process: Process,     # any
-    n: int,               # how many times
-    t_start: float = None,# first; None: t_max
-    t_end: float = None   # last; None: t_min
-) -> Tensor:              # float64 on the CPU, (n,), decreasing
+    process: Process,  # any
+    n: int,  # how many times
+    t_start: float = None,  # first; None: t_max
+    t_end: float = None,  # last; None: t_min
+) -> Tensor:  # float64 on the CPU, (n,), decreasing
     "Times uniform in log-SNR; first and last are exactly those given."
-    ends = [process.t_max if t_start is None else t_start, process.t_min if t_end is None else t_end]
-    if not 0 < ends[1] < ends[0] <= process.t_max: raise ParameterError(f"t_start = {ends[0]}, t_end = {ends[1]}: needs 0 < t_end < t_start <= {process.t_max}")
+    ends = [
+        process.t_max if t_start is None else t_start,
+        process.t_min if t_end is None else t_end,
+    ]
+    if not 0 < ends[1] < ends[0] <= process.t_max:
+        raise ParameterError(
+            f"t_start = {ends[0]}, t_end = {ends[1]}: needs 0 < t_end < t_start <= {process.t_max}"
+        )
     lo, hi = process.lam(torch.tensor(ends, dtype=torch.float64)).tolist()
     t = process.t_of_lam(torch.linspace(lo, hi, n, dtype=torch.float64))
     t[0] = ends[0]
-    if n > 1: t[-1] = ends[1]
+    if n > 1:
+        t[-1] = ends[1]
     return t
 
 # %% ../nbs/04a_sampling.ipynb #04a-fast_times
 def fast_times(
-    process: Process, # any
-    nfe: int,         # evaluations
-    spacing: str,     # logsnr: groups equal in log-SNR, cut into equal parts; time: all nodes equal in time
-    t_end: float      # last time
-) -> Tensor:          # float64 on the CPU, (nfe + 1,), decreasing
+    process: Process,  # any
+    nfe: int,  # evaluations
+    spacing: str,  # logsnr: groups equal in log-SNR, cut into equal parts; time: all nodes equal in time
+    t_end: float,  # last time
+) -> Tensor:  # float64 on the CPU, (nfe + 1,), decreasing
     "The nodes of DPM-Solver fast."
-    if spacing not in ("logsnr", "time"): raise ParameterError(f"spacing = {spacing!r}: allowed are logsnr and time")
+    if spacing not in ("logsnr", "time"):
+        raise ParameterError(f"spacing = {spacing!r}: allowed are logsnr and time")
     orders = fast_orders(nfe)
-    edges = log_snr_times(process, len(orders)+1, None, t_end)
-    if spacing == "time": return torch.linspace(process.t_max, t_end, nfe+1, dtype=torch.float64)
+    edges = log_snr_times(process, len(orders) + 1, None, t_end)
+    if spacing == "time":
+        return torch.linspace(process.t_max, t_end, nfe + 1, dtype=torch.float64)
     lam = process.lam(edges).tolist()
-    inner = [process.t_of_lam(torch.linspace(a, b, k+1, dtype=torch.float64))[1:-1] for a, b, k in zip(lam, lam[1:], orders)]
-    return torch.cat([v for i, t in enumerate(inner) for v in (edges[i:i+1], t)] + [edges[-1:]])
+    inner = [
+        process.t_of_lam(torch.linspace(a, b, k + 1, dtype=torch.float64))[1:-1]
+        for a, b, k in zip(lam, lam[1:], orders)
+    ]
+    return torch.cat(
+        [v for i, t in enumerate(inner) for v in (edges[i : i + 1], t)] + [edges[-1:]]
+    )
 
 # %% ../nbs/04a_sampling.ipynb #04a-fast_plan
 def fast_plan(
-    process: Process, # any
-    times: Tensor,    # (nfe + 1,)
-    orders: list[int],# of the groups
-    pp: bool          # data prediction instead of noise prediction
-) -> list[list]:      # per group, per evaluation: (t, factor of the group's start, of the first prediction, of the last minus the first)
+    process: Process,  # any
+    times: Tensor,  # (nfe + 1,)
+    orders: list[int],  # of the groups
+    pp: bool,  # data prediction instead of noise prediction
+) -> list[
+    list
+]:  # per group, per evaluation: (t, factor of the group's start, of the first prediction, of the last minus the first)
     "Every coefficient of DPM-Solver fast, as floats."
-    lam, al, sg = (v.tolist() for v in (process.lam(times), process.alpha(times), process.sigma(times)))
-    (a, b, sign), t, plan, s = ((sg, al, -1) if pp else (al, sg, 1)), times.tolist(), [], 0
+    lam, al, sg = (
+        v.tolist()
+        for v in (process.lam(times), process.alpha(times), process.sigma(times))
+    )
+    (a, b, sign), t, plan, s = (
+        ((sg, al, -1) if pp else (al, sg, 1)),
+        times.tolist(),
+        [],
+        0,
+    )
     for order in orders:
-        group, h = [], lam[s+order] - lam[s]
-        for j in range(1, order+1):
-            u = s + j; z = sign*(lam[u] - lam[s]); phi1 = math.expm1(z); r = (lam[u] - lam[s])/h
-            r_last = (lam[u-1] - lam[s])/h
-            w = 0.0 if j == 1 else 0.5/r_last*phi1 if order == 2 else r/r_last*(phi1/z - 1)
-            group.append((t[u-1], a[u]/a[s], -b[u]*phi1, -b[u]*w))
-        plan.append(group); s += order
+        group, h = [], lam[s + order] - lam[s]
+        for j in range(1, order + 1):
+            u = s + j
+            z = sign * (lam[u] - lam[s])
+            phi1 = math.expm1(z)
+            r = (lam[u] - lam[s]) / h
+            r_last = (lam[u - 1] - lam[s]) / h
+            w = (
+                0.0
+                if j == 1
+                else 0.5 / r_last * phi1
+                if order == 2
+                else r / r_last * (phi1 / z - 1)
+            )
+            group.append((t[u - 1], a[u] / a[s], -b[u] * phi1, -b[u] * w))
+        plan.append(group)
+        s += order
     return plan
 
 # %% ../nbs/04a_sampling.ipynb #04a-dpm_solver_fast
 def dpm_solver_fast(
-    den: Denoiser,         # any process
-    x: Tensor,             # state at t_max, (B, C, H, W)
-    nfe: int,              # evaluations, at least 1
-    pp: bool = False,      # data prediction (DPM-Solver++) instead of noise prediction (DPM-Solver)
-    spacing: str = None,   # logsnr | time; None: as released, time for pp (logsnr where time is sigma itself)
-    t_end: float = None,   # last time; None: as released, t_min, with pp at least 1e-3
-    **cond                 # y or context, per image
-) -> Tensor:               # state at t_end, like x
+    den: Denoiser,  # any process
+    x: Tensor,  # state at t_max, (B, C, H, W)
+    nfe: int,  # evaluations, at least 1
+    pp: bool = False,  # data prediction (DPM-Solver++) instead of noise prediction (DPM-Solver)
+    spacing: str = None,  # logsnr | time; None: as released, time for pp (logsnr where time is sigma itself)
+    t_end: float = None,  # last time; None: as released, t_min, with pp at least 1e-3
+    **cond,  # y or context, per image
+) -> Tensor:  # state at t_end, like x
     "The released single-step DPM-Solver and DPM-Solver++ of mixed order (Appendix A; Lu et al. 2022)."
     p = den.diffusion.process
     check_sampler("dpm_solver_fast", nfe, p)
     spacing = spacing or ("time" if pp and not isinstance(p, EDM) else "logsnr")
-    times = fast_times(p, nfe, spacing, t_end if t_end is not None else max(p.t_min, 1e-3 if pp else 0.0))
+    times = fast_times(
+        p,
+        nfe,
+        spacing,
+        t_end if t_end is not None else max(p.t_min, 1e-3 if pp else 0.0),
+    )
     for group in fast_plan(p, times, fast_orders(nfe), pp):
         start, first = x, None
         for t, keep, c_first, c_last in group:
             m = den.both(x, t, **cond)[0 if pp else 1]
             first = m if first is None else first
-            x = keep*start + c_first*first + (c_last*(m - first) if c_last else 0)
+            x = keep * start + c_first * first + (c_last * (m - first) if c_last else 0)
     return x
 
 # %% ../nbs/04a_sampling.ipynb #04a-make_scheduler
 DIFFUSERS = ("ddim", "dpm_solver_pp_2m", "heun")
 
+
 def make_scheduler(
-    kind: str,    # one of DIFFUSERS
-    ratio: Tensor # sigma/alpha at the evaluated nodes, decreasing, float64, (n,)
-):                # a fresh diffusers scheduler that ends at noise zero
+    kind: str,  # one of DIFFUSERS
+    ratio: Tensor,  # sigma/alpha at the evaluated nodes, decreasing, float64, (n,)
+):  # a fresh diffusers scheduler that ends at noise zero
     "The scheduler of diffusers on our own nodes."
     import diffusers
+
     n, zero = len(ratio), ratio.new_zeros(1)
     if kind == "heun":
         s = diffusers.HeunDiscreteScheduler(prediction_type="sample")
-        s.set_timesteps(n); s.sigmas = torch.cat([ratio[:1], ratio[1:].repeat_interleave(2), zero]); steps = 2*n - 1
+        s.set_timesteps(n)
+        s.sigmas = torch.cat([ratio[:1], ratio[1:].repeat_interleave(2), zero])
+        steps = 2 * n - 1
     else:
-        s = diffusers.DPMSolverMultistepScheduler(solver_order=1 if kind == "ddim" else 2, algorithm_type="dpmsolver++",
-                                                  prediction_type="sample", lower_order_final=True)
-        s.set_timesteps(n); s.sigmas = torch.cat([ratio, zero]); steps = n
-    s.timesteps = torch.arange(steps)                                       # labels only: the step index counts
+        s = diffusers.DPMSolverMultistepScheduler(
+            solver_order=1 if kind == "ddim" else 2,
+            algorithm_type="dpmsolver++",
+            prediction_type="sample",
+            lower_order_final=True,
+        )
+        s.set_timesteps(n)
+        s.sigmas = torch.cat([ratio, zero])
+        steps = n
+    s.timesteps = torch.arange(steps)  # labels only: the step index counts
     s.set_begin_index(0)
     return s
 
 # %% ../nbs/04a_sampling.ipynb #04a-diffusers_solver
 def diffusers_solver(
-    den: Denoiser,         # any process
-    x: Tensor,             # state at t_start, (B, C, H, W)
-    nfe: int,              # evaluations; heun: odd
-    kind: str,             # ddim | dpm_solver_pp_2m | heun
-    t_start: float = None, # first time; None: t_max
-    t_end: float = None,   # end of the log-SNR grid; None: t_min. The last step goes from the node before it to noise zero
-    **cond                 # y or context, per image
-) -> Tensor:               # the clean image of the last evaluation, like x
+    den: Denoiser,  # any process
+    x: Tensor,  # state at t_start, (B, C, H, W)
+    nfe: int,  # evaluations; heun: odd
+    kind: str,  # ddim | dpm_solver_pp_2m | heun
+    t_start: float = None,  # first time; None: t_max
+    t_end: float = None,  # end of the log-SNR grid; None: t_min. The last step goes from the node before it to noise zero
+    **cond,  # y or context, per image
+) -> Tensor:  # the clean image of the last evaluation, like x
     "A deterministic sampler of diffusers (not in the paper but for DDIM's place in Table 3)."
-    if kind not in DIFFUSERS: raise ParameterError(f"kind = {kind!r}: allowed are {', '.join(DIFFUSERS)}")
+    if kind not in DIFFUSERS:
+        raise ParameterError(f"kind = {kind!r}: allowed are {', '.join(DIFFUSERS)}")
     p = den.diffusion.process
     check_sampler(kind, nfe, p)
-    t = log_snr_times(p, (nfe+1)//2 + 1 if kind == "heun" else nfe + 1, t_start, t_end)[:-1]
+    t = log_snr_times(
+        p, (nfe + 1) // 2 + 1 if kind == "heun" else nfe + 1, t_start, t_end
+    )[:-1]
     alpha, sigma = p.alpha(t), p.sigma(t)
-    s = make_scheduler(kind, sigma/alpha)
+    s = make_scheduler(kind, sigma / alpha)
     scale = alpha if kind == "heun" else (alpha**2 + sigma**2).sqrt()
-    if kind == "heun": t, scale = (torch.cat([v[:1], v[1:].repeat_interleave(2)]) for v in (t, scale))
-    scale = scale.tolist(); x = x/scale[0]
-    for i, ti in enumerate(t.tolist()): x = s.step(den.x0(scale[i]*x, ti, **cond), s.timesteps[i], x).prev_sample
+    if kind == "heun":
+        t, scale = (torch.cat([v[:1], v[1:].repeat_interleave(2)]) for v in (t, scale))
+    scale = scale.tolist()
+    x = x / scale[0]
+    for i, ti in enumerate(t.tolist()):
+        x = s.step(den.x0(scale[i] * x, ti, **cond), s.timesteps[i], x).prev_sample
     return x
 
 # %% ../nbs/04a_sampling.ipynb #04a-evaluating
 @contextmanager
 def evaluating(
-    model: nn.Module # a network, in any mode
+    model: nn.Module,  # a network, in any mode
 ):
     "Evaluation mode inside; afterwards every module is in the mode it was in."
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
-    try: yield model
+    try:
+        yield model
     finally:
-        for m, mode in modes: m.training = mode
+        for m, mode in modes:
+            m.training = mode
 
 # %% ../nbs/04a_sampling.ipynb #04a-solve
 def solve(
-    den: Denoiser,   # the denoiser
-    x: Tensor,       # starting state, (B, C, H, W)
-    sampler: str,    # one of SAMPLERS
-    nfe: int,        # evaluations
-    noise=None,      # noise(step), for euler_maruyama and ancestral
-    **cond           # y or context, per image
-) -> Tensor:         # images, like x
+    den: Denoiser,  # the denoiser
+    x: Tensor,  # starting state, (B, C, H, W)
+    sampler: str,  # one of SAMPLERS
+    nfe: int,  # evaluations
+    noise=None,  # noise(step), for euler_maruyama and ancestral
+    **cond,  # y or context, per image
+) -> Tensor:  # images, like x
     "Run a sampler by its name."
-    if sampler == "euler_maruyama": return euler_maruyama(den, x, nfe, noise, **cond)
-    if sampler == "ancestral": return ancestral(den, x, nfe, noise, **cond)
-    if sampler in ("dpm_solver_fast", "dpm_solver_pp_fast"): return dpm_solver_fast(den, x, nfe, pp=sampler == "dpm_solver_pp_fast", **cond)
+    if sampler == "euler_maruyama":
+        return euler_maruyama(den, x, nfe, noise, **cond)
+    if sampler == "ancestral":
+        return ancestral(den, x, nfe, noise, **cond)
+    if sampler in ("dpm_solver_fast", "dpm_solver_pp_fast"):
+        return dpm_solver_fast(den, x, nfe, pp=sampler == "dpm_solver_pp_fast", **cond)
     return diffusers_solver(den, x, nfe, sampler, **cond)
 
 # %% ../nbs/04a_sampling.ipynb #04a-null_condition
 def null_condition(
-    cfg_scale: float,            # guidance asked for
-    cond: dict,                  # conditions of all images: y, context
-    num_classes: int,            # the null class is the row after the real ones
-    null_context: Tensor = None, # (L, D) of the empty text
-    device="cpu"                 # where the network is
-) -> dict:                       # single examples, or None without guidance
+    cfg_scale: float,  # guidance asked for
+    cond: dict,  # conditions of all images: y, context
+    num_classes: int,  # the null class is the row after the real ones
+    null_context: Tensor = None,  # (L, D) of the empty text
+    device="cpu",  # where the network is
+) -> dict:  # single examples, or None without guidance
     "The unconditional arguments that guidance needs."
-    if cfg_scale == 1: return None
-    if not cond: raise ParameterError(f"cfg_scale = {cfg_scale}: there is no condition to be guided by; use cfg_scale = 1")
-    if "y" in cond and not num_classes: raise ParameterError(f"cfg_scale = {cfg_scale} with labels: give num_classes, whose value is the null class")
-    if "context" in cond and null_context is None: raise ParameterError(f"cfg_scale = {cfg_scale} with context: give null_context, the encoding of the empty text")
+    if cfg_scale == 1:
+        return None
+    if not cond:
+        raise ParameterError(
+            f"cfg_scale = {cfg_scale}: there is no condition to be guided by; use cfg_scale = 1"
+        )
+    if "y" in cond and not num_classes:
+        raise ParameterError(
+            f"cfg_scale = {cfg_scale} with labels: give num_classes, whose value is the null class"
+        )
+    if "context" in cond and null_context is None:
+        raise ParameterError(
+            f"cfg_scale = {cfg_scale} with context: give null_context, the encoding of the empty text"
+        )
     null = dict(y=torch.tensor(num_classes), context=null_context)
     return {k: null[k].to(device) for k in cond}
 
 # %% ../nbs/04a_sampling.ipynb #04a-check_finite
 def check_finite(
-    finite: Tensor,           # of a batch, (B,): whether every value is a number
-    start: int,               # index of its first image
-    sampling: SamplingConfig  # how it was made
+    finite: Tensor,  # of a batch, (B,): whether every value is a number
+    start: int,  # index of its first image
+    sampling: SamplingConfig,  # how it was made
 ):
     "Raise `FloatingPointError` for an image with a value that is not a number."
-    if not finite.all(): raise FloatingPointError(f"{int((~finite).sum())} of {len(finite)} images are not finite with {sampling.sampler}, nfe = {sampling.nfe}, "
-        f"cfg_scale = {sampling.cfg_scale}; the first is image {start + int((~finite).nonzero()[0])}. Try clip = True or a smaller cfg_scale, and check the weights")
+    if not finite.all():
+        raise FloatingPointError(
+            f"{int((~finite).sum())} of {len(finite)} images are not finite with {sampling.sampler}, nfe = {sampling.nfe}, "
+            f"cfg_scale = {sampling.cfg_scale}; the first is image {start + int((~finite).nonzero()[0])}. Try clip = True or a smaller cfg_scale, and check the weights"
+        )
+
 
 def fetch(
-    x: Tensor # on any device
-):            # a function that gives it on the CPU, and waits until then
+    x: Tensor,  # on any device
+):  # a function that gives it on the CPU, and waits until then
     "Start to copy a tensor to the CPU, behind the work that makes it; the device goes on with what comes next."
-    if x.device.type != "cuda": return lambda: x
-    there, done = torch.empty(x.shape, dtype=x.dtype, pin_memory=True), torch.cuda.Event()
-    there.copy_(x, non_blocking=True); done.record()
-    def get(): done.synchronize(); return there
+    if x.device.type != "cuda":
+        return lambda: x
+    there, done = (
+        torch.empty(x.shape, dtype=x.dtype, pin_memory=True),
+        torch.cuda.Event(),
+    )
+    there.copy_(x, non_blocking=True)
+    done.record()
+
+    def get():
+        done.synchronize()
+        return there
+
     return get
 
 # %% ../nbs/04a_sampling.ipynb #04a-batch_bounds
 def batch_bounds(
-    n: int, batch: int, # images in all, and at a time
-    part=(0, 1)         # (rank, processes): every processes-th batch, from the rank-th on
-) -> list:              # (first, end) of this part's batches
+    n: int,
+    batch: int,  # images in all, and at a time
+    part=(0, 1),  # (rank, processes): every processes-th batch, from the rank-th on
+) -> list:  # (first, end) of this part's batches
     "How n images are cut into batches, and who draws which. Whole batches are dealt out, so that each is computed as one process alone would."
-    return [(a, min(a+batch, n)) for a in range(0, n, batch)][part[0]::part[1]]
+    return [(a, min(a + batch, n)) for a in range(0, n, batch)][part[0] :: part[1]]
 
 # %% ../nbs/04a_sampling.ipynb #04a-sample_batches
 def sample_batches(
-    model: nn.Module,             # the network, on `device`
-    diffusion: Diffusion,         # its process and prediction
-    sampling: SamplingConfig,     # sampler, nfe, guidance (cfg_), clip, sample_seed
-    shape: tuple,                 # of one image, (C, H, W)
-    bounds: list,                 # (first, end) of each batch, indices of images
-    cond: dict,                   # conditions of all images from 0 on: y (N,), context (N, L, D); anything that a slice gives a tensor of
-    null: dict = None,            # unconditional arguments, see `null_condition`
-    device="cpu",                 # where to compute
-    autocast: torch.dtype = None, # bfloat16 or float16 inside the network
-    trace: list = None,           # receives (t, clean image) of each evaluation of the first batch
-    finish=torch.Tensor.float     # what becomes of a batch on the device before it is fetched: `to_uint8`, or a decoder
-):                                # yields (first, end, images on the CPU)
+    model: nn.Module,  # the network, on `device`
+    diffusion: Diffusion,  # its process and prediction
+    sampling: SamplingConfig,  # sampler, nfe, guidance (cfg_), clip, sample_seed
+    shape: tuple,  # of one image, (C, H, W)
+    bounds: list,  # (first, end) of each batch, indices of images
+    cond: dict,  # conditions of all images from 0 on: y (N,), context (N, L, D); anything that a slice gives a tensor of
+    null: dict = None,  # unconditional arguments, see `null_condition`
+    device="cpu",  # where to compute
+    autocast: torch.dtype = None,  # bfloat16 or float16 inside the network
+    trace: list = None,  # receives (t, clean image) of each evaluation of the first batch
+    finish=torch.Tensor.float,  # what becomes of a batch on the device before it is fetched: `to_uint8`, or a decoder
+):  # yields (first, end, images on the CPU)
     "Images by batches, in the order of `bounds`; the device works on the next batch while the caller has this one."
     s, p, waiting = sampling, diffusion.process, []
     check_sampler(s.sampler, s.nfe, p)
-    if s.cfg_channels > shape[0]: raise ParameterError(f"cfg_channels = {s.cfg_channels}: images have {shape[0]} channels; use 0 for all")
-    den = Denoiser(model, diffusion, s.cfg_scale, s.clip, null, autocast, trace, s.cfg_channels, s.cfg_schedule, s.cfg_power)
-    scale = max(1.0, p.sigma(torch.tensor(p.t_max, dtype=torch.float64)).item())        # 1 where variance is preserved, 80 for EDM
-    def take():                                                                         # the oldest batch under way, on the CPU
+    if s.cfg_channels > shape[0]:
+        raise ParameterError(
+            f"cfg_channels = {s.cfg_channels}: images have {shape[0]} channels; use 0 for all"
+        )
+    den = Denoiser(
+        model,
+        diffusion,
+        s.cfg_scale,
+        s.clip,
+        null,
+        autocast,
+        trace,
+        s.cfg_channels,
+        s.cfg_schedule,
+        s.cfg_power,
+    )
+    scale = max(
+        1.0, p.sigma(torch.tensor(p.t_max, dtype=torch.float64)).item()
+    )  # 1 where variance is preserved, 80 for EDM
+
+    def take():  # the oldest batch under way, on the CPU
         a, b, x, finite = waiting.pop(0)
         check_finite(finite(), a, s)
         return a, b, x().clone()
+
     for a, b in bounds:
         with evaluating(model):
-            noise = lambda i: step_noise(s.sample_seed, i, a, b-a, shape, device)
-            x = scale*initial_noise(s.sample_seed, a, b-a, shape, device)
-            x = solve(den, x, s.sampler, s.nfe, noise, **{k: v[a:b].to(device) for k, v in cond.items()})
-            den.trace = None; waiting.append((a, b, fetch(finish(x)), fetch(x.isfinite().flatten(1).all(1))))
-        if len(waiting) > 1 or x.device.type == "cpu": yield take()                     # while the device works on this batch
-    while waiting: yield take()
+            noise = lambda i: step_noise(s.sample_seed, i, a, b - a, shape, device)
+            x = scale * initial_noise(s.sample_seed, a, b - a, shape, device)
+            x = solve(
+                den,
+                x,
+                s.sampler,
+                s.nfe,
+                noise,
+                **{k: v[a:b].to(device) for k, v in cond.items()},
+            )
+            den.trace = None
+            waiting.append(
+                (a, b, fetch(finish(x)), fetch(x.isfinite().flatten(1).all(1)))
+            )
+        if len(waiting) > 1 or x.device.type == "cpu":
+            yield take()  # while the device works on this batch
+    while waiting:
+        yield take()
 
 # %% ../nbs/04a_sampling.ipynb #04a-sample
 def sample(
-    model: nn.Module, diffusion: Diffusion, sampling: SamplingConfig, shape: tuple,  # as for `sample_batches`
-    n: int,                       # how many images
-    start: int = 0,               # index of the first one
-    num_classes: int = 0,         # real classes; labels are drawn when none are given
-    labels: Tensor = None,        # (n,) classes
-    context: Tensor = None,       # (n, L, D) encoded texts
+    model: nn.Module,
+    diffusion: Diffusion,
+    sampling: SamplingConfig,
+    shape: tuple,  # as for `sample_batches`
+    n: int,  # how many images
+    start: int = 0,  # index of the first one
+    num_classes: int = 0,  # real classes; labels are drawn when none are given
+    labels: Tensor = None,  # (n,) classes
+    context: Tensor = None,  # (n, L, D) encoded texts
     null_context: Tensor = None,  # (L, D) of the empty text, for guidance
-    device="cpu", batch: int = 500, # where to compute, images at a time
-    autocast: torch.dtype = None, # bfloat16 or float16 inside the network
-    progress=None,                # called with (done, n) after each batch
-    trace: list = None,           # receives (t, clean image) of each evaluation of the first batch
-    finish=torch.Tensor.float     # what becomes of a batch on the device: `to_uint8`, or a decoder
-) -> tuple[Tensor, Tensor]:       # images on the CPU, (n, C, H, W), float32 and not clamped unless `finish` says otherwise; labels int64 (n,) or None
+    device="cpu",
+    batch: int = 500,  # where to compute, images at a time
+    autocast: torch.dtype = None,  # bfloat16 or float16 inside the network
+    progress=None,  # called with (done, n) after each batch
+    trace: list = None,  # receives (t, clean image) of each evaluation of the first batch
+    finish=torch.Tensor.float,  # what becomes of a batch on the device: `to_uint8`, or a decoder
+) -> tuple[
+    Tensor, Tensor
+]:  # images on the CPU, (n, C, H, W), float32 and not clamped unless `finish` says otherwise; labels int64 (n,) or None
     "Images start .. start + n - 1 of a sample seed (Appendix A)."
-    if n < 1 or batch < 1: raise ParameterError(f"n = {n}, batch = {batch}: both must be at least 1")
-    if labels is None and num_classes: labels = sample_labels(sampling.sample_seed, start, n, num_classes)
+    if n < 1 or batch < 1:
+        raise ParameterError(f"n = {n}, batch = {batch}: both must be at least 1")
+    if labels is None and num_classes:
+        labels = sample_labels(sampling.sample_seed, start, n, num_classes)
     cond = {k: v for k, v in dict(y=labels, context=context).items() if v is not None}
     for k, v in cond.items():
-        if len(v) != n: raise ParameterError(f"{len(v)} conditions ({k}) for {n} images: give one for each")
-    null, images = null_condition(sampling.cfg_scale, cond, num_classes, null_context, device), []
+        if len(v) != n:
+            raise ParameterError(
+                f"{len(v)} conditions ({k}) for {n} images: give one for each"
+            )
+    null, images = (
+        null_condition(sampling.cfg_scale, cond, num_classes, null_context, device),
+        [],
+    )
     cond = {k: _Shifted(v, start) for k, v in cond.items()}
     bounds = [(start + a, start + b) for a, b in batch_bounds(n, batch)]
-    for a, b, x in sample_batches(model, diffusion, sampling, shape, bounds, cond, null, device, autocast, trace, finish):
+    for a, b, x in sample_batches(
+        model,
+        diffusion,
+        sampling,
+        shape,
+        bounds,
+        cond,
+        null,
+        device,
+        autocast,
+        trace,
+        finish,
+    ):
         images.append(x)
-        if progress: progress(b - start, n)
+        if progress:
+            progress(b - start, n)
     return torch.cat(images), labels if labels is None else labels.long().cpu()
+
 
 class _Shifted:
     "Conditions whose first one belongs to image `start`."
-    def __init__(self, values, start: int): self.values, self.start = values, start
-    def __getitem__(self, s: slice): return self.values[s.start - self.start:s.stop - self.start]
+
+    def __init__(self, values, start: int):
+        self.values, self.start = values, start
+
+    def __getitem__(self, s: slice):
+        return self.values[s.start - self.start : s.stop - self.start]

@@ -22,93 +22,173 @@ from dataclasses import asdict, replace
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from .config import CONFIGS, MODELS, Experiment, ParameterError, digest, project_root, resolve_name
+from uvit_repro.config import (
+    CONFIGS,
+    MODELS,
+    Experiment,
+    ParameterError,
+    digest,
+    project_root,
+    resolve_name,
+)
 from .layers import set_attention
-from .results import write_json
-from .run import AUTOCAST, source_sum
+from .runs.records import write_json
+from .runs.run import AUTOCAST, source_sum
 
 # %% ../nbs/06_scaling.ipynb #06-hollow
 def hollow(
-    model: nn.Module, # on any device; may be compiled
-    device="meta"     # of the copy; under a `FakeTensorMode` the CPU too is free
-) -> nn.Module:       # the same modules with uninitialised tensors
+    model: nn.Module,  # on any device; may be compiled
+    device="meta",  # of the copy; under a `FakeTensorMode` the CPU too is free
+) -> nn.Module:  # the same modules with uninitialised tensors
     "A copy of a network without its values; the weights are not copied on the way."
     model = getattr(model, "_orig_mod", model)
+
     def empty(t):
         new = torch.empty(t.shape, dtype=t.dtype, device=device)
-        return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
-    return copy.deepcopy(model, {id(t): empty(t) for t in itertools.chain(model.parameters(), model.buffers())})
+        return (
+            nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
+        )
+
+    return copy.deepcopy(
+        model,
+        {id(t): empty(t) for t in itertools.chain(model.parameters(), model.buffers())},
+    )
+
 
 def model_inputs(
-    model: nn.Module, # has img_size and in_chans, and num_classes or clip_dim and num_clip_token where it is conditional
-    batch: int = 1,   # images
-    device="meta",    # of the inputs
-    **cond            # y or context, when they are not to be made here; None: leave it out
-) -> tuple:           # (x, t, dict of conditions)
+    model: nn.Module,  # has img_size and in_chans, and num_classes or clip_dim and num_clip_token where it is conditional
+    batch: int = 1,  # images
+    device="meta",  # of the inputs
+    **cond,  # y or context, when they are not to be made here; None: leave it out
+) -> tuple:  # (x, t, dict of conditions)
     "Inputs of the right shapes for a backbone that is called as model(x, t, y=, context=)."
-    x, t = torch.zeros(batch, model.in_chans, model.img_size, model.img_size, device=device), torch.zeros(batch, device=device)
-    if "y" not in cond and getattr(model, "num_classes", None): cond["y"] = torch.zeros(batch, dtype=torch.long, device=device)
-    if "context" not in cond and getattr(model, "clip_dim", None): cond["context"] = torch.zeros(batch, model.num_clip_token, model.clip_dim, device=device)
+    x, t = (
+        torch.zeros(
+            batch, model.in_chans, model.img_size, model.img_size, device=device
+        ),
+        torch.zeros(batch, device=device),
+    )
+    if "y" not in cond and getattr(model, "num_classes", None):
+        cond["y"] = torch.zeros(batch, dtype=torch.long, device=device)
+    if "context" not in cond and getattr(model, "clip_dim", None):
+        cond["context"] = torch.zeros(
+            batch, model.num_clip_token, model.clip_dim, device=device
+        )
     return x, t, {k: v.to(device) for k, v in cond.items() if v is not None}
 
 # %% ../nbs/06_scaling.ipynb #06-flop_counter
 def flop_counter():
     "A `FlopCounterMode` that knows fused attention on a CPU in every version of torch: two products forward; in the backward pass five, one of which repeats the scores."
     from torch.utils.flop_counter import FlopCounterMode
+
     ops = torch.ops.aten
-    def forward(q, k, v, *a, **kw): return 4*torch.Size(q).numel()*k[-2]
-    def backward(g, q, k, v, *a, **kw): return 10*torch.Size(q).numel()*k[-2]
-    return FlopCounterMode(display=False, custom_mapping={ops._scaled_dot_product_flash_attention_for_cpu: forward, ops._scaled_dot_product_flash_attention_for_cpu_backward: backward})
+
+    def forward(q, k, v, *a, **kw):
+        return 4 * torch.Size(q).numel() * k[-2]
+
+    def backward(g, q, k, v, *a, **kw):
+        return 10 * torch.Size(q).numel() * k[-2]
+
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={
+            ops._scaled_dot_product_flash_attention_for_cpu: forward,
+            ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+        },
+    )
+
 
 def count_macs(
-    model: nn.Module, # any backbone called as model(x, t, y=, context=); it is not changed
-    batch: int = 1,   # images in the counted pass
-    **cond            # y or context of `batch` images, when zeros of the model's own shapes will not do
-) -> int:             # multiply-accumulates of one forward pass, per image
+    model: nn.Module,  # any backbone called as model(x, t, y=, context=); it is not changed
+    batch: int = 1,  # images in the counted pass
+    **cond,  # y or context of `batch` images, when zeros of the model's own shapes will not do
+) -> int:  # multiply-accumulates of one forward pass, per image
     "Count the multiply-accumulates of matrix products, convolutions and attention (either path) on a copy without values."
     from torch._subclasses.fake_tensor import FakeTensorMode
+
     with FakeTensorMode(), torch.no_grad():
-        like = {k: v if v is None else torch.empty(v.shape, dtype=v.dtype) for k, v in cond.items()}
-        net = hollow(model, "cpu").eval(); x, t, cond = model_inputs(net, batch, "cpu", **like)
-        with flop_counter() as counter: net(x, t, **cond)
-    return counter.get_total_flops()//(2*batch)
+        like = {
+            k: v if v is None else torch.empty(v.shape, dtype=v.dtype)
+            for k, v in cond.items()
+        }
+        net = hollow(model, "cpu").eval()
+        x, t, cond = model_inputs(net, batch, "cpu", **like)
+        with flop_counter() as counter:
+            net(x, t, **cond)
+    return counter.get_total_flops() // (2 * batch)
+
 
 def training_flops(
-    macs: int,             # of one forward pass
-    recomputed: float = 0.0# share of the forward pass that gradient checkpointing does again; 1: all of it
-) -> float:                # floating-point operations of one image in training
+    macs: int,  # of one forward pass
+    recomputed: float = 0.0,  # share of the forward pass that gradient checkpointing does again; 1: all of it
+) -> float:  # floating-point operations of one image in training
     "Two per multiply-accumulate in the forward pass, four in the backward pass (each product has two gradients), two for what is recomputed."
-    return (6 + 2*recomputed)*macs
+    return (6 + 2 * recomputed) * macs
 
 # %% ../nbs/06_scaling.ipynb #06-meta_model
 def meta_model(
-    exp: Experiment # any; the number of classes must be known
-) -> nn.Module:     # its network, on the meta device, in training mode
+    exp: Experiment,  # any; the number of classes must be known
+) -> nn.Module:  # its network, on the meta device, in training mode
     "An experiment's network without its values, with its gradient checkpointing."
     build, ex = resolve_name(MODELS, exp.model.model), exp.execution
-    extra = {k: getattr(ex, k) for k in ("use_checkpoint", "checkpoint_keep") if k in inspect.signature(build).parameters}
-    with torch.device("meta"): return build(exp.model, exp.data, exp.train.p_uncond, **extra).train()
+    extra = {
+        k: getattr(ex, k)
+        for k in ("use_checkpoint", "checkpoint_keep")
+        if k in inspect.signature(build).parameters
+    }
+    with torch.device("meta"):
+        return build(exp.model, exp.data, exp.train.p_uncond, **extra).train()
+
 
 @functools.lru_cache(None)
 def _kept_counts() -> tuple:
     "The file of counts that this code and this torch have made, and what it holds."
-    path = project_root()/"results"/"cache"/f"counts-{hashlib.sha256(f'{source_sum()} {torch.__version__}'.encode()).hexdigest()[:12]}.json"
-    try: return path, json.loads(path.read_text())
-    except (OSError, ValueError): return path, {}
+    path = (
+        project_root()
+        / "results"
+        / "cache"
+        / f"counts-{hashlib.sha256(f'{source_sum()} {torch.__version__}'.encode()).hexdigest()[:12]}.json"
+    )
+    try:
+        return path, json.loads(path.read_text())
+    except (OSError, ValueError):
+        return path, {}
+
 
 @functools.lru_cache(None)
 def _counts(model, data, p_uncond) -> tuple:
     "Parameters and multiply-accumulates: counted once, then read."
-    path, known = _kept_counts(); key = digest([asdict(model), asdict(replace(data, data_sha256="", dataset="digits")), p_uncond], 16)
+    path, known = _kept_counts()
+    key = digest(
+        [
+            asdict(model),
+            asdict(replace(data, data_sha256="", dataset="digits")),
+            p_uncond,
+        ],
+        16,
+    )
     if key not in known:
-        net = meta_model(replace(Experiment(), model=model, data=data, train=replace(Experiment().train, p_uncond=p_uncond)))
-        known[key] = sum(p.numel() for p in net.parameters() if p.requires_grad), count_macs(net)
-        with suppress(OSError): write_json(path, known)
+        net = meta_model(
+            replace(
+                Experiment(),
+                model=model,
+                data=data,
+                train=replace(Experiment().train, p_uncond=p_uncond),
+            )
+        )
+        known[key] = (
+            sum(p.numel() for p in net.parameters() if p.requires_grad),
+            count_macs(net),
+        )
+        with suppress(OSError):
+            write_json(path, known)
     return tuple(known[key])
+
 
 def macs_of(exp: Experiment) -> int:
     "Multiply-accumulates of one forward pass of an experiment's network, per image; counted once."
     return _counts(exp.model, exp.data, exp.train.p_uncond)[1]
+
 
 def params_of(exp: Experiment) -> int:
     "Trainable numbers of an experiment's network."
@@ -116,43 +196,82 @@ def params_of(exp: Experiment) -> int:
 
 # %% ../nbs/06_scaling.ipynb #06-count_training_macs
 def count_training_macs(
-    model: nn.Module, # in any mode; its gradient checkpointing is counted as it is set
-    batch: int = 2    # images in the counted pass
-) -> int:             # multiply-accumulates of a forward and a backward pass, per image
+    model: nn.Module,  # in any mode; its gradient checkpointing is counted as it is set
+    batch: int = 2,  # images in the counted pass
+) -> int:  # multiply-accumulates of a forward and a backward pass, per image
     "Count what a training pass really multiplies, recomputation included (that of fused attention's backward pass too)."
     from torch._subclasses.fake_tensor import FakeTensorMode
+
     with FakeTensorMode():
-        net = hollow(model, "cpu").train(); x, t, cond = model_inputs(net, batch, "cpu")
-        with flop_counter() as counter: net(x, t, **cond).sum().backward()
-    return counter.get_total_flops()//(2*batch)
+        net = hollow(model, "cpu").train()
+        x, t, cond = model_inputs(net, batch, "cpu")
+        with flop_counter() as counter:
+            net(x, t, **cond).sum().backward()
+    return counter.get_total_flops() // (2 * batch)
 
 # %% ../nbs/06_scaling.ipynb #06-patch_embed_macs
-def patch_embed_macs(img_size: int, patch_size: int, in_chans: int, embed_dim: int, kind: str) -> int:
+def patch_embed_macs(
+    img_size: int, patch_size: int, in_chans: int, embed_dim: int, kind: str
+) -> int:
     "The patch embedding: one product per patch, or the stack of 3x3 convolutions that halves (or divides) the image at each prime factor of P."
-    if kind == "linear": return img_size**2*in_chans*embed_dim
+    if kind == "linear":
+        return img_size**2 * in_chans * embed_dim
     primes, n = [], patch_size
-    while n > 1: primes.append(p := next(p for p in range(2, n + 1) if n % p == 0)); n //= p
+    while n > 1:
+        primes.append(p := next(p for p in range(2, n + 1) if n % p == 0))
+        n //= p
     total, side, width, primes = 0, img_size, in_chans, primes or [1]
     for i, p in enumerate(primes):
-        side, out = side//p, max(embed_dim >> (len(primes) - i), 1)
-        total += side**2*9*width*out; width = out
-    return total + side**2*width*embed_dim
+        side, out = side // p, max(embed_dim >> (len(primes) - i), 1)
+        total += side**2 * 9 * width * out
+        width = out
+    return total + side**2 * width * embed_dim
+
 
 def macs_parts(
-    img_size: int, patch_size: int, in_chans: int, embed_dim: int, depth: int, mlp_ratio: float = 4.0, # sizes, as for `UViT`
-    skip="concat", time="token", conv="after", patch_embed="linear", mlp_time_embed=False,               # choices of Figure 2
-    num_classes=None, clip_dim=None, num_clip_token=77, **unpriced                                       # conditions; heads, biases and positions cost no product
-) -> dict:                                                                                              # part -> multiply-accumulates of one image
+    img_size: int,
+    patch_size: int,
+    in_chans: int,
+    embed_dim: int,
+    depth: int,
+    mlp_ratio: float = 4.0,  # sizes, as for `UViT`
+    skip="concat",
+    time="token",
+    conv="after",
+    patch_embed="linear",
+    mlp_time_embed=False,  # choices of Figure 2
+    num_classes=None,
+    clip_dim=None,
+    num_clip_token=77,
+    **unpriced,  # conditions; heads, biases and positions cost no product
+) -> dict:  # part -> multiply-accumulates of one image
     "Where the multiply-accumulates of a U-ViT go, in closed form."
-    D, N, pairs = embed_dim, (img_size//patch_size)**2, depth//2
+    D, N, pairs = embed_dim, (img_size // patch_size) ** 2, depth // 2
     text = num_clip_token if clip_dim else 0
-    L, hidden = N + (time == "token") + bool(num_classes) + text, int(embed_dim*mlp_ratio)
+    L, hidden = (
+        N + (time == "token") + bool(num_classes) + text,
+        int(embed_dim * mlp_ratio),
+    )
     merge = {"concat": 2, "add_linear": 1, "linear_add": 1}.get(skip, 0)
     told = {"adaln": 2, "adaln_literal": 2, "adaln_zero": 3}.get(time, 0)
-    return {"linear layers of attention": depth*4*L*D*D, "attention products": depth*2*L*L*D, "MLP": depth*2*L*D*hidden, "long skips": pairs*merge*L*D*D,
-            "time and condition": depth*2*told*D*D + 8*D*D*bool(mlp_time_embed) + text*(clip_dim or 0)*D,
-            "patches in and out": patch_embed_macs(img_size, patch_size, in_chans, D, patch_embed) + img_size**2*in_chans*D,
-            "extra convolution": {"after": 9*in_chans**2*img_size**2, "before": 9*D*D*N}.get(conv, 0)}
+    return {
+        "linear layers of attention": depth * 4 * L * D * D,
+        "attention products": depth * 2 * L * L * D,
+        "MLP": depth * 2 * L * D * hidden,
+        "long skips": pairs * merge * L * D * D,
+        "time and condition": depth * 2 * told * D * D
+        + 8 * D * D * bool(mlp_time_embed)
+        + text * (clip_dim or 0) * D,
+        "patches in and out": patch_embed_macs(
+            img_size, patch_size, in_chans, D, patch_embed
+        )
+        + img_size**2 * in_chans * D,
+        "extra convolution": {
+            "after": 9 * in_chans**2 * img_size**2,
+            "before": 9 * D * D * N,
+        }.get(conv, 0),
+    }
+
 
 def macs_formula(*sizes, **choices) -> int:
     "Multiply-accumulates of one forward pass per image, in closed form; arguments as for `macs_parts` and `UViT`."
@@ -160,645 +279,1389 @@ def macs_formula(*sizes, **choices) -> int:
 
 # %% ../nbs/06_scaling.ipynb #06-random_sizes
 def random_sizes(
-    rng # random.Random
-) -> dict: # keyword arguments of `UViT`
+    rng,  # random.Random
+) -> dict:  # keyword arguments of `UViT`
     "A small random U-ViT of any variant."
     heads, patch = rng.choice([1, 2, 3]), rng.choice([1, 2, 3, 4, 6])
-    condition = rng.choice([{}, dict(num_classes=rng.randint(2, 9)), dict(clip_dim=rng.randint(3, 9), num_clip_token=rng.randint(1, 7))])
-    return dict(img_size=patch*rng.randint(1, 4), patch_size=patch, in_chans=rng.randint(1, 4), embed_dim=4*heads*rng.randint(1, 5), depth=rng.choice([1, 3, 5]), num_heads=heads,
-        mlp_ratio=rng.choice([2.0, 4.0, 4.43]), mlp_time_embed=rng.random() < 0.3, skip=rng.choice(["concat", "add", "add_linear", "linear_add", "none", "add_scaled"]),
-        time=rng.choice(["token", "adaln", "adaln_literal", "adaln_zero"]), conv=rng.choice(["after", "before", "none"]), patch_embed=rng.choice(["linear", "conv"]),
-        pos_embed=rng.choice(["learned", "sincos2d", "none"]), **condition)
+    condition = rng.choice(
+        [
+            {},
+            dict(num_classes=rng.randint(2, 9)),
+            dict(clip_dim=rng.randint(3, 9), num_clip_token=rng.randint(1, 7)),
+        ]
+    )
+    return dict(
+        img_size=patch * rng.randint(1, 4),
+        patch_size=patch,
+        in_chans=rng.randint(1, 4),
+        embed_dim=4 * heads * rng.randint(1, 5),
+        depth=rng.choice([1, 3, 5]),
+        num_heads=heads,
+        mlp_ratio=rng.choice([2.0, 4.0, 4.43]),
+        mlp_time_embed=rng.random() < 0.3,
+        skip=rng.choice(
+            ["concat", "add", "add_linear", "linear_add", "none", "add_scaled"]
+        ),
+        time=rng.choice(["token", "adaln", "adaln_literal", "adaln_zero"]),
+        conv=rng.choice(["after", "before", "none"]),
+        patch_embed=rng.choice(["linear", "conv"]),
+        pos_embed=rng.choice(["learned", "sincos2d", "none"]),
+        **condition,
+    )
 
 # %% ../nbs/06_scaling.ipynb #06-constructor
 def constructor(exp: Experiment) -> dict:
     "The sizes of an experiment's U-ViT, as `macs_parts` takes them."
     m, d = exp.model, exp.data
     names = "patch_size embed_dim depth mlp_ratio skip time conv patch_embed mlp_time_embed".split()
-    classes = d.num_classes + (exp.train.p_uncond > 0) if m.condition == "class" else None
-    return dict({n: getattr(m, n) for n in names}, img_size=d.img_size, in_chans=d.in_chans, num_classes=classes, **(dict(clip_dim=d.text_dim, num_clip_token=d.text_tokens) if m.condition == "text" else {}))
+    classes = (
+        d.num_classes + (exp.train.p_uncond > 0) if m.condition == "class" else None
+    )
+    return dict(
+        {n: getattr(m, n) for n in names},
+        img_size=d.img_size,
+        in_chans=d.in_chans,
+        num_classes=classes,
+        **(
+            dict(clip_dim=d.text_dim, num_clip_token=d.text_tokens)
+            if m.condition == "text"
+            else {}
+        ),
+    )
+
 
 def table2_costs():
     "One row per released configuration: parameters and multiply-accumulates as counted, and the record's."
     import pandas as pd
-    from uvit_repro.paper import load_paper
+    from uvit_repro.paper.numbers import load_paper
+
     exact, rows = load_paper("Table 2 (exact)"), []
     for name, e in CONFIGS.items():
-        known = {r.metric: r.number for r in exact.itertuples() if f"{r.dataset} {r.method}" == name}
-        tokens = (e.data.img_size//e.model.patch_size)**2 + dict(none=1, **{"class": 2}, text=1 + e.data.text_tokens)[e.model.condition]
-        rows.append({"configuration": name, "tokens": tokens, "parameters": params_of(e), "record: parameters": int(known["params_exact"]),
-                     "multiply-accumulates (1e9)": macs_of(e)/1e9, "closed form (1e9)": macs_formula(**constructor(e))/1e9, "record: GFLOPs": known["gflops"]})
+        known = {
+            r.metric: r.number
+            for r in exact.itertuples()
+            if f"{r.dataset} {r.method}" == name
+        }
+        tokens = (e.data.img_size // e.model.patch_size) ** 2 + dict(
+            none=1, **{"class": 2}, text=1 + e.data.text_tokens
+        )[e.model.condition]
+        rows.append(
+            {
+                "configuration": name,
+                "tokens": tokens,
+                "parameters": params_of(e),
+                "record: parameters": int(known["params_exact"]),
+                "multiply-accumulates (1e9)": macs_of(e) / 1e9,
+                "closed form (1e9)": macs_formula(**constructor(e)) / 1e9,
+                "record: GFLOPs": known["gflops"],
+            }
+        )
     return pd.DataFrame(rows)
 
 # %% ../nbs/06_scaling.ipynb #06-plot_parts
 def plot_parts(
-    parts: dict, # name -> dict of `macs_parts`
-    ax=None      # where to draw
+    parts: dict,  # name -> dict of `macs_parts`
+    ax=None,  # where to draw
 ):
     "Shares of the multiply-accumulates, one bar per network, its total at the end."
     import matplotlib.pyplot as plt, seaborn as sns
-    ax = ax or plt.subplots(figsize=(9, 0.5*len(parts) + 1.2))[1]
-    keys, left = list(next(iter(parts.values()))), [0.0]*len(parts)
+
+    ax = ax or plt.subplots(figsize=(9, 0.5 * len(parts) + 1.2))[1]
+    keys, left = list(next(iter(parts.values()))), [0.0] * len(parts)
     for k, colour in zip(keys, sns.color_palette("colorblind")):
-        share = [100*p[k]/sum(p.values()) for p in parts.values()]
-        ax.barh(list(parts), share, left=left, color=colour, label=k); left = [a + b for a, b in zip(left, share)]
-    for i, p in enumerate(parts.values()): ax.text(101, i, f"{sum(p.values())/1e9:.1f}", va="center", fontsize=9)
-    ax.text(101, -0.75, "1e9", fontsize=8, color="0.4"); ax.invert_yaxis()
-    ax.set(xlim=(0, 108), xlabel="multiply-accumulates, %"); ax.grid(axis="y"); ax.legend(fontsize=8, ncol=4, frameon=False, loc="upper center", bbox_to_anchor=(0.45, -0.25*5/len(parts)))
+        share = [100 * p[k] / sum(p.values()) for p in parts.values()]
+        ax.barh(list(parts), share, left=left, color=colour, label=k)
+        left = [a + b for a, b in zip(left, share)]
+    for i, p in enumerate(parts.values()):
+        ax.text(101, i, f"{sum(p.values()) / 1e9:.1f}", va="center", fontsize=9)
+    ax.text(101, -0.75, "1e9", fontsize=8, color="0.4")
+    ax.invert_yaxis()
+    ax.set(xlim=(0, 108), xlabel="multiply-accumulates, %")
+    ax.grid(axis="y")
+    ax.legend(
+        fontsize=8,
+        ncol=4,
+        frameon=False,
+        loc="upper center",
+        bbox_to_anchor=(0.45, -0.25 * 5 / len(parts)),
+    )
     return ax
 
 # %% ../nbs/06_scaling.ipynb #06-figure3
-FIGURE3 = {"depth": ("Depth", lambda v: (v - 4, v, v + 4)), "width": ("Width", lambda v: (v//2, v, v*3//2)), "patch": ("Patch size", lambda v: (1, 2, 4, 8))}
+FIGURE3 = {
+    "depth": ("Depth", lambda v: (v - 4, v, v + 4)),
+    "width": ("Width", lambda v: (v // 2, v, v * 3 // 2)),
+    "patch": ("Patch size", lambda v: (1, 2, 4, 8)),
+}
+
 
 def figure3(
-    base: Experiment, # a protocol
-    panel: str = None # depth | width | patch; None: all three
-) -> list:            # (panel, value, fields of ModelConfig, experiment), the adopted value among them
+    base: Experiment,  # a protocol
+    panel: str = None,  # depth | width | patch; None: all three
+) -> (
+    list
+):  # (panel, value, fields of ModelConfig, experiment), the adopted value among them
     "The networks of Figure 3 around a base: for U-ViT-S/2 depth 9, 13, 17, width 256, 512, 768 and patch 1, 2, 4, 8."
-    if panel is not None and panel not in FIGURE3: raise ParameterError(f"panel = {panel!r}: allowed are {', '.join(FIGURE3)}")
+    if panel is not None and panel not in FIGURE3:
+        raise ParameterError(f"panel = {panel!r}: allowed are {', '.join(FIGURE3)}")
     m, rows = base.model, []
-    head = m.embed_dim//m.num_heads
-    fields = dict(depth=lambda v: dict(depth=v), width=lambda v: dict(embed_dim=v, num_heads=v//head), patch=lambda v: dict(patch_size=v))
+    head = m.embed_dim // m.num_heads
+    fields = dict(
+        depth=lambda v: dict(depth=v),
+        width=lambda v: dict(embed_dim=v, num_heads=v // head),
+        patch=lambda v: dict(patch_size=v),
+    )
     now = dict(depth=m.depth, width=m.embed_dim, patch=m.patch_size)
     for p in FIGURE3 if panel is None else [panel]:
         for v in FIGURE3[p][1](now[p]):
-            if v < 1 or (p == "width" and v % head) or (p == "patch" and base.data.img_size % v): continue
+            if (
+                v < 1
+                or (p == "width" and v % head)
+                or (p == "patch" and base.data.img_size % v)
+            ):
+                continue
             kw = {} if v == now[p] else fields[p](v)
             rows.append((p, v, kw, replace(base, model=replace(m, **kw))))
     return rows
 
+
 def figure3_overrides(protocol: str) -> dict:
     "What Figure 3 asks of a protocol: at `paper` 50,000 iterations and 10,000 samples of 50 evaluations, else the protocol as it is."
-    return dict(n_steps=50_000, num_samples=10_000, sampler="dpm_solver_fast", nfe=50) if protocol == "paper" else {}
+    return (
+        dict(n_steps=50_000, num_samples=10_000, sampler="dpm_solver_fast", nfe=50)
+        if protocol == "paper"
+        else {}
+    )
+
 
 def figure3_base(protocol: str) -> Experiment:
     "The adopted network of Figure 3 at a protocol."
     from uvit_repro.config import experiment
+
     return experiment(protocol, **figure3_overrides(protocol))
+
 
 def figure3_cells(
     protocol: str,  # smoke | laptop | gpu | paper
-    seeds=(0,)      # each is a whole figure
-) -> list:          # parameters of chapter 05, one dict per cell, without repeats, the cheapest first
+    seeds=(0,),  # each is a whole figure
+) -> (
+    list
+):  # parameters of chapter 05, one dict per cell, without repeats, the cheapest first
     "The cells of Figure 3."
-    unique = {e.run_id: (macs_of(e), kw) for _, _, kw, e in figure3(figure3_base(protocol))}
-    return [dict(protocol=protocol, seed=s, **figure3_overrides(protocol), **kw) for s in seeds for _, kw in sorted(unique.values(), key=lambda r: (bool(r[1]), r[0]))]
+    unique = {
+        e.run_id: (macs_of(e), kw) for _, _, kw, e in figure3(figure3_base(protocol))
+    }
+    return [
+        dict(protocol=protocol, seed=s, **figure3_overrides(protocol), **kw)
+        for s in seeds
+        for _, kw in sorted(unique.values(), key=lambda r: (bool(r[1]), r[0]))
+    ]
 
 # %% ../nbs/06_scaling.ipynb #06-figure3_costs
 def figure3_costs(base: Experiment):
     "Parameters and multiply-accumulates of the networks of Figure 3, and how they compare with the adopted one."
     import pandas as pd
-    return pd.DataFrame([dict(panel=p, value=v, adopted=not kw, parameters=params_of(e), macs=macs_of(e), relative_parameters=params_of(e)/params_of(base),
-                              relative_macs=macs_of(e)/macs_of(base), run_id=e.run_id) for p, v, kw, e in figure3(base)])
+
+    return pd.DataFrame(
+        [
+            dict(
+                panel=p,
+                value=v,
+                adopted=not kw,
+                parameters=params_of(e),
+                macs=macs_of(e),
+                relative_parameters=params_of(e) / params_of(base),
+                relative_macs=macs_of(e) / macs_of(base),
+                run_id=e.run_id,
+            )
+            for p, v, kw, e in figure3(base)
+        ]
+    )
 
 # %% ../nbs/06_scaling.ipynb #06-collect_figure3
 def collect_figure3(
-    protocol: str,             # whose runs
-    seeds=range(10),           # looked for
-    origin="all", out_dir=None # as in `load_results`
-):                             # DataFrame: measurements of the recorded runs, with panel, value, relative cost
+    protocol: str,  # whose runs
+    seeds=range(10),  # looked for
+    origin="all",
+    out_dir=None,  # as in `load_results`
+):  # DataFrame: measurements of the recorded runs, with panel, value, relative cost
     "Recorded measurements of the networks of Figure 3."
     import pandas as pd
-    from uvit_repro.results import load_results
-    df, base, frames = load_results(origin, out_dir).drop_duplicates(["run_id", "eval_id", "metric"]), figure3_base(protocol), []
+    from uvit_repro.runs.records import load_results
+
+    df, base, frames = (
+        load_results(origin, out_dir).drop_duplicates(["run_id", "eval_id", "metric"]),
+        figure3_base(protocol),
+        [],
+    )
     for p, v, kw, e in figure3(base):
-        cost = dict(panel=p, field_value=v, adopted=not kw, relative_macs=macs_of(e)/macs_of(base), relative_parameters=params_of(e)/params_of(base))
-        frames.append(df[df.run_id.isin({replace(e, seed=s).run_id for s in seeds})].assign(**cost))
+        cost = dict(
+            panel=p,
+            field_value=v,
+            adopted=not kw,
+            relative_macs=macs_of(e) / macs_of(base),
+            relative_parameters=params_of(e) / params_of(base),
+        )
+        frames.append(
+            df[df.run_id.isin({replace(e, seed=s).run_id for s in seeds})].assign(
+                **cost
+            )
+        )
     return pd.concat(frames, ignore_index=True)
+
 
 def figure3_paper():
     "The record's points of Figure 3 (low confidence) with the cost of their networks, as DataFrame: panel, value, fid, relative_macs, relative_parameters."
-    from uvit_repro.paper import load_paper
-    pts = load_paper("Figure 3", metric="FID"); pts[["panel", "value"]] = pts.method.str.split(expand=True); pts["value"] = pts.value.astype(int)
-    return figure3_costs(figure3_base("paper")).merge(pts[["panel", "value", "number"]].rename(columns=dict(number="fid")), on=["panel", "value"])
+    from uvit_repro.paper.numbers import load_paper
+
+    pts = load_paper("Figure 3", metric="FID")
+    pts[["panel", "value"]] = pts.method.str.split(expand=True)
+    pts["value"] = pts.value.astype(int)
+    return figure3_costs(figure3_base("paper")).merge(
+        pts[["panel", "value", "number"]].rename(columns=dict(number="fid")),
+        on=["panel", "value"],
+    )
 
 # %% ../nbs/06_scaling.ipynb #06-stated
 def stated(panel: str) -> str:
     "What the paper says about one panel of Figure 3, one statement per line."
-    from uvit_repro.paper import load_paper
+    from uvit_repro.paper.numbers import load_paper
+
     rows = load_paper("Figure 3", metric="FID_direction")
-    return "\n".join(f"{r.method}: {r.value}" for r in rows.itertuples() if r.method.startswith(panel))
+    return "\n".join(
+        f"{r.method}: {r.value}"
+        for r in rows.itertuples()
+        if r.method.startswith(panel)
+    )
+
 
 def plot_panel(ax, right, key: str, theirs, ours, colour, label: str):
     "One panel of Figure 3 over one measure of cost: the notes' points on `ax`, ours on `right`."
-    theirs = theirs.sort_values(key); ax.plot(theirs[key], theirs.fid, "s--", color="0.65", mfc="white", lw=1.2, label="notes on the paper: FID, low confidence")
-    for r in theirs.itertuples(): ax.annotate(str(r.value), (getattr(r, key), r.fid), textcoords="offset points", xytext=(6, 4), fontsize=8, color="0.5")
-    if not len(ours): ax.text(0.5, 0.08, f"ours: not run ({label})", transform=ax.transAxes, ha="center", color=colour, fontsize=9); return
-    mean = ours.groupby(["field_value", key]).value.mean().reset_index().sort_values(key)
-    right.plot(mean[key], mean.value, "-", color=colour, lw=1.6, label=label); right.plot(ours[key], ours.value, "o", ms=4, color=colour)
-    for r in mean.itertuples(): right.annotate(str(r.field_value), (getattr(r, key), r.value), textcoords="offset points", xytext=(6, 4), fontsize=9, color=colour)
+    theirs = theirs.sort_values(key)
+    ax.plot(
+        theirs[key],
+        theirs.fid,
+        "s--",
+        color="0.65",
+        mfc="white",
+        lw=1.2,
+        label="notes on the paper: FID, low confidence",
+    )
+    for r in theirs.itertuples():
+        ax.annotate(
+            str(r.value),
+            (getattr(r, key), r.fid),
+            textcoords="offset points",
+            xytext=(6, 4),
+            fontsize=8,
+            color="0.5",
+        )
+    if not len(ours):
+        ax.text(
+            0.5,
+            0.08,
+            f"ours: not run ({label})",
+            transform=ax.transAxes,
+            ha="center",
+            color=colour,
+            fontsize=9,
+        )
+        return
+    mean = (
+        ours.groupby(["field_value", key]).value.mean().reset_index().sort_values(key)
+    )
+    right.plot(mean[key], mean.value, "-", color=colour, lw=1.6, label=label)
+    right.plot(ours[key], ours.value, "o", ms=4, color=colour)
+    for r in mean.itertuples():
+        right.annotate(
+            str(r.field_value),
+            (getattr(r, key), r.value),
+            textcoords="offset points",
+            xytext=(6, 4),
+            fontsize=9,
+            color=colour,
+        )
+
 
 def plot_figure3(
-    results,        # of `collect_figure3`
-    metric: str,    # our measure
-    protocol: str   # whose networks
-):                  # matplotlib figure
+    results,  # of `collect_figure3`
+    metric: str,  # our measure
+    protocol: str,  # whose networks
+):  # matplotlib figure
     "Quality against cost: three panels, over relative multiply-accumulates (above) and parameters (below); ours in colour, the notes' points in grey."
     import matplotlib.pyplot as plt, seaborn as sns
-    steps, paper, colours = figure3_base(protocol).train.n_steps, figure3_paper(), sns.color_palette("colorblind")
-    mine = results[(results.metric == metric) & (results.step == steps) & (results.status == "ok")] if len(results) else results.assign(panel=None)
+
+    steps, paper, colours = (
+        figure3_base(protocol).train.n_steps,
+        figure3_paper(),
+        sns.color_palette("colorblind"),
+    )
+    mine = (
+        results[
+            (results.metric == metric)
+            & (results.step == steps)
+            & (results.status == "ok")
+        ]
+        if len(results)
+        else results.assign(panel=None)
+    )
     fig, axes = plt.subplots(2, 3, figsize=(12, 7.4), sharey=True, sharex="row")
-    for i, (row, (key, name)) in enumerate(zip(axes, dict(relative_macs="multiply-accumulates", relative_parameters="parameters").items())):
+    for i, (row, (key, name)) in enumerate(
+        zip(
+            axes,
+            dict(
+                relative_macs="multiply-accumulates", relative_parameters="parameters"
+            ).items(),
+        )
+    ):
         for ax, (p, (title, _)), c in zip(row, FIGURE3.items(), colours):
-            right = ax.twinx(); right.grid(False); right.set_yscale("log")
-            label = f"ours: {metric}, {protocol}, {steps:,} steps" if len(mine) and (mine.panel == p).any() else protocol
-            plot_panel(ax, right, key, paper[paper.panel == p], mine[mine.panel == p], c, label)
-            if len(mine): right.set_ylim(0.8*mine.value.min(), 1.3*mine.value.max()); right.yaxis.set_major_formatter("{x:g}"); right.yaxis.set_minor_formatter("{x:.3g}"); right.tick_params(axis="y", which="both", labelsize=7)
-            if len(mine) and ax is row[-1]: right.set_ylabel(f"ours: {metric}")
-            else: right.tick_params(axis="y", which="both", right=False, labelright=False)
+            right = ax.twinx()
+            right.grid(False)
+            right.set_yscale("log")
+            label = (
+                f"ours: {metric}, {protocol}, {steps:,} steps"
+                if len(mine) and (mine.panel == p).any()
+                else protocol
+            )
+            plot_panel(
+                ax, right, key, paper[paper.panel == p], mine[mine.panel == p], c, label
+            )
+            if len(mine):
+                right.set_ylim(0.8 * mine.value.min(), 1.3 * mine.value.max())
+                right.yaxis.set_major_formatter("{x:g}")
+                right.yaxis.set_minor_formatter("{x:.3g}")
+                right.tick_params(axis="y", which="both", labelsize=7)
+            if len(mine) and ax is row[-1]:
+                right.set_ylabel(f"ours: {metric}")
+            else:
+                right.tick_params(axis="y", which="both", right=False, labelright=False)
             ax.set(xscale="log", yscale="log", xlabel=f"{name}, adopted = 1")
-            if i == 0: ax.set_title(f"{title}\n{stated(p)}", fontsize=9)
-            lines = [l for l in [*ax.lines, *right.lines] if not l.get_label().startswith("_")]
-            if i == 0: ax.legend(lines, [l.get_label() for l in lines], fontsize=7, frameon=False, loc="upper right")
+            if i == 0:
+                ax.set_title(f"{title}\n{stated(p)}", fontsize=9)
+            lines = [
+                l
+                for l in [*ax.lines, *right.lines]
+                if not l.get_label().startswith("_")
+            ]
+            if i == 0:
+                ax.legend(
+                    lines,
+                    [l.get_label() for l in lines],
+                    fontsize=7,
+                    frameon=False,
+                    loc="upper right",
+                )
         row[0].set_ylabel("FID in the notes (grey)")
-        for f in (row[0].xaxis, row[0].yaxis): f.set_major_formatter("{x:g}")
-        row[0].set_xticks([0.1, 0.25, 0.5, 1, 2, 4]); row[0].minorticks_off(); row[0].set_yticks([5, 10, 20, 40]); row[0].set_ylim(4, 70)
+        for f in (row[0].xaxis, row[0].yaxis):
+            f.set_major_formatter("{x:g}")
+        row[0].set_xticks([0.1, 0.25, 0.5, 1, 2, 4])
+        row[0].minorticks_off()
+        row[0].set_yticks([5, 10, 20, 40])
+        row[0].set_ylim(4, 70)
     fig.tight_layout()
     return fig
 
 # %% ../nbs/06_scaling.ipynb #06-livebytes
 class LiveBytes(TorchDispatchMode):
     "Inside, every new tensor storage is counted until it is freed: `now`, `peak`, and at the peak the bytes of `gradients`."
+
     def __init__(self, params=()):
         super().__init__()
         self.params, self.now, self.peak, self.gradients = list(params), 0, 0, 0
         self.known = {p.untyped_storage()._cdata for p in self.params}
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for t in torch.utils._pytree.tree_leaves(out):
-            if isinstance(t, Tensor): self.add(t.untyped_storage())
+            if isinstance(t, Tensor):
+                self.add(t.untyped_storage())
         return out
+
     def add(self, storage):
         key, n = storage._cdata, storage.nbytes()
-        if key in self.known: return
-        self.known.add(key); self.now += n; weakref.finalize(storage, self.drop, key, n)
-        if self.now > self.peak: self.peak, self.gradients = self.now, sum(p.grad.untyped_storage().nbytes() for p in self.params if p.grad is not None)
-    def drop(self, key, n): self.known.discard(key); self.now -= n
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.now += n
+        weakref.finalize(storage, self.drop, key, n)
+        if self.now > self.peak:
+            self.peak, self.gradients = (
+                self.now,
+                sum(
+                    p.grad.untyped_storage().nbytes()
+                    for p in self.params
+                    if p.grad is not None
+                ),
+            )
+
+    def drop(self, key, n):
+        self.known.discard(key)
+        self.now -= n
 
 # %% ../nbs/06_scaling.ipynb #06-forward_loss
 def forward_loss(
-    net: nn.Module, batch: int, device, # a network and how many images
-    precision: str                      # fp32 | bf16 | fp16
-) -> Tensor:                            # the loss
+    net: nn.Module,
+    batch: int,
+    device,  # a network and how many images
+    precision: str,  # fp32 | bf16 | fp16
+) -> Tensor:  # the loss
     "A forward pass as in training: under autocast without a cache of casts, mean squared error in float32."
     device, dtype = torch.device(device), AUTOCAST[precision]
     x, t, cond = model_inputs(net, batch, device)
-    with torch.autocast(device.type, dtype=dtype, cache_enabled=False) if dtype else nullcontext(): out = net(x, t, **cond)
-    return (out[:, :x.shape[1]].float() - x).square().mean()
+    with (
+        torch.autocast(device.type, dtype=dtype, cache_enabled=False)
+        if dtype
+        else nullcontext()
+    ):
+        out = net(x, t, **cond)
+    return (out[:, : x.shape[1]].float() - x).square().mean()
+
 
 def pass_bytes(
-    model: nn.Module, batch: int = 1, # a network, with its gradient checkpointing, and how many images
-    precision: str = "bf16",          # fp32 | bf16 | fp16
-    attention: str = "sdpa",          # sdpa | matrix
-    device="cpu"                      # whose operations; a GPU only where there is one
-) -> dict:                            # kept (at the end of the forward pass), peak, gradients (at the peak), bytes
+    model: nn.Module,
+    batch: int = 1,  # a network, with its gradient checkpointing, and how many images
+    precision: str = "bf16",  # fp32 | bf16 | fp16
+    attention: str = "sdpa",  # sdpa | matrix
+    device="cpu",  # whose operations; a GPU only where there is one
+) -> (
+    dict
+):  # kept (at the end of the forward pass), peak, gradients (at the peak), bytes
     "What a forward and backward pass allocate beside the weights, counted on tensors without values."
     from torch._subclasses.fake_tensor import FakeTensorMode
+
     with FakeTensorMode():
-        net = hollow(model, device).train(); set_attention(net, attention)
-        with LiveBytes(net.parameters()) as live: loss = forward_loss(net, batch, device, precision); kept = live.now; loss.backward()
+        net = hollow(model, device).train()
+        set_attention(net, attention)
+        with LiveBytes(net.parameters()) as live:
+            loss = forward_loss(net, batch, device, precision)
+            kept = live.now
+            loss.backward()
     return dict(kept=kept, peak=live.peak, gradients=live.gradients)
 
 # %% ../nbs/06_scaling.ipynb #06-saved_bytes
 def saved_bytes(
-    model: nn.Module, batch: int, precision="fp32", attention="sdpa" # as for `pass_bytes`; a network with values
-) -> int:                                                            # bytes
+    model: nn.Module,
+    batch: int,
+    precision="fp32",
+    attention="sdpa",  # as for `pass_bytes`; a network with values
+) -> int:  # bytes
     "What autograd really saves between the passes on the CPU beside the weights: unique storages seen by `saved_tensors_hooks`."
     net, seen = copy.deepcopy(model).train(), {}
-    set_attention(net, attention); own = {p.untyped_storage()._cdata for p in net.parameters()}
-    def pack(t): seen.setdefault(t.untyped_storage()._cdata, t.untyped_storage()); return t
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): loss = forward_loss(net, batch, "cpu", precision)
+    set_attention(net, attention)
+    own = {p.untyped_storage()._cdata for p in net.parameters()}
+
+    def pack(t):
+        seen.setdefault(t.untyped_storage()._cdata, t.untyped_storage())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = forward_loss(net, batch, "cpu", precision)
     return sum(s.nbytes() for k, s in seen.items() if k not in own)
 
 # %% ../nbs/06_scaling.ipynb #06-profiler
 def profiler(device, **kw):
     "A `torch.profiler` for a device that keeps its own notices to itself."
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA]*(torch.device(device).type == "cuda")
+    kinds = [torch.profiler.ProfilerActivity.CPU] + [
+        torch.profiler.ProfilerActivity.CUDA
+    ] * (torch.device(device).type == "cuda")
     return torch.profiler.profile(activities=kinds, **kw)
 
+
 def allocated_peak(
-    fn,          # what to run; twice, the first time as warm-up
-    device="cpu" # where it computes
-) -> int:        # bytes
+    fn,  # what to run; twice, the first time as warm-up
+    device="cpu",  # where it computes
+) -> int:  # bytes
     "The largest number of bytes that a call holds above what was there before, by the allocator's account."
-    device = torch.device(device); fn()
+    device = torch.device(device)
+    fn()
     if device.type == "cuda":
-        torch.cuda.synchronize(device); torch.cuda.reset_peak_memory_stats(device); start = torch.cuda.memory_allocated(device)
-        fn(); torch.cuda.synchronize(device)
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        start = torch.cuda.memory_allocated(device)
+        fn()
+        torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - start
-    with profiler(device, profile_memory=True) as p: fn()
-    events = sorted((e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    with profiler(device, profile_memory=True) as p:
+        fn()
+    events = sorted(
+        (e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"),
+        key=lambda e: e.start_ns(),
+    )
     return max(itertools.accumulate(e.nbytes() for e in events), default=0)
 
 # %% ../nbs/06_scaling.ipynb #06-memory_parts
 def memory_parts(
-    model,                   # a network (on any device, also meta), or an Experiment
-    batch: int = None,       # images; None: the experiment's batch
-    precision: str = None,   # fp32 | bf16 | fp16; None: the experiment's, bf16 for a network
-    averages: int = None,    # moving averages kept; None: the experiment's, 1 for a network
-    attention: str = "sdpa", # sdpa | matrix
-    device="cpu"             # whose operations; a GPU only where there is one
-) -> dict:                   # bytes: weights, optimizer, ema, gradients and activations at the peak, their total; and kept
+    model,  # a network (on any device, also meta), or an Experiment
+    batch: int = None,  # images; None: the experiment's batch
+    precision: str = None,  # fp32 | bf16 | fp16; None: the experiment's, bf16 for a network
+    averages: int = None,  # moving averages kept; None: the experiment's, 1 for a network
+    attention: str = "sdpa",  # sdpa | matrix
+    device="cpu",  # whose operations; a GPU only where there is one
+) -> dict:  # bytes: weights, optimizer, ema, gradients and activations at the peak, their total; and kept
     "Memory of one update, predicted. `kept` is what the forward pass leaves for the backward pass; library workspaces are not counted."
     if isinstance(model, Experiment):
         t = model.train
-        batch, precision, averages, model = batch or t.batch_size, precision or t.precision, len(t.ema_rates) if averages is None else averages, meta_model(model)
+        batch, precision, averages, model = (
+            batch or t.batch_size,
+            precision or t.precision,
+            len(t.ema_rates) if averages is None else averages,
+            meta_model(model),
+        )
     params = [p for p in model.parameters() if p.requires_grad]
-    weights = sum(p.numel()*p.element_size() for p in model.parameters()); trained = sum(p.numel()*p.element_size() for p in params)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in params)
     run = pass_bytes(model, batch or 1, precision or "bf16", attention, device)
-    parts = dict(weights=weights, optimizer=2*trained, ema=trained*(1 if averages is None else averages), gradients=run["gradients"], activations=run["peak"] - run["gradients"])
+    parts = dict(
+        weights=weights,
+        optimizer=2 * trained,
+        ema=trained * (1 if averages is None else averages),
+        gradients=run["gradients"],
+        activations=run["peak"] - run["gradients"],
+    )
     return dict(parts, total=sum(parts.values()), kept=run["kept"])
 
 # %% ../nbs/06_scaling.ipynb #06-attention_path
 def attention_path(exp: Experiment, device) -> str:
     "The attention path of an experiment without timing it: as it says, else fused on a GPU and two products on a CPU."
-    return exp.execution.attention if exp.execution.attention != "auto" else "sdpa" if torch.device(device).type == "cuda" else "matrix"
+    return (
+        exp.execution.attention
+        if exp.execution.attention != "auto"
+        else "sdpa"
+        if torch.device(device).type == "cuda"
+        else "matrix"
+    )
+
 
 def training_step(
-    exp: Experiment, # its network, loss, optimiser and averages; images are made up
-    device="cpu"     # where to compute
-) -> tuple:          # (Trainer, function of a batch size that makes one update)
+    exp: Experiment,  # its network, loss, optimiser and averages; images are made up
+    device="cpu",  # where to compute
+) -> tuple:  # (Trainer, function of a batch size that makes one update)
     "An experiment's update on made-up images, batches put together as in training; the plain loop, without compilation."
-    from uvit_repro.data import Batches, Data
+    from uvit_repro.data.images import Batches, Data
     from uvit_repro.diffusion import Diffusion
     from uvit_repro.train import Trainer, build_model, step_randomness
-    device, d, classes = torch.device(device), exp.data, exp.data.num_classes if exp.model.condition == "class" else 0
-    if classes == 0 and exp.model.condition == "class": raise ParameterError(f"num_classes is not known for {d.dataset}: give it")
-    net = build_model(exp); set_attention(net, attention_path(exp, device))
-    diffusion = Diffusion(exp.diffusion); tr = Trainer(net, diffusion, exp.train, device)
-    shape = (1024, d.in_chans, d.img_size, d.img_size); gen = torch.Generator().manual_seed(0)
-    images, labels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=gen), torch.zeros(shape[0], dtype=torch.long)
+
+    device, d, classes = (
+        torch.device(device),
+        exp.data,
+        exp.data.num_classes if exp.model.condition == "class" else 0,
+    )
+    if classes == 0 and exp.model.condition == "class":
+        raise ParameterError(f"num_classes is not known for {d.dataset}: give it")
+    net = build_model(exp)
+    set_attention(net, attention_path(exp, device))
+    diffusion = Diffusion(exp.diffusion)
+    tr = Trainer(net, diffusion, exp.train, device)
+    shape = (1024, d.in_chans, d.img_size, d.img_size)
+    gen = torch.Generator().manual_seed(0)
+    images, labels = (
+        torch.randint(0, 256, shape, dtype=torch.uint8, generator=gen),
+        torch.zeros(shape[0], dtype=torch.long),
+    )
     data = Data("made up", images, labels, images[:0], labels[:0], classes, [], "")
-    batches = functools.lru_cache(None)(lambda b: Batches(data, b, exp.seed, d.flip, exp.train.p_uncond if classes else 0.0, classes, device))
+    batches = functools.lru_cache(None)(
+        lambda b: Batches(
+            data,
+            b,
+            exp.seed,
+            d.flip,
+            exp.train.p_uncond if classes else 0.0,
+            classes,
+            device,
+        )
+    )
+
     def step(batch: int) -> Tensor:
         x0, y = batches(batch).at(tr.step)
         t, eps = step_randomness(exp.seed, tr.step, x0.shape, diffusion, device)
-        return tr.update(x0, t, eps, **model_inputs(net, batch, device, **(dict(y=y) if classes else {}))[2])
+        return tr.update(
+            x0,
+            t,
+            eps,
+            **model_inputs(net, batch, device, **(dict(y=y) if classes else {}))[2],
+        )
+
     return tr, step
 
 # %% ../nbs/06_scaling.ipynb #06-storage_bytes
 def storage_bytes(tensors) -> int:
     "Bytes of the storages behind tensors, each once."
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum(
+        {
+            t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors
+        }.values()
+    )
+
 
 def measured_memory(
-    exp: Experiment, # with its batch, precision, averages and checkpointing
-    device="cpu"     # where to measure
-) -> dict:           # bytes: weights, optimizer, ema, total
+    exp: Experiment,  # with its batch, precision, averages and checkpointing
+    device="cpu",  # where to measure
+) -> dict:  # bytes: weights, optimizer, ema, total
     "Memory of one update, measured: states from their tensors, the rest from the allocator."
     tr, step = training_step(exp, device)
     peak = allocated_peak(lambda: step(exp.train.batch_size), device)
-    moments = [v for s in tr.optimizer.state.values() for v in s.values() if isinstance(v, Tensor) and v.dim()]
-    parts = dict(weights=storage_bytes(tr.net.parameters()), optimizer=storage_bytes(moments), ema=storage_bytes(v for e in tr.emas.values() for v in e.values))
+    moments = [
+        v
+        for s in tr.optimizer.state.values()
+        for v in s.values()
+        if isinstance(v, Tensor) and v.dim()
+    ]
+    parts = dict(
+        weights=storage_bytes(tr.net.parameters()),
+        optimizer=storage_bytes(moments),
+        ema=storage_bytes(v for e in tr.emas.values() for v in e.values),
+    )
     return dict(parts, total=sum(parts.values()) + peak)
 
 # %% ../nbs/06_scaling.ipynb #06-plot_memory
 def plot_memory(
-    parts: dict,     # name -> dict of `memory_parts`
-    marks: dict = {},# name -> published bytes: a diamond
-    ax=None          # where to draw
+    parts: dict,  # name -> dict of `memory_parts`
+    marks: dict = {},  # name -> published bytes: a diamond
+    ax=None,  # where to draw
 ):
     "Memory of an update, one stacked bar per case."
     import matplotlib.pyplot as plt, seaborn as sns
-    ax = ax or plt.subplots(figsize=(9, 0.45*len(parts) + 1.2))[1]
-    names, left = dict(weights="weights", optimizer="optimiser", ema="moving averages", gradients="gradients at the peak", activations="activations and working tensors at the peak"), [0.0]*len(parts)
+
+    ax = ax or plt.subplots(figsize=(9, 0.45 * len(parts) + 1.2))[1]
+    names, left = (
+        dict(
+            weights="weights",
+            optimizer="optimiser",
+            ema="moving averages",
+            gradients="gradients at the peak",
+            activations="activations and working tensors at the peak",
+        ),
+        [0.0] * len(parts),
+    )
     for (k, label), colour in zip(names.items(), sns.color_palette("colorblind")):
-        gb = [p[k]/1e9 for p in parts.values()]
-        ax.barh(list(parts), gb, left=left, color=colour, label=label); left = [a + b for a, b in zip(left, gb)]
+        gb = [p[k] / 1e9 for p in parts.values()]
+        ax.barh(list(parts), gb, left=left, color=colour, label=label)
+        left = [a + b for a, b in zip(left, gb)]
     for i, (n, x) in enumerate(zip(parts, left)):
-        ax.text(max(x, marks.get(n, 0)/1e9), i, f"   {x:.3g}" + (f" ({marks[n]/1e9:.3g})" if n in marks else ""), va="center", fontsize=9)
-        if n in marks: ax.plot(marks[n]/1e9, i, "D", color="black", ms=5, label="published (in brackets)" if n == next(iter(marks)) else None)
-    ax.invert_yaxis(); ax.set(xlabel="GB (1e9 bytes)"); ax.grid(axis="y"); ax.margins(x=0.15); ax.legend(fontsize=8, ncol=3, frameon=False, loc="upper center", bbox_to_anchor=(0.45, -0.2*4/len(parts)))
+        ax.text(
+            max(x, marks.get(n, 0) / 1e9),
+            i,
+            f"   {x:.3g}" + (f" ({marks[n] / 1e9:.3g})" if n in marks else ""),
+            va="center",
+            fontsize=9,
+        )
+        if n in marks:
+            ax.plot(
+                marks[n] / 1e9,
+                i,
+                "D",
+                color="black",
+                ms=5,
+                label="published (in brackets)" if n == next(iter(marks)) else None,
+            )
+    ax.invert_yaxis()
+    ax.set(xlabel="GB (1e9 bytes)")
+    ax.grid(axis="y")
+    ax.margins(x=0.15)
+    ax.legend(
+        fontsize=8,
+        ncol=3,
+        frameon=False,
+        loc="upper center",
+        bbox_to_anchor=(0.45, -0.2 * 4 / len(parts)),
+    )
     return ax
 
 # %% ../nbs/06_scaling.ipynb #06-checkpoint_sweep
 def checkpoint_sweep(
-    exp: Experiment,                      # whose network
-    batch: int = 128,                     # images
-    keeps=(0.0, 2.0, 4.0, 6.0, 8.0, 9.5), # budgets; only 0 where the network knows no budget
-    precision: str = "bf16"               # fp32 | bf16 | fp16
-):                                        # DataFrame: keep (inf: no checkpointing), GB of an update, forward passes repeated
+    exp: Experiment,  # whose network
+    batch: int = 128,  # images
+    keeps=(
+        0.0,
+        2.0,
+        4.0,
+        6.0,
+        8.0,
+        9.5,
+    ),  # budgets; only 0 where the network knows no budget
+    precision: str = "bf16",  # fp32 | bf16 | fp16
+):  # DataFrame: keep (inf: no checkpointing), GB of an update, forward passes repeated
     "Memory against recomputation, both counted."
     import pandas as pd
-    if "checkpoint_keep" not in inspect.signature(resolve_name(MODELS, exp.model.model)).parameters: keeps = (0.0,)
+
+    if (
+        "checkpoint_keep"
+        not in inspect.signature(resolve_name(MODELS, exp.model.model)).parameters
+    ):
+        keeps = (0.0,)
     at = lambda **kw: replace(exp, execution=replace(exp.execution, **kw))
-    cases = [(k, at(use_checkpoint=True, checkpoint_keep=k)) for k in keeps] + [(float("inf"), at(use_checkpoint=False))]
-    nets = [(k, meta_model(e)) for k, e in cases]; macs, plain = macs_of(exp), count_training_macs(nets[-1][1])
-    return pd.DataFrame([dict(keep=k, GB=(m := memory_parts(net, batch, precision))["total"]/1e9, kept_GB=m["kept"]/1e9, repeated=(count_training_macs(net) - plain)/macs) for k, net in nets])
+    cases = [(k, at(use_checkpoint=True, checkpoint_keep=k)) for k in keeps] + [
+        (float("inf"), at(use_checkpoint=False))
+    ]
+    nets = [(k, meta_model(e)) for k, e in cases]
+    macs, plain = macs_of(exp), count_training_macs(nets[-1][1])
+    return pd.DataFrame(
+        [
+            dict(
+                keep=k,
+                GB=(m := memory_parts(net, batch, precision))["total"] / 1e9,
+                kept_GB=m["kept"] / 1e9,
+                repeated=(count_training_macs(net) - plain) / macs,
+            )
+            for k, net in nets
+        ]
+    )
+
 
 def plot_sweep(sweep, title: str, ax=None):
     "Memory of an update against the share of a forward pass that is repeated, one point per budget."
     import matplotlib.pyplot as plt, seaborn as sns
+
     ax, c = ax or plt.subplots(figsize=(6, 3.4))[1], sns.color_palette("colorblind")[0]
-    ax.plot(100*sweep.repeated, sweep.GB, "-o", color=c)
-    for r in sweep.itertuples(): ax.annotate("no checkpointing" if r.keep == float("inf") else f"keep {r.keep:g}", (100*r.repeated, r.GB), textcoords="offset points", xytext=(6, 6), fontsize=8)
-    ax.set(xlabel="repeated in the backward pass, % of a forward pass", ylabel="GB (1e9 bytes)", title=title, ylim=(0, 1.15*sweep.GB.max())); ax.margins(x=0.15)
+    ax.plot(100 * sweep.repeated, sweep.GB, "-o", color=c)
+    for r in sweep.itertuples():
+        ax.annotate(
+            "no checkpointing" if r.keep == float("inf") else f"keep {r.keep:g}",
+            (100 * r.repeated, r.GB),
+            textcoords="offset points",
+            xytext=(6, 6),
+            fontsize=8,
+        )
+    ax.set(
+        xlabel="repeated in the backward pass, % of a forward pass",
+        ylabel="GB (1e9 bytes)",
+        title=title,
+        ylim=(0, 1.15 * sweep.GB.max()),
+    )
+    ax.margins(x=0.15)
     return ax
 
 # %% ../nbs/06_scaling.ipynb #06-time_calls
 def time_calls(
-    fn,                       # called without arguments
-    device="cpu",             # where it computes
-    repeats: int = 5,         # timed calls
-    warmup: int = 2           # calls before them
-) -> list:                    # seconds of each timed call
+    fn,  # called without arguments
+    device="cpu",  # where it computes
+    repeats: int = 5,  # timed calls
+    warmup: int = 2,  # calls before them
+) -> list:  # seconds of each timed call
     "Time a call by device events on a GPU, by the clock on a CPU. Nothing waits for the device between the calls."
     device = torch.device(device)
-    for _ in range(warmup): fn()
+    for _ in range(warmup):
+        fn()
     if device.type != "cuda":
         ticks = [time.perf_counter()]
-        for _ in range(repeats): fn(); ticks.append(time.perf_counter())
+        for _ in range(repeats):
+            fn()
+            ticks.append(time.perf_counter())
         return [b - a for a, b in zip(ticks, ticks[1:])]
     with torch.cuda.device(device):
         events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-        torch.cuda.synchronize(device); events[0].record()
-        for e in events[1:]: fn(); e.record()
         torch.cuda.synchronize(device)
-    return [a.elapsed_time(b)/1e3 for a, b in zip(events, events[1:])]
+        events[0].record()
+        for e in events[1:]:
+            fn()
+            e.record()
+        torch.cuda.synchronize(device)
+    return [a.elapsed_time(b) / 1e3 for a, b in zip(events, events[1:])]
 
 # %% ../nbs/06_scaling.ipynb #06-matmul_rates
 def matmul_rates(
-    device="cpu", dtype=torch.float32, # where, in which type
-    sizes=None,                        # sides of square matrices; None: 512 and 1024 on a CPU, 4096 and 8192 on a GPU
-    repeats: int = 5                   # timed products of each size
-) -> dict:                             # side -> FLOP/s of every repeat
+    device="cpu",
+    dtype=torch.float32,  # where, in which type
+    sizes=None,  # sides of square matrices; None: 512 and 1024 on a CPU, 4096 and 8192 on a GPU
+    repeats: int = 5,  # timed products of each size
+) -> dict:  # side -> FLOP/s of every repeat
     "Time products of square matrices."
-    device = torch.device(device); rates = {}
+    device = torch.device(device)
+    rates = {}
     for n in sizes or ((4096, 8192) if device.type == "cuda" else (512, 1024)):
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2)); out = torch.empty(n, n, device=device, dtype=dtype)
-        rates[n] = [2*n**3/s for s in time_calls(lambda: torch.mm(a, b, out=out), device, repeats)]
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        out = torch.empty(n, n, device=device, dtype=dtype)
+        rates[n] = [
+            2 * n**3 / s
+            for s in time_calls(lambda: torch.mm(a, b, out=out), device, repeats)
+        ]
     return rates
 
+
 def matmul_rate(
-    device="cpu", dtype=torch.float32, # where, in which type
-    sizes=None, repeats: int = 5       # as for `matmul_rates`
-) -> float:                            # FLOP/s
+    device="cpu",
+    dtype=torch.float32,  # where, in which type
+    sizes=None,
+    repeats: int = 5,  # as for `matmul_rates`
+) -> float:  # FLOP/s
     "The rate of matrix products: the highest of the sizes' medians."
-    return max(statistics.median(r) for r in matmul_rates(device, dtype, sizes, repeats).values())
+    return max(
+        statistics.median(r)
+        for r in matmul_rates(device, dtype, sizes, repeats).values()
+    )
+
 
 def memory_bandwidth(
-    device="cpu",          # where
-    megabytes: int = None, # size of the tensor; None: 64 on a CPU, 1024 on a GPU
-    repeats: int = 5       # timed copies
-) -> float:                # bytes/s, read and written
+    device="cpu",  # where
+    megabytes: int = None,  # size of the tensor; None: 64 on a CPU, 1024 on a GPU
+    repeats: int = 5,  # timed copies
+) -> float:  # bytes/s, read and written
     "The rate of copying a large tensor."
-    device = torch.device(device); n = (megabytes or (1024 if device.type == "cuda" else 64))*2**20
-    a = torch.ones(n//4, device=device); b = torch.empty_like(a)
-    return 2*n/statistics.median(time_calls(lambda: b.copy_(a), device, repeats))
+    device = torch.device(device)
+    n = (megabytes or (1024 if device.type == "cuda" else 64)) * 2**20
+    a = torch.ones(n // 4, device=device)
+    b = torch.empty_like(a)
+    return 2 * n / statistics.median(time_calls(lambda: b.copy_(a), device, repeats))
+
 
 def model_flop_utilisation(
-    images_per_second: float, # in training
-    macs: int,                # of one forward pass of one image
-    rate: float               # FLOP/s of matrix products on the same device, in the same type
-) -> float:                   # 1: as fast as matrix products alone
+    images_per_second: float,  # in training
+    macs: int,  # of one forward pass of one image
+    rate: float,  # FLOP/s of matrix products on the same device, in the same type
+) -> float:  # 1: as fast as matrix products alone
     "The share of a device's matrix rate that training turns into the model's own operations (6 per multiply-accumulate; repeated ones don't count)."
-    return images_per_second*training_flops(macs)/rate
+    return images_per_second * training_flops(macs) / rate
 
 # %% ../nbs/06_scaling.ipynb #06-throughput
 def throughput(
-    exp: Experiment,     # its update
-    batches,             # batch sizes
-    device="cpu",        # where
-    repeats: int = 5,    # timed updates of each
-    warmup: int = 2      # updates before them
-):                       # DataFrame: batch, seconds (median, low, high), images_per_second, flops (6 per multiply-accumulate and second)
+    exp: Experiment,  # its update
+    batches,  # batch sizes
+    device="cpu",  # where
+    repeats: int = 5,  # timed updates of each
+    warmup: int = 2,  # updates before them
+):  # DataFrame: batch, seconds (median, low, high), images_per_second, flops (6 per multiply-accumulate and second)
     "Training throughput against batch size, on made-up images, in the plain loop."
     import pandas as pd
-    tr, step = training_step(exp, device); macs, rows = macs_of(exp), []
+
+    tr, step = training_step(exp, device)
+    macs, rows = macs_of(exp), []
     for b in batches:
-        secs = time_calls(lambda: step(b), device, repeats, warmup); mid = statistics.median(secs)
-        rows.append(dict(batch=b, seconds=mid, low=min(secs), high=max(secs), images_per_second=b/mid, flops=b/mid*training_flops(macs)))
+        secs = time_calls(lambda: step(b), device, repeats, warmup)
+        mid = statistics.median(secs)
+        rows.append(
+            dict(
+                batch=b,
+                seconds=mid,
+                low=min(secs),
+                high=max(secs),
+                images_per_second=b / mid,
+                flops=b / mid * training_flops(macs),
+            )
+        )
     return pd.DataFrame(rows)
 
+
 def plot_throughput(
-    table,          # of `throughput`
-    rate: float,    # FLOP/s of matrix products
-    title=""        # of the figure
+    table,  # of `throughput`
+    rate: float,  # FLOP/s of matrix products
+    title="",  # of the figure
 ):
     "Images per second against batch size with the spread of the repeats, and the share of the matrix rate."
     import matplotlib.pyplot as plt, seaborn as sns
-    fig, (a, b) = plt.subplots(1, 2, figsize=(10, 3.4)); c = sns.color_palette("colorblind")
-    a.plot(table.batch, table.images_per_second, "-o", color=c[0]); a.fill_between(table.batch, table.batch/table.high, table.batch/table.low, color=c[0], alpha=0.2, lw=0)
-    b.plot(table.batch, 100*table.flops/rate, "-o", color=c[1])
-    for ax in (a, b): ax.set(xscale="log", xlabel="batch", ylim=(0, None)); ax.set_xticks(table.batch, table.batch); ax.minorticks_off()
-    a.set(ylabel="images/s in training", title=title); b.set(ylabel="model FLOP utilisation, %")
+
+    fig, (a, b) = plt.subplots(1, 2, figsize=(10, 3.4))
+    c = sns.color_palette("colorblind")
+    a.plot(table.batch, table.images_per_second, "-o", color=c[0])
+    a.fill_between(
+        table.batch,
+        table.batch / table.high,
+        table.batch / table.low,
+        color=c[0],
+        alpha=0.2,
+        lw=0,
+    )
+    b.plot(table.batch, 100 * table.flops / rate, "-o", color=c[1])
+    for ax in (a, b):
+        ax.set(xscale="log", xlabel="batch", ylim=(0, None))
+        ax.set_xticks(table.batch, table.batch)
+        ax.minorticks_off()
+    a.set(ylabel="images/s in training", title=title)
+    b.set(ylabel="model FLOP utilisation, %")
     fig.tight_layout()
     return fig
 
 # %% ../nbs/06_scaling.ipynb #06-group_of
-GROUPS = (("optimiser", r"[Aa]dam|Optimizer|clip_grad|foreach_norm|foreach_mul"), ("moving average", r"[Ll]erp"),
-          ("attention", r"attention|flash|fmha|sdpa|softmax|::(badd)?bmm"), ("data and noise", r"::index|normal_|uniform_|random|flip|distribution|Memcpy HtoD"),
-          ("matrix products", r"::(add)?mm\b|::linear|conv|gemm|nvjet|cutlass|xmma|wgrad|dgrad|splitK"),
-          ("normalisation, activation, pointwise", r""))
+GROUPS = (
+    ("optimiser", r"[Aa]dam|Optimizer|clip_grad|foreach_norm|foreach_mul"),
+    ("moving average", r"[Ll]erp"),
+    ("attention", r"attention|flash|fmha|sdpa|softmax|::(badd)?bmm"),
+    (
+        "data and noise",
+        r"::index|normal_|uniform_|random|flip|distribution|Memcpy HtoD",
+    ),
+    (
+        "matrix products",
+        r"::(add)?mm\b|::linear|conv|gemm|nvjet|cutlass|xmma|wgrad|dgrad|splitK",
+    ),
+    ("normalisation, activation, pointwise", r""),
+)
+
 
 def group_of(name: str) -> str:
     "What an operation or GPU kernel is for, by its name."
     return next(g for g, pattern in GROUPS if re.search(pattern, name))
 
+
 def step_profile(
-    step,           # makes one update, without arguments
-    device="cpu",   # where
-    steps: int = 3  # profiled updates
-) -> dict:          # group -> seconds per update; `other` is the rest of the clock: Python, launches, waiting
+    step,  # makes one update, without arguments
+    device="cpu",  # where
+    steps: int = 3,  # profiled updates
+) -> dict:  # group -> seconds per update; `other` is the rest of the clock: Python, launches, waiting
     "Where the time of an update goes: operations on a CPU, kernels on a GPU, grouped by name."
-    device = torch.device(device); gpu = device.type == "cuda"
+    device = torch.device(device)
+    gpu = device.type == "cuda"
     clock = statistics.median(time_calls(step, device, steps, warmup=2))
     with profiler(device) as p:
-        for _ in range(steps): step()
-        if gpu: torch.cuda.synchronize(device)
+        for _ in range(steps):
+            step()
+        if gpu:
+            torch.cuda.synchronize(device)
     spent = dict.fromkeys([g for g, _ in GROUPS], 0.0)
     for e in p.events():
-        kernel = gpu and e.device_type == torch.autograd.DeviceType.CUDA and not getattr(e, "is_user_annotation", False) and not e.name.startswith(("Optimizer", "ProfilerStep"))
-        if kernel: spent[group_of(e.name)] += e.time_range.elapsed_us()/1e6/steps
-        if not gpu and e.name.startswith(("aten::", "Optimizer.step")): spent[group_of(e.name)] += e.self_cpu_time_total/1e6/steps
+        kernel = (
+            gpu
+            and e.device_type == torch.autograd.DeviceType.CUDA
+            and not getattr(e, "is_user_annotation", False)
+            and not e.name.startswith(("Optimizer", "ProfilerStep"))
+        )
+        if kernel:
+            spent[group_of(e.name)] += e.time_range.elapsed_us() / 1e6 / steps
+        if not gpu and e.name.startswith(("aten::", "Optimizer.step")):
+            spent[group_of(e.name)] += e.self_cpu_time_total / 1e6 / steps
     return dict(spent, other=max(clock - sum(spent.values()), 0.0))
 
+
 def plot_profile(
-    profiles: dict, # name -> dict of `step_profile`
-    ax=None         # where to draw
+    profiles: dict,  # name -> dict of `step_profile`
+    ax=None,  # where to draw
 ):
     "Shares of an update's time, one bar per case."
     import matplotlib.pyplot as plt, seaborn as sns
-    ax = ax or plt.subplots(figsize=(9, 0.45*len(profiles) + 1.3))[1]; left = [0.0]*len(profiles)
-    for k, colour in zip(next(iter(profiles.values())), sns.color_palette("colorblind")):
-        share = [100*p[k]/sum(p.values()) for p in profiles.values()]
-        ax.barh(list(profiles), share, left=left, color=colour, label=k); left = [a + b for a, b in zip(left, share)]
-    for i, p in enumerate(profiles.values()): ax.text(101, i, f"{1e3*sum(p.values()):.3g} ms", va="center", fontsize=9)
-    ax.invert_yaxis(); ax.set(xlim=(0, 112), xlabel="% of an update"); ax.grid(axis="y"); ax.legend(fontsize=8, ncol=4, frameon=False, loc="upper center", bbox_to_anchor=(0.45, -0.35))
+
+    ax = ax or plt.subplots(figsize=(9, 0.45 * len(profiles) + 1.3))[1]
+    left = [0.0] * len(profiles)
+    for k, colour in zip(
+        next(iter(profiles.values())), sns.color_palette("colorblind")
+    ):
+        share = [100 * p[k] / sum(p.values()) for p in profiles.values()]
+        ax.barh(list(profiles), share, left=left, color=colour, label=k)
+        left = [a + b for a, b in zip(left, share)]
+    for i, p in enumerate(profiles.values()):
+        ax.text(101, i, f"{1e3 * sum(p.values()):.3g} ms", va="center", fontsize=9)
+    ax.invert_yaxis()
+    ax.set(xlim=(0, 112), xlabel="% of an update")
+    ax.grid(axis="y")
+    ax.legend(
+        fontsize=8,
+        ncol=4,
+        frameon=False,
+        loc="upper center",
+        bbox_to_anchor=(0.45, -0.35),
+    )
     return ax
 
 # %% ../nbs/06_scaling.ipynb #06-evaluations
 def evaluations(
-    exp: Experiment # any
-) -> list:          # (what, forward passes of one image)
+    exp: Experiment,  # any
+) -> list:  # (what, forward passes of one image)
     "Every forward pass that an experiment makes outside training."
     e, s = exp.evaluation, exp.sampling
     passes = 2 if s.cfg_scale != 1 else 1
     losses = len({*e.loss_steps, *e.curve_steps, exp.train.n_steps})
-    return [("curve samples", len(e.curve_steps)*e.curve_samples*(e.curve_nfe or s.nfe)*passes), ("final samples", e.num_samples*s.nfe*passes), ("held-out loss", losses*e.loss_images*e.loss_levels)]
+    return [
+        (
+            "curve samples",
+            len(e.curve_steps) * e.curve_samples * (e.curve_nfe or s.nfe) * passes,
+        ),
+        ("final samples", e.num_samples * s.nfe * passes),
+        ("held-out loss", losses * e.loss_images * e.loss_levels),
+    ]
+
 
 def experiment_flops(exp: Experiment) -> dict:
     "Floating-point operations of an experiment: train, sample (curve and final), loss."
     macs, passes = macs_of(exp), dict(evaluations(exp))
-    return dict(train=exp.train.n_steps*exp.train.batch_size*training_flops(macs), sample=2*macs*(passes["curve samples"] + passes["final samples"]), loss=2*macs*passes["held-out loss"])
+    return dict(
+        train=exp.train.n_steps * exp.train.batch_size * training_flops(macs),
+        sample=2 * macs * (passes["curve samples"] + passes["final samples"]),
+        loss=2 * macs * passes["held-out loss"],
+    )
+
 
 def predict_seconds(
-    exp: Experiment,        # any
-    flops_per_second: float,# what one device reaches in training, in the model's own operations
-    sampling: float = None  # what it reaches in sampling; None: the same
-) -> dict:                  # seconds: train, sample, loss, total
+    exp: Experiment,  # any
+    flops_per_second: float,  # what one device reaches in training, in the model's own operations
+    sampling: float = None,  # what it reaches in sampling; None: the same
+) -> dict:  # seconds: train, sample, loss, total
     "How long an experiment takes on one device."
-    if not flops_per_second > 0 or not (sampling is None or sampling > 0): raise ParameterError(f"flops_per_second = {flops_per_second}, sampling = {sampling}: both must be above 0")
+    if not flops_per_second > 0 or not (sampling is None or sampling > 0):
+        raise ParameterError(
+            f"flops_per_second = {flops_per_second}, sampling = {sampling}: both must be above 0"
+        )
     f = experiment_flops(exp)
-    secs = dict(train=f["train"]/flops_per_second, sample=f["sample"]/(sampling or flops_per_second), loss=f["loss"]/(sampling or flops_per_second))
+    secs = dict(
+        train=f["train"] / flops_per_second,
+        sample=f["sample"] / (sampling or flops_per_second),
+        loss=f["loss"] / (sampling or flops_per_second),
+    )
     return dict(secs, total=sum(secs.values()))
 
+
 def predict_cost(
-    exp: Experiment,                   # any
-    rate: float,                       # FLOP/s of matrix products on one device, measured
-    utilisation: float,                # model FLOP utilisation in training, as measured with the same checkpointing
-    sampling_utilisation: float = None,# the same for sampling; None: as in training
-    devices: int = 1                   # that share the work without loss
-) -> dict:                             # EFLOP in all, GPU-hours of training and of sampling, days on `devices`, images per second in training
+    exp: Experiment,  # any
+    rate: float,  # FLOP/s of matrix products on one device, measured
+    utilisation: float,  # model FLOP utilisation in training, as measured with the same checkpointing
+    sampling_utilisation: float = None,  # the same for sampling; None: as in training
+    devices: int = 1,  # that share the work without loss
+) -> dict:  # EFLOP in all, GPU-hours of training and of sampling, days on `devices`, images per second in training
     "What an experiment costs: operations counted, speed given."
-    for name, v in dict(utilisation=utilisation, sampling_utilisation=sampling_utilisation).items():
-        if v is not None and not 0 < v <= 1: raise ParameterError(f"{name} = {v}: a share of the matrix rate, above 0 and at most 1")
-    s = predict_seconds(exp, rate*utilisation, rate*(sampling_utilisation or utilisation))
-    return dict(EFLOP=sum(experiment_flops(exp).values())/1e18, train_hours=s["train"]/3600, sample_hours=(s["sample"] + s["loss"])/3600, days=s["total"]/86400/devices,
-                images_per_second=rate*utilisation/training_flops(macs_of(exp))*devices)
+    for name, v in dict(
+        utilisation=utilisation, sampling_utilisation=sampling_utilisation
+    ).items():
+        if v is not None and not 0 < v <= 1:
+            raise ParameterError(
+                f"{name} = {v}: a share of the matrix rate, above 0 and at most 1"
+            )
+    s = predict_seconds(
+        exp, rate * utilisation, rate * (sampling_utilisation or utilisation)
+    )
+    return dict(
+        EFLOP=sum(experiment_flops(exp).values()) / 1e18,
+        train_hours=s["train"] / 3600,
+        sample_hours=(s["sample"] + s["loss"]) / 3600,
+        days=s["total"] / 86400 / devices,
+        images_per_second=rate * utilisation / training_flops(macs_of(exp)) * devices,
+    )
 
 # %% ../nbs/06_scaling.ipynb #06-probe_utilisation
 def probe_utilisation(
-    exp: Experiment,   # whose network
-    rate: float,       # FLOP/s of matrix products on this device in this precision
-    precision: str,    # fp32 | bf16 | fp16
-    device="cpu",      # where
-    batch: int = None, # images; None: 4 on a CPU, 128 on a GPU
-    depth: int = 3,    # layers that are kept: one, the middle, one with a long skip
-    repeats: int = 3   # timed updates
-) -> float:            # model FLOP utilisation, at most 1
+    exp: Experiment,  # whose network
+    rate: float,  # FLOP/s of matrix products on this device in this precision
+    precision: str,  # fp32 | bf16 | fp16
+    device="cpu",  # where
+    batch: int = None,  # images; None: 4 on a CPU, 128 on a GPU
+    depth: int = 3,  # layers that are kept: one, the middle, one with a long skip
+    repeats: int = 3,  # timed updates
+) -> float:  # model FLOP utilisation, at most 1
     "What share of a device's matrix rate a network's layers reach in training, measured on a few of them."
-    cut = replace(exp, model=replace(exp.model, depth=depth), train=replace(exp.train, precision=precision), execution=replace(exp.execution, use_checkpoint=False))
-    row = throughput(cut, [batch or (128 if torch.device(device).type == "cuda" else 4)], device, repeats, warmup=1).iloc[0]
+    cut = replace(
+        exp,
+        model=replace(exp.model, depth=depth),
+        train=replace(exp.train, precision=precision),
+        execution=replace(exp.execution, use_checkpoint=False),
+    )
+    row = throughput(
+        cut,
+        [batch or (128 if torch.device(device).type == "cuda" else 4)],
+        device,
+        repeats,
+        warmup=1,
+    ).iloc[0]
     return min(1.0, model_flop_utilisation(row.images_per_second, macs_of(cut), rate))
 
 # %% ../nbs/06_scaling.ipynb #06-cost_table
 def cost_table(
-    rate: float, utilisation: float, # as for `predict_cost`
-    sampling_utilisation: float = None
-):                                   # DataFrame: configuration, EFLOP, GPU-hours, the paper's GPU-hours and devices
+    rate: float,
+    utilisation: float,  # as for `predict_cost`
+    sampling_utilisation: float = None,
+):  # DataFrame: configuration, EFLOP, GPU-hours, the paper's GPU-hours and devices
     "What the released configurations would cost on one device, beside Table 6."
     import pandas as pd
-    paper = paper_hours().set_index("configuration")
-    rows = [dict(configuration=n, **{k: v for k, v in predict_cost(e, rate, utilisation, sampling_utilisation).items() if k != "days"}) for n, e in CONFIGS.items()]
-    df = pd.DataFrame(rows).set_index("configuration")
-    return df.assign(**{"Table 6: hours": paper.hours, "Table 6: devices": paper.devices, "Table 6: device-hours": paper.gpu_hours}).reset_index()
 
-NOMINAL = {"RTX 2080 Ti": 53.8e12, "A100": 312e12, "H200": 989e12}   # FLOP/s, 16-bit dense with float32 sums, as the vendor states; an assumption, not measured
+    paper = paper_hours().set_index("configuration")
+    rows = [
+        dict(
+            configuration=n,
+            **{
+                k: v
+                for k, v in predict_cost(
+                    e, rate, utilisation, sampling_utilisation
+                ).items()
+                if k != "days"
+            },
+        )
+        for n, e in CONFIGS.items()
+    ]
+    df = pd.DataFrame(rows).set_index("configuration")
+    return df.assign(
+        **{
+            "Table 6: hours": paper.hours,
+            "Table 6: devices": paper.devices,
+            "Table 6: device-hours": paper.gpu_hours,
+        }
+    ).reset_index()
+
+
+NOMINAL = {
+    "RTX 2080 Ti": 53.8e12,
+    "A100": 312e12,
+    "H200": 989e12,
+}  # FLOP/s, 16-bit dense with float32 sums, as the vendor states; an assumption, not measured
+
 
 def paper_hours():
     "Table 6 as operations: DataFrame of configuration, devices, hours, gpu_hours, EFLOP of training, FLOP/s per device that follow, and their share of the nominal rate."
     import pandas as pd
-    from uvit_repro.paper import load_paper
+    from uvit_repro.paper.numbers import load_paper
+
     t, rows = load_paper("Table 6"), []
     for name, e in CONFIGS.items():
-        mine = {r.metric: r for r in t.itertuples() if f"{r.dataset} {r.method}" == name}
+        mine = {
+            r.metric: r for r in t.itertuples() if f"{r.dataset} {r.method}" == name
+        }
         hours, devices = mine["training_hours"].number, mine["devices"].value
-        n, kind = int(devices.split("x")[0]), devices.split("x ")[1]; flops = experiment_flops(e)["train"]
-        rows.append(dict(configuration=name, devices=devices, hours=hours, gpu_hours=n*hours, EFLOP=flops/1e18, flops_per_device=flops/(n*hours*3600), share_of_nominal=flops/(n*hours*3600)/NOMINAL[kind]))
+        n, kind = int(devices.split("x")[0]), devices.split("x ")[1]
+        flops = experiment_flops(e)["train"]
+        rows.append(
+            dict(
+                configuration=name,
+                devices=devices,
+                hours=hours,
+                gpu_hours=n * hours,
+                EFLOP=flops / 1e18,
+                flops_per_device=flops / (n * hours * 3600),
+                share_of_nominal=flops / (n * hours * 3600) / NOMINAL[kind],
+            )
+        )
     return pd.DataFrame(rows)
+
 
 def paper_sampling():
     "Appendix A's seconds for 500 samples of 50 evaluations on one A100 as operations: DataFrame of model, seconds, FLOP/s, share of the nominal rate."
     import pandas as pd
-    from uvit_repro.paper import load_paper
-    like = {"U-ViT-S": "CIFAR10 U-ViT-S/2", "U-ViT-M": "ImageNet 64x64 U-ViT-M/4", "U-ViT-L": "ImageNet 256x256 U-ViT-L/2", "U-ViT-H": "ImageNet 256x256 U-ViT-H/2"}
+    from uvit_repro.paper.numbers import load_paper
+
+    like = {
+        "U-ViT-S": "CIFAR10 U-ViT-S/2",
+        "U-ViT-M": "ImageNet 64x64 U-ViT-M/4",
+        "U-ViT-L": "ImageNet 256x256 U-ViT-L/2",
+        "U-ViT-H": "ImageNet 256x256 U-ViT-H/2",
+    }
     published = load_paper("Appendix A", metric="seconds_per_500_samples")
-    rows = [(r.method, r.number, 500*50*2*macs_of(CONFIGS[like[r.method]])) for r in published.itertuples()]
-    return pd.DataFrame([dict(model=m, seconds=s, PFLOP=f/1e15, flops=f/s, share_of_nominal=f/s/NOMINAL["A100"]) for m, s, f in rows])
+    rows = [
+        (r.method, r.number, 500 * 50 * 2 * macs_of(CONFIGS[like[r.method]]))
+        for r in published.itertuples()
+    ]
+    return pd.DataFrame(
+        [
+            dict(
+                model=m,
+                seconds=s,
+                PFLOP=f / 1e15,
+                flops=f / s,
+                share_of_nominal=f / s / NOMINAL["A100"],
+            )
+            for m, s, f in rows
+        ]
+    )
 
 # %% ../nbs/06_scaling.ipynb #06-plot_paper_costs
 def plot_paper_costs(hours, sampling):
     "Table 6 and Appendix A as operations per second of one device, with the published times."
     import matplotlib.pyplot as plt, seaborn as sns
-    fig, (a, b) = plt.subplots(1, 2, figsize=(13, 4.2), width_ratios=(3, 2)); c = sns.color_palette("colorblind")
-    kinds = hours.devices.str.split("x ").str[1]; colours = dict(zip(sorted(set(kinds)), c))
-    a.barh(hours.configuration, hours.flops_per_device/1e12, color=[colours[k] for k in kinds]); a.invert_yaxis()
-    for i, r in enumerate(hours.itertuples()): a.text(r.flops_per_device/1e12, i, f" {r.hours:.0f} h on {r.devices}, {100*r.share_of_nominal:.0f} %", va="center", fontsize=8)
-    a.set(xlabel="TFLOP/s per device", title="Table 6: training (share of the nominal rate)"); a.grid(axis="y"); a.margins(x=0.5)
-    b.bar(sampling.model, sampling.flops/1e12, color=c[2], width=0.6)
-    for i, r in enumerate(sampling.itertuples()): b.text(i, r.flops/1e12, f"{r.seconds:.0f} s\n{100*r.share_of_nominal:.0f} %", ha="center", va="bottom", fontsize=8)
-    b.set(ylabel="TFLOP/s on one A100", title="Appendix A: 500 samples, 50 evaluations"); b.margins(y=0.25)
+
+    fig, (a, b) = plt.subplots(1, 2, figsize=(13, 4.2), width_ratios=(3, 2))
+    c = sns.color_palette("colorblind")
+    kinds = hours.devices.str.split("x ").str[1]
+    colours = dict(zip(sorted(set(kinds)), c))
+    a.barh(
+        hours.configuration,
+        hours.flops_per_device / 1e12,
+        color=[colours[k] for k in kinds],
+    )
+    a.invert_yaxis()
+    for i, r in enumerate(hours.itertuples()):
+        a.text(
+            r.flops_per_device / 1e12,
+            i,
+            f" {r.hours:.0f} h on {r.devices}, {100 * r.share_of_nominal:.0f} %",
+            va="center",
+            fontsize=8,
+        )
+    a.set(
+        xlabel="TFLOP/s per device",
+        title="Table 6: training (share of the nominal rate)",
+    )
+    a.grid(axis="y")
+    a.margins(x=0.5)
+    b.bar(sampling.model, sampling.flops / 1e12, color=c[2], width=0.6)
+    for i, r in enumerate(sampling.itertuples()):
+        b.text(
+            i,
+            r.flops / 1e12,
+            f"{r.seconds:.0f} s\n{100 * r.share_of_nominal:.0f} %",
+            ha="center",
+            va="bottom",
+            fontsize=8,
+        )
+    b.set(ylabel="TFLOP/s on one A100", title="Appendix A: 500 samples, 50 evaluations")
+    b.margins(y=0.25)
     fig.tight_layout()
     return fig
 
 # %% ../nbs/06_scaling.ipynb #06-allreduce_bytes
-LINKS = {"NVLink, 450 GB/s": 450e9, "InfiniBand, 400 Gb/s": 50e9, "Ethernet, 100 Gb/s": 12.5e9}   # bytes/s of one device's link in one direction, nominal: assumptions
+LINKS = {
+    "NVLink, 450 GB/s": 450e9,
+    "InfiniBand, 400 Gb/s": 50e9,
+    "Ethernet, 100 Gb/s": 12.5e9,
+}  # bytes/s of one device's link in one direction, nominal: assumptions
+
 
 def allreduce_bytes(
-    params: int,              # gradients
-    devices: int,             # that sum them
-    bytes_each: int = 4       # 4: float32, as DDP sends the gradients of float32 weights; 2: bf16
-) -> float:                   # sent, and received, by each device
+    params: int,  # gradients
+    devices: int,  # that sum them
+    bytes_each: int = 4,  # 4: float32, as DDP sends the gradients of float32 weights; 2: bf16
+) -> float:  # sent, and received, by each device
     "Traffic of a ring all-reduce: a reduce-scatter and an all-gather of (N-1)/N each."
-    if devices < 1: raise ParameterError(f"devices = {devices}: at least 1")
-    return 2*(devices - 1)/devices*params*bytes_each
+    if devices < 1:
+        raise ParameterError(f"devices = {devices}: at least 1")
+    return 2 * (devices - 1) / devices * params * bytes_each
+
 
 def plan_step(
-    exp: Experiment,          # its network and global batch
-    devices: int,             # that share the batch
+    exp: Experiment,  # its network and global batch
+    devices: int,  # that share the batch
     flops_per_second: float,  # of one device in training, assumed or measured
-    link: float,              # bytes/s of one device
-    bytes_each: int = 4       # of a gradient on the wire
-) -> dict:                    # seconds: compute, backward (two thirds of it, behind which communication can hide), communicate, update (what is not hidden comes on top)
+    link: float,  # bytes/s of one device
+    bytes_each: int = 4,  # of a gradient on the wire
+) -> dict:  # seconds: compute, backward (two thirds of it, behind which communication can hide), communicate, update (what is not hidden comes on top)
     "One update of data-parallel training, planned."
-    compute = exp.train.batch_size/devices*training_flops(macs_of(exp))/flops_per_second
-    talk = allreduce_bytes(params_of(exp), devices, bytes_each)/link
-    return dict(compute=compute, backward=compute*2/3, communicate=talk, update=compute + max(0.0, talk - compute*2/3))
+    compute = (
+        exp.train.batch_size / devices * training_flops(macs_of(exp)) / flops_per_second
+    )
+    talk = allreduce_bytes(params_of(exp), devices, bytes_each) / link
+    return dict(
+        compute=compute,
+        backward=compute * 2 / 3,
+        communicate=talk,
+        update=compute + max(0.0, talk - compute * 2 / 3),
+    )
 
 # %% ../nbs/06_scaling.ipynb #06-plot_plan
-PLANNED = ("CIFAR10 U-ViT-S/2", "ImageNet 64x64 U-ViT-M/4", "ImageNet 256x256 U-ViT-L/2", "ImageNet 256x256 U-ViT-H/2")
+PLANNED = (
+    "CIFAR10 U-ViT-S/2",
+    "ImageNet 64x64 U-ViT-M/4",
+    "ImageNet 256x256 U-ViT-L/2",
+    "ImageNet 256x256 U-ViT-H/2",
+)
+
 
 def plot_plan(
-    flops_per_second: float, # of one device, assumed
-    links: dict = LINKS,     # name -> bytes/s
-    configs=PLANNED          # keys of CONFIGS
-):                           # matplotlib figure
+    flops_per_second: float,  # of one device, assumed
+    links: dict = LINKS,  # name -> bytes/s
+    configs=PLANNED,  # keys of CONFIGS
+):  # matplotlib figure
     "Communication beside computation per update against the number of devices, the global batch fixed. Planned, not measured."
     import matplotlib.pyplot as plt, seaborn as sns
-    fig, axes = plt.subplots(1, len(configs), figsize=(3.4*len(configs), 4.2), sharey=True)
+
+    fig, axes = plt.subplots(
+        1, len(configs), figsize=(3.4 * len(configs), 4.2), sharey=True
+    )
     for ax, name in zip(axes, configs):
-        e = CONFIGS[name]; ns = [n for n in (2**i for i in range(1, 11)) if n <= e.train.batch_size]
-        at = lambda link, size: [plan_step(e, n, flops_per_second, link, size) for n in ns]
-        ax.plot(ns, [1e3*p["compute"] for p in at(1.0, 4)], "-o", color="black", ms=3, lw=2, label="computing")
-        ax.plot(ns, [1e3*p["backward"] for p in at(1.0, 4)], ":", color="black", lw=1.2, label="of it the backward pass")
+        e = CONFIGS[name]
+        ns = [n for n in (2**i for i in range(1, 11)) if n <= e.train.batch_size]
+        at = lambda link, size: [
+            plan_step(e, n, flops_per_second, link, size) for n in ns
+        ]
+        ax.plot(
+            ns,
+            [1e3 * p["compute"] for p in at(1.0, 4)],
+            "-o",
+            color="black",
+            ms=3,
+            lw=2,
+            label="computing",
+        )
+        ax.plot(
+            ns,
+            [1e3 * p["backward"] for p in at(1.0, 4)],
+            ":",
+            color="black",
+            lw=1.2,
+            label="of it the backward pass",
+        )
         for (link, speed), c in zip(links.items(), sns.color_palette("colorblind")):
-            for size, style, what in ((4, "-", "float32"), (2, "--", "bf16")): ax.plot(ns, [1e3*p["communicate"] for p in at(speed, size)], style, color=c, lw=1.4, label=f"{link}, {what}")
-        ax.axvspan(8.5, ns[-1]*1.2, color="0.92", zorder=0, lw=0)
-        ax.set(xscale="log", yscale="log", xlim=(1.8, ns[-1]*1.2), xlabel="devices", title=f"{name.replace(' U-ViT', chr(10) + 'U-ViT')}\nbatch {e.train.batch_size}, {params_of(e)/1e6:.0f}M gradients"); ax.title.set_fontsize(10)
-        ticks = ns[::2] if len(ns) > 7 else ns; ax.set_xticks(ticks, ticks); ax.minorticks_off()
-    axes[0].set_ylabel("ms per update"); axes[0].yaxis.set_major_formatter("{x:g}")
-    fig.suptitle(f"Planned, not measured: {flops_per_second/1e12:g} TFLOP/s per device and nominal link rates are assumed; grey: more than one machine of 8", fontsize=10)
-    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncol=4, frameon=False, loc="lower center"); fig.tight_layout(rect=(0, 0.12, 1, 1))
+            for size, style, what in ((4, "-", "float32"), (2, "--", "bf16")):
+                ax.plot(
+                    ns,
+                    [1e3 * p["communicate"] for p in at(speed, size)],
+                    style,
+                    color=c,
+                    lw=1.4,
+                    label=f"{link}, {what}",
+                )
+        ax.axvspan(8.5, ns[-1] * 1.2, color="0.92", zorder=0, lw=0)
+        ax.set(
+            xscale="log",
+            yscale="log",
+            xlim=(1.8, ns[-1] * 1.2),
+            xlabel="devices",
+            title=f"{name.replace(' U-ViT', chr(10) + 'U-ViT')}\nbatch {e.train.batch_size}, {params_of(e) / 1e6:.0f}M gradients",
+        )
+        ax.title.set_fontsize(10)
+        ticks = ns[::2] if len(ns) > 7 else ns
+        ax.set_xticks(ticks, ticks)
+        ax.minorticks_off()
+    axes[0].set_ylabel("ms per update")
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    fig.suptitle(
+        f"Planned, not measured: {flops_per_second / 1e12:g} TFLOP/s per device and nominal link rates are assumed; grey: more than one machine of 8",
+        fontsize=10,
+    )
+    fig.legend(
+        *axes[0].get_legend_handles_labels(),
+        fontsize=8,
+        ncol=4,
+        frameon=False,
+        loc="lower center",
+    )
+    fig.tight_layout(rect=(0, 0.12, 1, 1))
     return fig
 
 # %% ../nbs/06_scaling.ipynb #06-machines_table
 def machines_table(
-    flops_per_second: float,    # of one device, assumed or measured
-    days: float = 7.0,          # in which a row shall be done
-    per_machine: int = 8,       # devices in one machine
-    inside: float = 450e9, between: float = 50e9, # bytes/s of a device's link inside a machine and between machines, nominal
-    bytes_each: int = 4         # of a gradient on the wire
-):                              # DataFrame, one row per released configuration
+    flops_per_second: float,  # of one device, assumed or measured
+    days: float = 7.0,  # in which a row shall be done
+    per_machine: int = 8,  # devices in one machine
+    inside: float = 450e9,
+    between: float = 50e9,  # bytes/s of a device's link inside a machine and between machines, nominal
+    bytes_each: int = 4,  # of a gradient on the wire
+):  # DataFrame, one row per released configuration
     "Devices and machines that finish training and sampling in time, communication that can't hide included. Planned, not measured."
     import pandas as pd
+
     rows = []
     for name, e in CONFIGS.items():
-        rest = predict_seconds(e, flops_per_second); rest = rest["sample"] + rest["loss"]
-        def total(n): return e.train.n_steps*plan_step(e, n, flops_per_second, inside if n <= per_machine else between, bytes_each)["update"] + rest/n
-        fits = [n for n in range(1, e.train.batch_size + 1) if e.train.batch_size % n == 0 and total(n) <= days*86400]
-        n = min(fits, default=None); step = plan_step(e, n or 1, flops_per_second, inside if (n or 1) <= per_machine else between, bytes_each)
-        rows.append({"configuration": name, "days on one device": total(1)/86400, "days on one machine": total(min(per_machine, e.train.batch_size))/86400, f"devices for {days:g} days": n or "none suffices",
-                     "machines": -(-n//per_machine) if n else "none suffices", "communication / computing": step["communicate"]/step["compute"], "more than one machine": "no" if n and n <= per_machine else "yes"})
+        rest = predict_seconds(e, flops_per_second)
+        rest = rest["sample"] + rest["loss"]
+
+        def total(n):
+            return (
+                e.train.n_steps
+                * plan_step(
+                    e,
+                    n,
+                    flops_per_second,
+                    inside if n <= per_machine else between,
+                    bytes_each,
+                )["update"]
+                + rest / n
+            )
+
+        fits = [
+            n
+            for n in range(1, e.train.batch_size + 1)
+            if e.train.batch_size % n == 0 and total(n) <= days * 86400
+        ]
+        n = min(fits, default=None)
+        step = plan_step(
+            e,
+            n or 1,
+            flops_per_second,
+            inside if (n or 1) <= per_machine else between,
+            bytes_each,
+        )
+        rows.append(
+            {
+                "configuration": name,
+                "days on one device": total(1) / 86400,
+                "days on one machine": total(min(per_machine, e.train.batch_size))
+                / 86400,
+                f"devices for {days:g} days": n or "none suffices",
+                "machines": -(-n // per_machine) if n else "none suffices",
+                "communication / computing": step["communicate"] / step["compute"],
+                "more than one machine": "no" if n and n <= per_machine else "yes",
+            }
+        )
     return pd.DataFrame(rows)

@@ -23,591 +23,1177 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from .config import CONFIGS, CONTENT, DataConfig, ParameterError, data_root as data_folder, key_seed
-from .data import Data, _sum
-from .latents import Store, StoreError, begin_store, check_sums, encode_images, file_problem, from_store, load_autoencoder, repair, store_index, verify_store, weights_sum
-from .results import load_tensors, run_lock, sha256_file, sweep_unfinished, write_atomic, write_json
+from uvit_repro.config import (
+    CONFIGS,
+    CONTENT,
+    DataConfig,
+    ParameterError,
+    data_root as data_folder,
+    key_seed,
+)
+from .data.images import Data, _sum
+from uvit_repro.latents import (
+    Store,
+    StoreError,
+    begin_store,
+    check_sums,
+    encode_images,
+    file_problem,
+    from_store,
+    load_autoencoder,
+    repair,
+    store_index,
+    verify_store,
+    weights_sum,
+)
+from uvit_repro.runs.records import (
+    load_tensors,
+    run_lock,
+    sha256_file,
+    sweep_unfinished,
+    write_atomic,
+    write_json,
+)
 
 # %% ../nbs/08_mscoco.ipynb #08-clip_command
 CLIP_MODEL = "ViT-L-14-quickgelu"
-CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")   # in the folder clip/ beside the data sets
+CLIP_FILES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "model.safetensors",
+    "pytorch_model.bin",
+)  # in the folder clip/ beside the data sets
+
 
 def clip_command(root) -> str:
     "The command that fetches CLIP's weights."
-    return ("python -c \"from huggingface_hub import hf_hub_download as get; "
-            f"get('timm/vit_large_patch14_clip_224.openai', 'open_clip_model.safetensors', local_dir='{Path(root)/'clip'}')\"")
+    return (
+        'python -c "from huggingface_hub import hf_hub_download as get; '
+        f"get('timm/vit_large_patch14_clip_224.openai', 'open_clip_model.safetensors', local_dir='{Path(root) / 'clip'}')\""
+    )
+
 
 def find_clip(
-    root,        # the folder of the data sets
-    path: str="" # a file given by hand
-) -> Path:       # an existing file
+    root,  # the folder of the data sets
+    path: str = "",  # a file given by hand
+) -> Path:  # an existing file
     "The weights of CLIP ViT-L/14, or `FileNotFoundError` with the command that fetches them."
-    places = [Path(path).expanduser()] if path else [Path(root)/"clip"/f for f in CLIP_FILES]
+    places = (
+        [Path(path).expanduser()]
+        if path
+        else [Path(root) / "clip" / f for f in CLIP_FILES]
+    )
     found = next((p for p in places if p.is_file()), None)
     if found is None:
-        raise FileNotFoundError(f"CLIP ViT-L/14 (OpenAI) is not at {places[0]}" + ("" if path else f" (nor {', '.join(CLIP_FILES[1:])} beside it)")
-                                + f". Fetch it (1.7 GB, of which the text half is used) with\n    {clip_command(root)}")
+        raise FileNotFoundError(
+            f"CLIP ViT-L/14 (OpenAI) is not at {places[0]}"
+            + ("" if path else f" (nor {', '.join(CLIP_FILES[1:])} beside it)")
+            + f". Fetch it (1.7 GB, of which the text half is used) with\n    {clip_command(root)}"
+        )
     return found
 
 # %% ../nbs/08_mscoco.ipynb #08-text_weights
 def text_weights(
-    state: dict # tensors of a CLIP model as open_clip or Hugging Face name them
-) -> dict:      # those of its text half, float32, as open_clip's TextTransformer names them
+    state: dict,  # tensors of a CLIP model as open_clip or Hugging Face name them
+) -> dict:  # those of its text half, float32, as open_clip's TextTransformer names them
     "The text half of a CLIP model. Raises `ParameterError` when there is none."
     for prefix in ("text_model.", "text.", ""):
-        part = {k[len(prefix):]: v.float() for k, v in state.items() if k.startswith(prefix)}
-        if prefix == "text_model." and "embeddings.token_embedding.weight" in part: return _from_huggingface(part)
+        part = {
+            k[len(prefix) :]: v.float()
+            for k, v in state.items()
+            if k.startswith(prefix)
+        }
+        if prefix == "text_model." and "embeddings.token_embedding.weight" in part:
+            return _from_huggingface(part)
         if "token_embedding.weight" in part:
-            names = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.")
+            names = (
+                "token_embedding.",
+                "positional_embedding",
+                "transformer.",
+                "ln_final.",
+            )
             return {k: v for k, v in part.items() if k.startswith(names)}
-    raise ParameterError(f"no text encoder among {len(state)} tensors ({', '.join(list(state)[:3])}, ...): wanted is a CLIP model as open_clip or Hugging Face store it")
+    raise ParameterError(
+        f"no text encoder among {len(state)} tensors ({', '.join(list(state)[:3])}, ...): wanted is a CLIP model as open_clip or Hugging Face store it"
+    )
+
 
 def _from_huggingface(s: dict) -> dict:
     "Names of CLIPTextModel to names of open_clip; queries, keys and values are one matrix there."
     layers = 1 + max(int(k.split(".")[2]) for k in s if k.startswith("encoder.layers."))
-    out = {"token_embedding.weight": s["embeddings.token_embedding.weight"], "positional_embedding": s["embeddings.position_embedding.weight"]}
+    out = {
+        "token_embedding.weight": s["embeddings.token_embedding.weight"],
+        "positional_embedding": s["embeddings.position_embedding.weight"],
+    }
     for leaf in ("weight", "bias"):
         out[f"ln_final.{leaf}"] = s[f"final_layer_norm.{leaf}"]
         for i in range(layers):
             old, new = f"encoder.layers.{i}", f"transformer.resblocks.{i}"
-            out[f"{new}.attn.in_proj_{leaf}"] = torch.cat([s[f"{old}.self_attn.{n}_proj.{leaf}"] for n in "qkv"])
-            for a, b in (("self_attn.out_proj", "attn.out_proj"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")):
+            out[f"{new}.attn.in_proj_{leaf}"] = torch.cat(
+                [s[f"{old}.self_attn.{n}_proj.{leaf}"] for n in "qkv"]
+            )
+            for a, b in (
+                ("self_attn.out_proj", "attn.out_proj"),
+                ("layer_norm1", "ln_1"),
+                ("layer_norm2", "ln_2"),
+                ("mlp.fc1", "mlp.c_fc"),
+                ("mlp.fc2", "mlp.c_proj"),
+            ):
                 out[f"{new}.{b}.{leaf}"] = s[f"{old}.{a}.{leaf}"]
     return out
 
 # %% ../nbs/08_mscoco.ipynb #08-build_tower
 def build_tower(
-    config: dict # as in `open_clip.get_model_config(name)`: embed_dim, quick_gelu, text_cfg
-):               # open_clip's TextTransformer, frozen, with random weights
+    config: dict,  # as in `open_clip.get_model_config(name)`: embed_dim, quick_gelu, text_cfg
+):  # open_clip's TextTransformer, frozen, with random weights
     "The text half of a model of open_clip, without its image half."
     from open_clip.transformer import QuickGELU, TextTransformer
+
     c = config["text_cfg"]
-    tower = TextTransformer(context_length=c["context_length"], vocab_size=c["vocab_size"], width=c["width"], heads=c["heads"], layers=c["layers"], output_dim=None,
-                            act_layer=QuickGELU if config.get("quick_gelu") else torch.nn.GELU, output_tokens=True)
+    tower = TextTransformer(
+        context_length=c["context_length"],
+        vocab_size=c["vocab_size"],
+        width=c["width"],
+        heads=c["heads"],
+        layers=c["layers"],
+        output_dim=None,
+        act_layer=QuickGELU if config.get("quick_gelu") else torch.nn.GELU,
+        output_tokens=True,
+    )
     return tower.eval().requires_grad_(False)
+
 
 class ClipText:
     "Captions to the tokens that the network is told: (n, 77, 768), last hidden state after the final norm."
+
     def __init__(self, tower, name: str = "", device="cpu"):
         from open_clip.tokenizer import SimpleTokenizer
-        self.tower, self.name, self.device = tower.to(device), name, torch.device(device)
-        self.length, self.width, self.tokenizer = tower.context_length, tower.width, SimpleTokenizer(context_length=tower.context_length)
+
+        self.tower, self.name, self.device = (
+            tower.to(device),
+            name,
+            torch.device(device),
+        )
+        self.length, self.width, self.tokenizer = (
+            tower.context_length,
+            tower.width,
+            SimpleTokenizer(context_length=tower.context_length),
+        )
         self.sha256 = weights_sum(tower.state_dict())
 
     def tokens(self, captions: list) -> Tensor:
         "Token ids (n, 77): start, words, end; a long caption loses its last words; what is left over repeats the end token, as the released code's tokenizer does."
-        ids = self.tokenizer(list(captions)); end = self.tokenizer.eot_token_id
-        return torch.where(torch.arange(self.length) > (ids == end).int().argmax(1, keepdim=True), end, ids)
+        ids = self.tokenizer(list(captions))
+        end = self.tokenizer.eot_token_id
+        return torch.where(
+            torch.arange(self.length) > (ids == end).int().argmax(1, keepdim=True),
+            end,
+            ids,
+        )
+
     @torch.inference_mode()
     def encode(self, captions: list) -> Tensor:
         "float32 (n, 77, 768), on the encoder's device."
         return self.tower(self.tokens(captions).to(self.device))[1]
+
     @property
-    def null(self) -> Tensor: return self.encode([""])[0]
+    def null(self) -> Tensor:
+        return self.encode([""])[0]
+
 
 def load_clip(
-    root,              # the folder of the data sets
-    path: str = "",    # a file given by hand
-    device="cpu",      # where it computes
-    config: dict = None# None: that of CLIP_MODEL
+    root,  # the folder of the data sets
+    path: str = "",  # a file given by hand
+    device="cpu",  # where it computes
+    config: dict = None,  # None: that of CLIP_MODEL
 ) -> ClipText:
     "The released code's text encoder."
     import open_clip
-    file = find_clip(root, path); tower = build_tower(config or open_clip.get_model_config(CLIP_MODEL))
-    try: tower.load_state_dict(text_weights(load_tensors(file)))
-    except RuntimeError as e: raise ParameterError(f"{file} is not {CLIP_MODEL}: {str(e).splitlines()[-1].strip()}") from None
+
+    file = find_clip(root, path)
+    tower = build_tower(config or open_clip.get_model_config(CLIP_MODEL))
+    try:
+        tower.load_state_dict(text_weights(load_tensors(file)))
+    except RuntimeError as e:
+        raise ParameterError(
+            f"{file} is not {CLIP_MODEL}: {str(e).splitlines()[-1].strip()}"
+        ) from None
     return ClipText(tower, file.name, device)
 
 # %% ../nbs/08_mscoco.ipynb #08-captioned
 class Captioned(NamedTuple):
     "One image of MS-COCO."
+
     id: int
     file: str
     captions: tuple
 
+
 def read_captions(
-    path # an annotation file of MS-COCO, .json or .json.gz
-) -> list: # of Captioned, by id
+    path,  # an annotation file of MS-COCO, .json or .json.gz
+) -> list:  # of Captioned, by id
     "Images and their captions. Raises `FileNotFoundError` or `ValueError` naming what is wrong."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path} is not there. {coco_instructions(path.parent.parent.parent)}")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is not there. {coco_instructions(path.parent.parent.parent)}"
+        )
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f: d = json.load(f)
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
+            d = json.load(f)
         found = {i["id"]: (i["file_name"], []) for i in d["images"]}
-        for a in d["annotations"]: found[a["image_id"]][1].append(a["caption"])
+        for a in d["annotations"]:
+            found[a["image_id"]][1].append(a["caption"])
     except (ValueError, EOFError, OSError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} is not a caption file of MS-COCO ({type(e).__name__}: {e}); wanted is JSON with images (id, file_name) and annotations (image_id, caption)") from None
-    if bare := [i for i, (_, c) in found.items() if not c]: raise ValueError(f"{path}: {len(bare)} image(s) without caption, the first has id {bare[0]}")
+        raise ValueError(
+            f"{path} is not a caption file of MS-COCO ({type(e).__name__}: {e}); wanted is JSON with images (id, file_name) and annotations (image_id, caption)"
+        ) from None
+    if bare := [i for i, (_, c) in found.items() if not c]:
+        raise ValueError(
+            f"{path}: {len(bare)} image(s) without caption, the first has id {bare[0]}"
+        )
     return [Captioned(i, found[i][0], tuple(found[i][1])) for i in sorted(found)]
+
 
 def coco_instructions(root) -> str:
     "Where MS-COCO 2014 comes from and goes to."
-    c = Path(root)/"coco"
-    return (f"Get MS-COCO 2014 (20 GB) with\n    mkdir -p {c} && cd {c} && for f in zips/train2014 zips/val2014 annotations/annotations_trainval2014; do curl -L -C - -O http://images.cocodataset.org/$f.zip; done\n"
-            f"    cd {c} && for f in *.zip; do unzip -q $f; done\nso that {c} has train2014/, val2014/ and annotations/; or set UVIT_DATA (parameter data_root) to the folder that has coco/")
+    c = Path(root) / "coco"
+    return (
+        f"Get MS-COCO 2014 (20 GB) with\n    mkdir -p {c} && cd {c} && for f in zips/train2014 zips/val2014 annotations/annotations_trainval2014; do curl -L -C - -O http://images.cocodataset.org/$f.zip; done\n"
+        f"    cd {c} && for f in *.zip; do unzip -q $f; done\nso that {c} has train2014/, val2014/ and annotations/; or set UVIT_DATA (parameter data_root) to the folder that has coco/"
+    )
 
 # %% ../nbs/08_mscoco.ipynb #08-evaluation_prompts
 N_PROMPTS, N_HELD_OUT = 30_000, 5_000
 
+
 def evaluation_prompts(
-    images: list, # of Captioned: the validation images
-    n: int        # how many
-) -> list:        # (position of the image, number of its caption)
+    images: list,  # of Captioned: the validation images
+    n: int,  # how many
+) -> list:  # (position of the image, number of its caption)
     "The fixed sequence of evaluation prompts: shuffled passes over the images, one random caption each time."
     out = []
-    for p in range(-(-n//len(images))):
-        g = torch.Generator().manual_seed(key_seed("mscoco prompts", p)); order = torch.randperm(len(images), generator=g).tolist()
-        out += [(i, int(u*len(images[i].captions))) for i, u in zip(order, torch.rand(len(images), generator=g).tolist())]
+    for p in range(-(-n // len(images))):
+        g = torch.Generator().manual_seed(key_seed("mscoco prompts", p))
+        order = torch.randperm(len(images), generator=g).tolist()
+        out += [
+            (i, int(u * len(images[i].captions)))
+            for i, u in zip(order, torch.rand(len(images), generator=g).tolist())
+        ]
     return out[:n]
 
 # %% ../nbs/08_mscoco.ipynb #08-coco_crop
 def coco_crop(
-    im,       # PIL image, RGB
-    side: int # of the result
-) -> np.ndarray: # uint8 (side, side, 3)
+    im,  # PIL image, RGB
+    side: int,  # of the result
+) -> np.ndarray:  # uint8 (side, side, 3)
     "Centre square, then Lanczos (setup, section 6)."
     from PIL import Image
-    c = min(im.size); x, y = (im.size[0] - c)//2, (im.size[1] - c)//2
+
+    c = min(im.size)
+    x, y = (im.size[0] - c) // 2, (im.size[1] - c) // 2
     return np.asarray(im.crop((x, y, x + c, y + c)).resize((side, side), Image.LANCZOS))
+
 
 class Coco:
     "MS-COCO 2014 as it lies on disk: captions of both splits, and images as a source for `encode_images`."
+
     def __init__(self, root, side=256, held_out=N_HELD_OUT, prompts=N_PROMPTS):
-        self.root, self.side, self.notes = Path(root)/"coco", side, []
-        self.train, self.val = (read_captions(self.root/"annotations"/f"captions_{s}2014.json") for s in ("train", "val"))
-        self.prompts = evaluation_prompts(self.val, prompts); self.held_out = min(held_out, len(self.val), prompts); self.image_shape = (3, side, side)
-        self.files = [self.root/"train2014"/c.file for c in self.train] + [self.root/"val2014"/self.val[i].file for i, _ in self.prompts[:self.held_out]]
-        said = [(c.id, c.captions) for c in self.train] + [(self.val[i].id, k, self.val[i].captions[k]) for i, k in self.prompts]
+        self.root, self.side, self.notes = Path(root) / "coco", side, []
+        self.train, self.val = (
+            read_captions(self.root / "annotations" / f"captions_{s}2014.json")
+            for s in ("train", "val")
+        )
+        self.prompts = evaluation_prompts(self.val, prompts)
+        self.held_out = min(held_out, len(self.val), prompts)
+        self.image_shape = (3, side, side)
+        self.files = [self.root / "train2014" / c.file for c in self.train] + [
+            self.root / "val2014" / self.val[i].file
+            for i, _ in self.prompts[: self.held_out]
+        ]
+        said = [(c.id, c.captions) for c in self.train] + [
+            (self.val[i].id, k, self.val[i].captions[k]) for i, k in self.prompts
+        ]
         self.sha256 = hashlib.sha256(repr(said).encode()).hexdigest()
         self.name = f"mscoco 2014, captions {self.sha256}"
-        self.key = dict(kind="mscoco", sha256=self.sha256, images=len(self.files), held_out=self.held_out, shape=list(self.image_shape))
-    def __len__(self): return len(self.files)
+        self.key = dict(
+            kind="mscoco",
+            sha256=self.sha256,
+            images=len(self.files),
+            held_out=self.held_out,
+            shape=list(self.image_shape),
+        )
+
+    def __len__(self):
+        return len(self.files)
+
     def texts(self) -> list:
         "Every text to be encoded: the empty one, all training captions, the prompts."
-        return ["", *(t for c in self.train for t in c.captions), *(self.val[i].captions[k] for i, k in self.prompts)]
+        return [
+            "",
+            *(t for c in self.train for t in c.captions),
+            *(self.val[i].captions[k] for i, k in self.prompts),
+        ]
 
     def one(self, i: int) -> np.ndarray:
         "Image i, uint8 (H, W, 3). Raises `StoreError` naming a file that can't be used: its captions would be without image."
         from PIL import Image
+
         try:
-            with Image.open(self.files[i]) as im: return coco_crop(im.convert("RGB"), self.side)
-        except (OSError, ValueError) as e: raise StoreError(f"{self.files[i]} can't be read ({e}). {coco_instructions(self.root.parent)}") from None
+            with Image.open(self.files[i]) as im:
+                return coco_crop(im.convert("RGB"), self.side)
+        except (OSError, ValueError) as e:
+            raise StoreError(
+                f"{self.files[i]} can't be read ({e}). {coco_instructions(self.root.parent)}"
+            ) from None
+
     def read(self, a: int, b: int) -> tuple:
         "As for the sources of chapter 07."
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool: x = np.stack(list(pool.map(self.one, range(a, b))))
-        return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))), [""]*(b - a), [sha256_file(f) for f in self.files[a:b]], []
-    def finish(self, classes: list, sums: list) -> tuple: return hashlib.sha256((self.sha256 + "".join(sums)).encode()).hexdigest(), list(range(len(classes))), [""]
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            x = np.stack(list(pool.map(self.one, range(a, b))))
+        return (
+            torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))),
+            [""] * (b - a),
+            [sha256_file(f) for f in self.files[a:b]],
+            [],
+        )
+
+    def finish(self, classes: list, sums: list) -> tuple:
+        return (
+            hashlib.sha256((self.sha256 + "".join(sums)).encode()).hexdigest(),
+            list(range(len(classes))),
+            [""],
+        )
 
 # %% ../nbs/08_mscoco.ipynb #08-shard
 FORMAT, VERSION = "uvit_repro texts", 1
 
-def _shard(k: int, kind="npy") -> str: return f"contexts-{k:05d}.{kind}"
+
+def _shard(k: int, kind="npy") -> str:
+    return f"contexts-{k:05d}.{kind}"
+
 
 def _shard_note(path: Path, k: int, rows: int, job: dict):
     "What was noted about shard k when its file is there, with the right size; else `None`."
-    try: note = json.loads((path/_shard(k, "json")).read_text())
-    except (OSError, ValueError): return None
-    return None if file_problem(path/_shard(k), (rows, *job["shape"]), job["dtype"]) else note
+    try:
+        note = json.loads((path / _shard(k, "json")).read_text())
+    except (OSError, ValueError):
+        return None
+    return (
+        None
+        if file_problem(path / _shard(k), (rows, *job["shape"]), job["dtype"])
+        else note
+    )
+
 
 def encode_texts(
-    texts: list,        # of str; the first is ""
+    texts: list,  # of str; the first is ""
     encoder: ClipText,  # or anything with encode, length, width, sha256, name
-    path,               # the store's folder
-    extra: dict = None, # kept in the index: what the rows stand for
-    dtype="float32",    # float32 | float16
-    batch=64,           # texts encoded at once: part of what decides the bits
-    shard_rows=1024,    # texts in a shard: what a kill can cost
-    say=print           # a line every 15 seconds
-):                      # TextStore
+    path,  # the store's folder
+    extra: dict = None,  # kept in the index: what the rows stand for
+    dtype="float32",  # float32 | float16
+    batch=64,  # texts encoded at once: part of what decides the bits
+    shard_rows=1024,  # texts in a shard: what a kill can cost
+    say=print,  # a line every 15 seconds
+):  # TextStore
     "Encode texts once. The same call resumes, repairs, or finds that all is done."
-    if dtype not in ("float32", "float16") or batch < 1 or shard_rows < batch or shard_rows % batch or not texts or texts[0]:
-        raise ParameterError(f"dtype = {dtype!r}, batch = {batch}, shard_rows = {shard_rows}: float32 or float16, whole batches in a shard, and the empty text in front")
+    if (
+        dtype not in ("float32", "float16")
+        or batch < 1
+        or shard_rows < batch
+        or shard_rows % batch
+        or not texts
+        or texts[0]
+    ):
+        raise ParameterError(
+            f"dtype = {dtype!r}, batch = {batch}, shard_rows = {shard_rows}: float32 or float16, whole batches in a shard, and the empty text in front"
+        )
     path, start, last = Path(path), time.perf_counter(), time.perf_counter()
-    job = dict(texts=hashlib.sha256(json.dumps(texts).encode()).hexdigest(), count=len(texts), encoder=encoder.sha256, shape=[encoder.length, encoder.width],
-               dtype=dtype, batch=batch, shard_rows=shard_rows)
-    spans = [(a, min(a + shard_rows, len(texts))) for a in range(0, len(texts), shard_rows)]
+    job = dict(
+        texts=hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+        count=len(texts),
+        encoder=encoder.sha256,
+        shape=[encoder.length, encoder.width],
+        dtype=dtype,
+        batch=batch,
+        shard_rows=shard_rows,
+    )
+    spans = [
+        (a, min(a + shard_rows, len(texts))) for a in range(0, len(texts), shard_rows)
+    ]
     with run_lock(path, say):
-        sweep_unfinished(path); begin_store(path, job)
+        sweep_unfinished(path)
+        begin_store(path, job)
         notes = [_shard_note(path, k, b - a, job) for k, (a, b) in enumerate(spans)]
         todo, done = [k for k, n in enumerate(notes) if n is None], 0
         total = sum(spans[k][1] - spans[k][0] for k in todo)
         for k in todo:
-            a, b = spans[k]; x = np.empty((b - a, *job["shape"]), dtype)
+            a, b = spans[k]
+            x = np.empty((b - a, *job["shape"]), dtype)
             for i in range(a, b, batch):
-                x[i-a:i-a+batch] = encoder.encode(texts[i:min(i + batch, b)]).cpu().numpy()
+                x[i - a : i - a + batch] = (
+                    encoder.encode(texts[i : min(i + batch, b)]).cpu().numpy()
+                )
                 done, now = done + min(batch, b - i), time.perf_counter()
-                if now - last > 15: last = now; say(f"encoded {done}/{total} texts, {(now - start)/done*(total - done)/60:.0f} minutes left")
-            if not np.isfinite(x).all(): raise FloatingPointError(f"contexts that are not finite as {dtype}: use dtype = float32")
-            f = write_atomic(path/_shard(k), lambda p: np.save(p, x))
-            notes[k] = dict(rows=b - a, sha256=sha256_file(f)); write_json(path/_shard(k, "json"), notes[k])
-        if todo or not all((path/f).exists() for f in ("index.json", "captions.json")):
-            f = write_json(path/"captions.json", texts)
-            write_json(path/"index.json", dict(format=FORMAT, version=VERSION, job=job, extra=extra or {}, encoder=dict(name=encoder.name, sha256=encoder.sha256),
-                                               captions=sha256_file(f), shards=notes))
+                if now - last > 15:
+                    last = now
+                    say(
+                        f"encoded {done}/{total} texts, {(now - start) / done * (total - done) / 60:.0f} minutes left"
+                    )
+            if not np.isfinite(x).all():
+                raise FloatingPointError(
+                    f"contexts that are not finite as {dtype}: use dtype = float32"
+                )
+            f = write_atomic(path / _shard(k), lambda p: np.save(p, x))
+            notes[k] = dict(rows=b - a, sha256=sha256_file(f))
+            write_json(path / _shard(k, "json"), notes[k])
+        if todo or not all(
+            (path / f).exists() for f in ("index.json", "captions.json")
+        ):
+            f = write_json(path / "captions.json", texts)
+            write_json(
+                path / "index.json",
+                dict(
+                    format=FORMAT,
+                    version=VERSION,
+                    job=job,
+                    extra=extra or {},
+                    encoder=dict(name=encoder.name, sha256=encoder.sha256),
+                    captions=sha256_file(f),
+                    shards=notes,
+                ),
+            )
     return TextStore(path)
 
 # %% ../nbs/08_mscoco.ipynb #08-textstore
 class TextStore:
     "Encoded texts on disk: `len`, `read(rows)`, `captions`; row 0 is the empty text."
+
     def __init__(self, path):
         self.path, self._maps = Path(path), {}
-        if not (self.path/"index.json").is_file():
-            begun = " yet: repeat the command that encodes it; it goes on where it stopped" if (self.path/"job.json").is_file() else " (no index.json)"
+        if not (self.path / "index.json").is_file():
+            begun = (
+                " yet: repeat the command that encodes it; it goes on where it stopped"
+                if (self.path / "job.json").is_file()
+                else " (no index.json)"
+            )
             raise FileNotFoundError(f"{path}: no store of texts{begun}")
         i = self.index = store_index(self.path, FORMAT, VERSION)
         self.job, self.extra = i["job"], i["extra"]
         self.shape, self.dtype = tuple(self.job["shape"]), np.dtype(self.job["dtype"])
-        if bad := [p for k, s in enumerate(i["shards"]) if (p := file_problem(self.path/_shard(k), (s["rows"], *self.shape), self.dtype))]: raise StoreError(repair(self.path, bad))
-        self.sha256 = hashlib.sha256(f"{self.job['texts']} {self.job['encoder']} {self.shape} {self.dtype}".encode()).hexdigest()
-    def __len__(self): return self.job["count"]
-    def __getstate__(self): return dict(self.__dict__, _maps={})
+        if bad := [
+            p
+            for k, s in enumerate(i["shards"])
+            if (
+                p := file_problem(
+                    self.path / _shard(k), (s["rows"], *self.shape), self.dtype
+                )
+            )
+        ]:
+            raise StoreError(repair(self.path, bad))
+        self.sha256 = hashlib.sha256(
+            f"{self.job['texts']} {self.job['encoder']} {self.shape} {self.dtype}".encode()
+        ).hexdigest()
+
+    def __len__(self):
+        return self.job["count"]
+
+    def __getstate__(self):
+        return dict(self.__dict__, _maps={})
+
     @property
-    def captions(self) -> list: return json.loads((self.path/"captions.json").read_text())
+    def captions(self) -> list:
+        return json.loads((self.path / "captions.json").read_text())
 
     def read(self, rows) -> Tensor:
         "Contexts (B, L, D) of some rows, in the store's number format."
         rows, out = np.asarray(rows), np.empty((len(rows), *self.shape), self.dtype)
-        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self): raise IndexError(f"rows {rows.min()}..{rows.max()} of a store with {len(self)} texts")
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(
+                f"rows {rows.min()}..{rows.max()} of a store with {len(self)} texts"
+            )
         for i, (k, r) in enumerate(zip(*np.divmod(rows, self.job["shard_rows"]))):
-            if k not in self._maps: self._maps[k] = np.asarray(np.load(self.path/_shard(k), mmap_mode="r"))
+            if k not in self._maps:
+                self._maps[k] = np.asarray(
+                    np.load(self.path / _shard(k), mmap_mode="r")
+                )
             out[i] = self._maps[k][r]
         return torch.from_numpy(out)
+
 
 def verify_texts(path, say=None) -> dict:
     "Read every file of a store and compare sums. Raises `StoreError` naming each one that is short, missing or altered."
     s = TextStore(path)
-    want = {s.path/"captions.json": s.index["captions"], **{s.path/_shard(k): n["sha256"] for k, n in enumerate(s.index["shards"])}}
+    want = {
+        s.path / "captions.json": s.index["captions"],
+        **{s.path / _shard(k): n["sha256"] for k, n in enumerate(s.index["shards"])},
+    }
     return dict(check_sums(s.path, want, say), texts=len(s))
 
 # %% ../nbs/08_mscoco.ipynb #08-prompts
 class Prompts:
     "A sequence of encoded prompts: `len`, and slices (b - a, L, D), made when they are asked for."
-    def __init__(self, n: int, read): self.n, self._read = n, read
-    def __len__(self): return self.n
-    def __getitem__(self, part: slice) -> Tensor: return self._read(*part.indices(self.n)[:2])
+
+    def __init__(self, n: int, read):
+        self.n, self._read = n, read
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, part: slice) -> Tensor:
+        return self._read(*part.indices(self.n)[:2])
+
 
 class StoredTexts:
     "The captions of a data set from a `TextStore` whose index says how many each training image has."
+
     def __init__(self, store: TextStore):
-        self.store, counts = store, torch.tensor(store.extra["counts"]); self.n, self.null = store.extra["prompts"], store.read([0])[0].float()
-        self.counts, self.first, self.start, self._captions = counts, 1 + counts.cumsum(0) - counts, 1 + int(counts.sum()), None
+        self.store, counts = store, torch.tensor(store.extra["counts"])
+        self.n, self.null = store.extra["prompts"], store.read([0])[0].float()
+        self.counts, self.first, self.start, self._captions = (
+            counts,
+            1 + counts.cumsum(0) - counts,
+            1 + int(counts.sum()),
+            None,
+        )
+
     def rows(self, index: Tensor, u: Tensor) -> Tensor:
         "Row of caption floor(u K) of training images."
-        return self.first[index] + (u.double()*self.counts[index]).long()
-    def read(self, index: Tensor, u: Tensor) -> Tensor: return self.store.read(self.rows(index, u))
-    def test(self, index: Tensor) -> Tensor: return self.store.read(self.start + np.asarray(index))        # held-out image i is that of prompt i
+        return self.first[index] + (u.double() * self.counts[index]).long()
+
+    def read(self, index: Tensor, u: Tensor) -> Tensor:
+        return self.store.read(self.rows(index, u))
+
+    def test(self, index: Tensor) -> Tensor:
+        return self.store.read(
+            self.start + np.asarray(index)
+        )  # held-out image i is that of prompt i
+
     def prompts(self, n: int) -> Prompts:
-        if n > self.n: raise ParameterError(f"num_samples = {n}: {self.store.path} has {self.n} prompts; ask for at most as many, or encode more (--prompts)")
-        return Prompts(n, lambda a, b: self.store.read(np.arange(self.start + a, self.start + b)))
+        if n > self.n:
+            raise ParameterError(
+                f"num_samples = {n}: {self.store.path} has {self.n} prompts; ask for at most as many, or encode more (--prompts)"
+            )
+        return Prompts(
+            n, lambda a, b: self.store.read(np.arange(self.start + a, self.start + b))
+        )
+
     def prompt(self, i: int) -> str:
-        if self._captions is None: self._captions = self.store.captions
+        if self._captions is None:
+            self._captions = self.store.captions
         return self._captions[self.start + i]
 
 # %% ../nbs/08_mscoco.ipynb #08-coco_paths
 def coco_paths(root) -> tuple:
     "Folders of the two stores: latents, texts."
-    return Path(root)/"mscoco256_latents", Path(root)/"mscoco256_clip"
+    return Path(root) / "mscoco256_latents", Path(root) / "mscoco256_clip"
+
 
 def encode_coco(
-    coco: Coco,                  # captions and images
-    root,                        # the folder of the data sets
-    autoencoder=None, clip=None, # what encodes images and texts; None: not now
-    dtype="float32", batch=32, shard_rows=1024, say=print # as for `encode_images`
+    coco: Coco,  # captions and images
+    root,  # the folder of the data sets
+    autoencoder=None,
+    clip=None,  # what encodes images and texts; None: not now
+    dtype="float32",
+    batch=32,
+    shard_rows=1024,
+    say=print,  # as for `encode_images`
 ):
     "Encode MS-COCO: each store resumes where it stopped."
     latents, texts = coco_paths(root)
-    extra = dict(coco=coco.name, counts=[len(c.captions) for c in coco.train], prompts=len(coco.prompts), held_out=coco.held_out)
-    if clip: encode_texts(coco.texts(), clip, texts, extra, dtype, batch, shard_rows, say)
-    if autoencoder: encode_images(coco, autoencoder, latents, dtype, batch, shard_rows, mirror=False, say=say)
+    extra = dict(
+        coco=coco.name,
+        counts=[len(c.captions) for c in coco.train],
+        prompts=len(coco.prompts),
+        held_out=coco.held_out,
+    )
+    if clip:
+        encode_texts(coco.texts(), clip, texts, extra, dtype, batch, shard_rows, say)
+    if autoencoder:
+        encode_images(
+            coco, autoencoder, latents, dtype, batch, shard_rows, mirror=False, say=say
+        )
+
 
 def find_mscoco256(
-    root  # the folder of the data sets
-) -> tuple: # the stores of latents and of texts
+    root,  # the folder of the data sets
+) -> tuple:  # the stores of latents and of texts
     "Where encoded MS-COCO is, or `FileNotFoundError` with the command that makes it."
-    latents, texts = coco_paths(root); missing = [p for p in (latents, texts) if not (p/"index.json").is_file()]
+    latents, texts = coco_paths(root)
+    missing = [p for p in (latents, texts) if not (p / "index.json").is_file()]
     if missing:
-        raise FileNotFoundError(f"mscoco256: {' and '.join(map(str, missing))} {'is' if len(missing) == 1 else 'are'} not there, or not complete. "
+        raise FileNotFoundError(
+            f"mscoco256: {' and '.join(map(str, missing))} {'is' if len(missing) == 1 else 'are'} not there, or not complete. "
             f"Encode MS-COCO once (2.9 and 105 GB, half with --dtype float16) with\n    python -m uvit_repro.text encode --data-root {root}\n"
-            "which says how to get MS-COCO, CLIP and the autoencoder where they are missing, and resumes where it stopped; or set UVIT_DATA (parameter data_root) to the folder that has it")
+            "which says how to get MS-COCO, CLIP and the autoencoder where they are missing, and resumes where it stopped; or set UVIT_DATA (parameter data_root) to the folder that has it"
+        )
     return latents, texts
 
+
 def load_mscoco256(
-    cfg: DataConfig, # latents of 4x32x32, texts of 77x768
-    root             # the folder of the data sets
-) -> Data:           # 82,783 training images with five captions or more, 5,000 held-out ones
+    cfg: DataConfig,  # latents of 4x32x32, texts of 77x768
+    root,  # the folder of the data sets
+) -> Data:  # 82,783 training images with five captions or more, 5,000 held-out ones
     "MS-COCO at 256x256 as latents and encoded captions (Section 5.3; setup, section 6)."
     latents, texts = find_mscoco256(root)
-    store = TextStore(texts); data = from_store(Store(latents), cfg, "mscoco256", root=root); found, want = data.inputs.store.index["source"]["name"], store.extra.get("coco")
-    if found != want: raise StoreError(f"{latents} and {texts} were encoded from different captions or images ({found}; {want}): remove one of them and encode it again")
-    return replace(data, texts=StoredTexts(store), sha256=hashlib.sha256(f"{data.sha256} {store.sha256}".encode()).hexdigest())
+    store = TextStore(texts)
+    data = from_store(Store(latents), cfg, "mscoco256", root=root)
+    found, want = data.inputs.store.index["source"]["name"], store.extra.get("coco")
+    if found != want:
+        raise StoreError(
+            f"{latents} and {texts} were encoded from different captions or images ({found}; {want}): remove one of them and encode it again"
+        )
+    return replace(
+        data,
+        texts=StoredTexts(store),
+        sha256=hashlib.sha256(f"{data.sha256} {store.sha256}".encode()).hexdigest(),
+    )
 
 # %% ../nbs/08_mscoco.ipynb #08-group
-COLOURS = dict(red=(214, 39, 40), green=(44, 160, 44), blue=(31, 90, 214), yellow=(240, 190, 20))
+COLOURS = dict(
+    red=(214, 39, 40), green=(44, 160, 44), blue=(31, 90, 214), yellow=(240, 190, 20)
+)
 FORMS = ("circle", "square", "triangle", "cross")
-HALVES = dict(top=(0, 1), bottom=(2, 3), left=(0, 2), right=(1, 3))                     # cells: 0 1 above 2 3
+HALVES = dict(
+    top=(0, 1), bottom=(2, 3), left=(0, 2), right=(1, 3)
+)  # cells: 0 1 above 2 3
 OPPOSITE = dict(top="bottom", bottom="top", left="right", right="left")
-UNSEEN = (("red", "cross"), ("green", "triangle"), ("blue", "square"), ("yellow", "circle"))   # never in a training picture
+UNSEEN = (
+    ("red", "cross"),
+    ("green", "triangle"),
+    ("blue", "square"),
+    ("yellow", "circle"),
+)  # never in a training picture
 KINDS = tuple(itertools.product(COLOURS, FORMS))
-BACKGROUND, CELL, SIZE, SHIFTS = (240, 240, 240), 8, 7, 2                                # pixels: side of a cell, of an object; shifts along each axis
+BACKGROUND, CELL, SIZE, SHIFTS = (
+    (240, 240, 240),
+    8,
+    7,
+    2,
+)  # pixels: side of a cell, of an object; shifts along each axis
+
 
 class Group(NamedTuple):
     "One or two equal objects."
+
     count: int
     colour: str
     form: str
 
+
 class Scene(NamedTuple):
     "What a caption says: the half of the first group, and the groups; the second one is in the opposite half."
+
     half: str
     groups: tuple
-    def parts(self) -> list: return list(zip(self.groups, (self.half, OPPOSITE[self.half])))
+
+    def parts(self) -> list:
+        return list(zip(self.groups, (self.half, OPPOSITE[self.half])))
+
     def objects(self) -> list:
         "(colour, form, cells it may be in) of each object."
-        return [(g.colour, g.form, HALVES[h]) for g, h in self.parts() for _ in range(g.count)]
+        return [
+            (g.colour, g.form, HALVES[h])
+            for g, h in self.parts()
+            for _ in range(g.count)
+        ]
+
     @property
-    def unseen(self) -> bool: return any((g.colour, g.form) in UNSEEN for g in self.groups)
+    def unseen(self) -> bool:
+        return any((g.colour, g.form) in UNSEEN for g in self.groups)
+
 
 def draw_scene(
-    rng: random.Random, # source of chance
-    unseen=False        # groups of combinations that training never shows, instead of the others
+    rng: random.Random,  # source of chance
+    unseen=False,  # groups of combinations that training never shows, instead of the others
 ) -> Scene:
     "A random scene: two groups in three of five, two objects in a group in one of three."
-    pick = lambda s: s[int(rng.random()*len(s))]
+    pick = lambda s: s[int(rng.random() * len(s))]
     kinds = [k for k in KINDS if (k in UNSEEN) == unseen]
-    first = pick(kinds); second = pick([k for k in kinds if k != first]); half = pick(list(HALVES))
-    count = lambda: 1 + (rng.random() < 1/3)
-    return Scene(half, (Group(count(), *first),) + ((Group(count(), *second),) if rng.random() < 0.6 else ()))
+    first = pick(kinds)
+    second = pick([k for k in kinds if k != first])
+    half = pick(list(HALVES))
+    count = lambda: 1 + (rng.random() < 1 / 3)
+    return Scene(
+        half,
+        (Group(count(), *first),)
+        + ((Group(count(), *second),) if rng.random() < 0.6 else ()),
+    )
 
 # %% ../nbs/08_mscoco.ipynb #08-caption
 RELATIONS = dict(top="above", bottom="below", left="left of", right="right of")
 
+
 def caption(
     scene: Scene,
-    wording=0    # 0 or 1
+    wording=0,  # 0 or 1
 ) -> str:
     "A scene in words."
-    def noun(g): return f"{'a' if g.count == 1 else 'two'} {g.colour} {g.form}" + ("" if g.count == 1 else "es" if g.form == "cross" else "s")
-    a, where = scene.groups[0], ("at the " if scene.half in ("top", "bottom") else "on the ") + scene.half
-    if len(scene.groups) == 1: return f"{where} {noun(a)}" if wording else f"{noun(a)} {where}"
+
+    def noun(g):
+        return f"{'a' if g.count == 1 else 'two'} {g.colour} {g.form}" + (
+            "" if g.count == 1 else "es" if g.form == "cross" else "s"
+        )
+
+    a, where = (
+        scene.groups[0],
+        ("at the " if scene.half in ("top", "bottom") else "on the ") + scene.half,
+    )
+    if len(scene.groups) == 1:
+        return f"{where} {noun(a)}" if wording else f"{noun(a)} {where}"
     b = scene.groups[1]
-    return f"{noun(b)} {RELATIONS[OPPOSITE[scene.half]]} {noun(a)}" if wording else f"{noun(a)} {RELATIONS[scene.half]} {noun(b)}"
+    return (
+        f"{noun(b)} {RELATIONS[OPPOSITE[scene.half]]} {noun(a)}"
+        if wording
+        else f"{noun(a)} {RELATIONS[scene.half]} {noun(b)}"
+    )
+
 
 def parse_caption(text: str) -> Scene:
     "The scene that a caption describes. Raises `ParameterError` for a text that is none."
-    words, counts, halves = text.lower().split(), dict(a=1, one=1, two=2), {v.split()[0]: k for k, v in RELATIONS.items()}
+    words, counts, halves = (
+        text.lower().split(),
+        dict(a=1, one=1, two=2),
+        {v.split()[0]: k for k, v in RELATIONS.items()},
+    )
+
     def group(w):
         if len(w) == 3 and w[0] in counts and w[1] in COLOURS:
-            n = counts[w[0]]; form = w[2] if n == 1 else w[2].removesuffix("es" if w[2] == "crosses" else "s")
-            if form in FORMS and (n == 1 or w[2] != form): return Group(n, w[1], form)
-        raise ParameterError(f"{text!r}: {' '.join(w)!r} is no group; try {caption(Scene('top', (Group(1, 'red', 'circle'), Group(2, 'blue', 'square'))))!r}, "
-                             f"colours {', '.join(COLOURS)}, forms {', '.join(FORMS)}, a or two, {', '.join(RELATIONS.values())}, at the top or bottom, on the left or right")
+            n = counts[w[0]]
+            form = (
+                w[2]
+                if n == 1
+                else w[2].removesuffix("es" if w[2] == "crosses" else "s")
+            )
+            if form in FORMS and (n == 1 or w[2] != form):
+                return Group(n, w[1], form)
+        raise ParameterError(
+            f"{text!r}: {' '.join(w)!r} is no group; try {caption(Scene('top', (Group(1, 'red', 'circle'), Group(2, 'blue', 'square'))))!r}, "
+            f"colours {', '.join(COLOURS)}, forms {', '.join(FORMS)}, a or two, {', '.join(RELATIONS.values())}, at the top or bottom, on the left or right"
+        )
+
     place = next((i for i, w in enumerate(words) if w in ("at", "on")), None)
-    if place is not None and len(words) == 6 and words[place + 1] == "the" and words[place + 2] in HALVES: return Scene(words[place + 2], (group(words[:place] + words[place + 3:]),))
+    if (
+        place is not None
+        and len(words) == 6
+        and words[place + 1] == "the"
+        and words[place + 2] in HALVES
+    ):
+        return Scene(words[place + 2], (group(words[:place] + words[place + 3 :]),))
     r = next((i for i, w in enumerate(words) if w in halves), len(words))
-    second = words[r + 1 + (words[r:r + 1] in (["left"], ["right"])):]
-    return Scene(halves[words[r]] if r < len(words) else "top", (group(words[:r]), group(second)))
+    second = words[r + 1 + (words[r : r + 1] in (["left"], ["right"])) :]
+    return Scene(
+        halves[words[r]] if r < len(words) else "top", (group(words[:r]), group(second))
+    )
 
 # %% ../nbs/08_mscoco.ipynb #08-form_mask
 def form_mask(form: str) -> np.ndarray:  # bool (7, 7)
     "The pixels of a form."
-    y, x = np.mgrid[:SIZE, :SIZE] - SIZE//2
-    return dict(square=x == x, circle=x**2 + y**2 <= 12, triangle=2*abs(x) <= y + 4, cross=(abs(x - y) <= 1) | (abs(x + y) <= 1))[form]
+    y, x = np.mgrid[:SIZE, :SIZE] - SIZE // 2
+    return dict(
+        square=x == x,
+        circle=x**2 + y**2 <= 12,
+        triangle=2 * abs(x) <= y + 4,
+        cross=(abs(x - y) <= 1) | (abs(x + y) <= 1),
+    )[form]
+
 
 def object_cell(kind: int, dy: int, dx: int) -> np.ndarray:  # uint8 (8, 8, 3)
     "One cell with an object of a kind, or -1 for none, at a shift."
     im = np.full((CELL, CELL, 3), BACKGROUND, np.uint8)
-    if kind >= 0: im[dy:dy + SIZE, dx:dx + SIZE][form_mask(KINDS[kind][1])] = COLOURS[KINDS[kind][0]]
+    if kind >= 0:
+        im[dy : dy + SIZE, dx : dx + SIZE][form_mask(KINDS[kind][1])] = COLOURS[
+            KINDS[kind][0]
+        ]
     return im
 
-TEMPLATES = [(-1, object_cell(-1, 0, 0))] + [(k, object_cell(k, y, x)) for k in range(len(KINDS)) for y in range(SHIFTS) for x in range(SHIFTS)]   # everything that a cell can show
+
+TEMPLATES = [(-1, object_cell(-1, 0, 0))] + [
+    (k, object_cell(k, y, x))
+    for k in range(len(KINDS))
+    for y in range(SHIFTS)
+    for x in range(SHIFTS)
+]  # everything that a cell can show
+
 
 def draw_picture(
     scene: Scene,
-    rng: random.Random # decides what the caption leaves open
-) -> np.ndarray:       # uint8 (16, 16, 3)
+    rng: random.Random,  # decides what the caption leaves open
+) -> np.ndarray:  # uint8 (16, 16, 3)
     "A picture of a scene."
-    cells, shift = [TEMPLATES[0][1]]*4, int(rng.random()*SHIFTS**2)                      # one shift for all: objects never touch
+    cells, shift = (
+        [TEMPLATES[0][1]] * 4,
+        int(rng.random() * SHIFTS**2),
+    )  # one shift for all: objects never touch
     for g, half in scene.parts():
-        for c in HALVES[half] if g.count == 2 else (HALVES[half][int(rng.random()*2)],): cells[c] = TEMPLATES[1 + KINDS.index((g.colour, g.form))*SHIFTS**2 + shift][1]
+        for c in (
+            HALVES[half] if g.count == 2 else (HALVES[half][int(rng.random() * 2)],)
+        ):
+            cells[c] = TEMPLATES[
+                1 + KINDS.index((g.colour, g.form)) * SHIFTS**2 + shift
+            ][1]
     return np.concatenate([np.concatenate(cells[:2], 1), np.concatenate(cells[2:], 1)])
+
 
 def draw_pictures(scenes: list, seed) -> Tensor:  # uint8 (n, 3, 16, 16)
     "Pictures of scenes, one after the other."
     rng = random.Random(key_seed("shapes pictures", seed))
-    return torch.from_numpy(np.stack([draw_picture(s, rng) for s in scenes]).transpose(0, 3, 1, 2).copy())
+    return torch.from_numpy(
+        np.stack([draw_picture(s, rng) for s in scenes]).transpose(0, 3, 1, 2).copy()
+    )
 
 # %% ../nbs/08_mscoco.ipynb #08-read_pictures
-_flat = torch.tensor(np.stack([t for _, t in TEMPLATES]), dtype=torch.float32).flatten(1)
+_flat = torch.tensor(np.stack([t for _, t in TEMPLATES]), dtype=torch.float32).flatten(
+    1
+)
 _kind = torch.tensor([k for k, _ in TEMPLATES])
-_margin = torch.cdist(_flat, _flat).masked_fill(_kind[:, None] == _kind, torch.inf).amin(1)/2   # half the distance to the nearest template of another kind
+_margin = (
+    torch.cdist(_flat, _flat).masked_fill(_kind[:, None] == _kind, torch.inf).amin(1)
+    / 2
+)  # half the distance to the nearest template of another kind
+
 
 def read_pictures(
-    images: Tensor # uint8 (n, 3, 16, 16)
-) -> tuple:        # kinds int64 (n, 4), -1 for an empty cell; certain bool (n, 4); distance (n, 4): root mean square over the cell's values
+    images: Tensor,  # uint8 (n, 3, 16, 16)
+) -> tuple:  # kinds int64 (n, 4), -1 for an empty cell; certain bool (n, 4); distance (n, 4): root mean square over the cell's values
     "What each cell shows: the nearest of everything it could show."
-    if images.shape[1:] != (3, 2*CELL, 2*CELL): raise ParameterError(f"images {tuple(images.shape)}: the reader takes (n, 3, {2*CELL}, {2*CELL})")
-    cells = images.cpu().float().permute(0, 2, 3, 1).reshape(-1, 2, CELL, 2, CELL, 3).transpose(2, 3).reshape(-1, 4, CELL*CELL*3)
+    if images.shape[1:] != (3, 2 * CELL, 2 * CELL):
+        raise ParameterError(
+            f"images {tuple(images.shape)}: the reader takes (n, 3, {2 * CELL}, {2 * CELL})"
+        )
+    cells = (
+        images.cpu()
+        .float()
+        .permute(0, 2, 3, 1)
+        .reshape(-1, 2, CELL, 2, CELL, 3)
+        .transpose(2, 3)
+        .reshape(-1, 4, CELL * CELL * 3)
+    )
     d, i = torch.cdist(cells, _flat).min(-1)
-    return _kind[i], d < _margin[i], d/cells.shape[-1]**0.5
+    return _kind[i], d < _margin[i], d / cells.shape[-1] ** 0.5
+
 
 ATTRIBUTES = ("colour", "shape", "position", "count", "exact")
 
+
 def judge_picture(
-    kinds: list, # the four cells as read
-    scene: Scene # as asked for
-) -> dict:       # attribute -> (right, total)
+    kinds: list,  # the four cells as read
+    scene: Scene,  # as asked for
+) -> dict:  # attribute -> (right, total)
     "How much of a scene a picture shows."
-    want, have = scene.objects(), [(*KINDS[k], c) for c, k in enumerate(kinds) if k >= 0]
-    missing = [("", "", -1)]*max(0, len(want) - len(have))
+    want, have = (
+        scene.objects(),
+        [(*KINDS[k], c) for c, k in enumerate(kinds) if k >= 0],
+    )
+    missing = [("", "", -1)] * max(0, len(want) - len(have))
     agree = lambda w, h: (w[0] == h[0], w[1] == h[1], h[2] in w[2])
-    matchings = ([agree(w, h) for w, h in zip(want, chosen)] for chosen in itertools.permutations(have + missing, len(want)))
+    matchings = (
+        [agree(w, h) for w, h in zip(want, chosen)]
+        for chosen in itertools.permutations(have + missing, len(want))
+    )
     best = max(matchings, key=lambda rows: sum(map(sum, rows)))
     right, counted = [sum(r[i] for r in best) for i in range(3)], len(have) == len(want)
-    return dict(zip(ATTRIBUTES, [(r, len(want)) for r in right] + [(int(counted), 1), (int(counted and sum(right) == 3*len(want)), 1)]))
+    return dict(
+        zip(
+            ATTRIBUTES,
+            [(r, len(want)) for r in right]
+            + [(int(counted), 1), (int(counted and sum(right) == 3 * len(want)), 1)],
+        )
+    )
+
 
 def judge_pictures(
-    images: Tensor, # uint8 (n, 3, 16, 16)
-    scenes: list    # n of Scene
-) -> dict:          # prompt_ATTRIBUTE_seen and _unseen -> int64 [right, total]
+    images: Tensor,  # uint8 (n, 3, 16, 16)
+    scenes: list,  # n of Scene
+) -> dict:  # prompt_ATTRIBUTE_seen and _unseen -> int64 [right, total]
     "Prompt accuracy as statistics, scenes of unseen combinations apart."
-    out = {f"prompt_{a}_{w}": np.zeros(2, np.int64) for a in ATTRIBUTES for w in ("seen", "unseen")}
+    out = {
+        f"prompt_{a}_{w}": np.zeros(2, np.int64)
+        for a in ATTRIBUTES
+        for w in ("seen", "unseen")
+    }
     for kinds, s in zip(read_pictures(images)[0].tolist(), scenes, strict=True):
-        for a, v in judge_picture(kinds, s).items(): out[f"prompt_{a}_{'unseen' if s.unseen else 'seen'}"] += np.array(v)
+        for a, v in judge_picture(kinds, s).items():
+            out[f"prompt_{a}_{'unseen' if s.unseen else 'seen'}"] += np.array(v)
     return out
 
 # %% ../nbs/08_mscoco.ipynb #08-word_code
 TEXT_TOKENS, WORD_BITS, FADE = 8, 32, 0.7
-TEXT_DIM = 3*WORD_BITS
-_every = [Scene(h, (Group(*k),)*n) for h in HALVES for k in itertools.product((1, 2), COLOURS, FORMS) for n in (1, 2)]
-VOCABULARY = tuple(sorted({w for s in _every for v in (0, 1) for w in caption(s, v).split()}))
+TEXT_DIM = 3 * WORD_BITS
+_every = [
+    Scene(h, (Group(*k),) * n)
+    for h in HALVES
+    for k in itertools.product((1, 2), COLOURS, FORMS)
+    for n in (1, 2)
+]
+VOCABULARY = tuple(
+    sorted({w for s in _every for v in (0, 1) for w in caption(s, v).split()})
+)
+
 
 def word_code(word: str) -> Tensor:  # (32,) of -1 and 1
     "The fixed code of a word."
-    bits = np.unpackbits(np.frombuffer(hashlib.sha256(word.encode()).digest(), np.uint8))[:WORD_BITS]
-    return torch.from_numpy(2*bits.astype(np.float32) - 1)
+    bits = np.unpackbits(
+        np.frombuffer(hashlib.sha256(word.encode()).digest(), np.uint8)
+    )[:WORD_BITS]
+    return torch.from_numpy(2 * bits.astype(np.float32) - 1)
+
 
 _codes = {w: word_code(w) for w in VOCABULARY}
 
+
 def encode_words(
-    text: str  # a caption, or the empty text
-) -> Tensor:   # float32 (8, 96): word, words before, words behind; zeros after the last word
+    text: str,  # a caption, or the empty text
+) -> (
+    Tensor
+):  # float32 (8, 96): word, words before, words behind; zeros after the last word
     "The frozen text encoder of `shapes`. Raises `ParameterError` for a word that it does not know, or too many."
     words, out = text.lower().split(), torch.zeros(TEXT_TOKENS, TEXT_DIM)
-    if unknown := [w for w in words if w not in _codes]: raise ParameterError(f"{text!r}: no code for {', '.join(unknown)}; known are {', '.join(VOCABULARY)}")
-    if len(words) > TEXT_TOKENS: raise ParameterError(f"{text!r}: {len(words)} words, at most {TEXT_TOKENS}")
-    if not words: return out
-    v, i = torch.stack([_codes[w] for w in words]), torch.arange(len(words)); back = (i[:, None] - i).float()
-    fade = lambda d: torch.where(d > 0, FADE**(d - 1), 0.0)
-    out[:len(words)] = torch.cat([v, fade(back) @ v, fade(-back) @ v], 1)
+    if unknown := [w for w in words if w not in _codes]:
+        raise ParameterError(
+            f"{text!r}: no code for {', '.join(unknown)}; known are {', '.join(VOCABULARY)}"
+        )
+    if len(words) > TEXT_TOKENS:
+        raise ParameterError(f"{text!r}: {len(words)} words, at most {TEXT_TOKENS}")
+    if not words:
+        return out
+    v, i = torch.stack([_codes[w] for w in words]), torch.arange(len(words))
+    back = (i[:, None] - i).float()
+    fade = lambda d: torch.where(d > 0, FADE ** (d - 1), 0.0)
+    out[: len(words)] = torch.cat([v, fade(back) @ v, fade(-back) @ v], 1)
     return out
 
 # %% ../nbs/08_mscoco.ipynb #08-prompt_scene
-N_SHAPES, HOLD_SHAPES = 16_896, 32   # pictures in all; one in so many is held out
+N_SHAPES, HOLD_SHAPES = 16_896, 32  # pictures in all; one in so many is held out
+
 
 def prompt_scene(i: int) -> Scene:
     "The scene of evaluation prompt i: even ones of combinations seen in training, odd ones of the others."
     return draw_scene(random.Random(key_seed("shapes prompt", i)), unseen=i % 2 == 1)
 
+
 class ShapeTexts:
     "Captions of `shapes`: two wordings of each picture; every different caption is encoded once."
+
     null = torch.zeros(TEXT_TOKENS, TEXT_DIM)
+
     def __init__(self, train: list, test: list):
         words = [[caption(s, w) for w in (0, 1)] for s in train + test]
-        number = {t: i for i, t in enumerate(sorted({t for pair in words for t in pair}))}
-        self.codes, ids = torch.stack([encode_words(t) for t in number]), torch.tensor([[number[t] for t in pair] for pair in words])
-        self.ids, self.test_ids = ids[:len(train)], ids[len(train):]
-    def read(self, index: Tensor, u: Tensor) -> Tensor: return self.codes[self.ids[index, (u*2).long()]]
-    def test(self, index: Tensor) -> Tensor: return self.codes[self.test_ids[index, 0]]
-    def prompt(self, i: int) -> str: return caption(prompt_scene(i), i//2 % 2)
-    def prompts(self, n: int) -> Prompts: return Prompts(n, lambda a, b: torch.stack([encode_words(self.prompt(i)) for i in range(a, b)]))
+        number = {
+            t: i for i, t in enumerate(sorted({t for pair in words for t in pair}))
+        }
+        self.codes, ids = (
+            torch.stack([encode_words(t) for t in number]),
+            torch.tensor([[number[t] for t in pair] for pair in words]),
+        )
+        self.ids, self.test_ids = ids[: len(train)], ids[len(train) :]
+
+    def read(self, index: Tensor, u: Tensor) -> Tensor:
+        return self.codes[self.ids[index, (u * 2).long()]]
+
+    def test(self, index: Tensor) -> Tensor:
+        return self.codes[self.test_ids[index, 0]]
+
+    def prompt(self, i: int) -> str:
+        return caption(prompt_scene(i), i // 2 % 2)
+
+    def prompts(self, n: int) -> Prompts:
+        return Prompts(
+            n,
+            lambda a, b: torch.stack(
+                [encode_words(self.prompt(i)) for i in range(a, b)]
+            ),
+        )
+
 
 def load_shapes(
-    cfg: DataConfig, # img_size 16, in_chans 3
-    root=None        # not used: the pictures are drawn
-) -> Data:           # pictures drawn from a fixed seed, one in 32 held out
+    cfg: DataConfig,  # img_size 16, in_chans 3
+    root=None,  # not used: the pictures are drawn
+) -> Data:  # pictures drawn from a fixed seed, one in 32 held out
     "Pictures of coloured forms with captions, and an exact judge of samples (not in the paper)."
-    if (cfg.img_size, cfg.in_chans) != (2*CELL, 3) or cfg.holdout or cfg.num_classes:
-        raise ParameterError(f"shapes: img_size = {cfg.img_size}, in_chans = {cfg.in_chans}, holdout = {cfg.holdout}, num_classes = {cfg.num_classes}; "
-                             "it has 16x16 pixels, 3 channels, a held-out set of its own (holdout = 0), no classes (0)")
-    rng = random.Random(key_seed("shapes scenes")); scenes = [draw_scene(rng) for _ in range(N_SHAPES)]; x = draw_pictures(scenes, "set")
-    held = torch.tensor([hashlib.sha256(p.tobytes()).digest()[0] % HOLD_SHAPES == 0 for p in x.numpy()])
+    if (cfg.img_size, cfg.in_chans) != (2 * CELL, 3) or cfg.holdout or cfg.num_classes:
+        raise ParameterError(
+            f"shapes: img_size = {cfg.img_size}, in_chans = {cfg.in_chans}, holdout = {cfg.holdout}, num_classes = {cfg.num_classes}; "
+            "it has 16x16 pixels, 3 channels, a held-out set of its own (holdout = 0), no classes (0)"
+        )
+    rng = random.Random(key_seed("shapes scenes"))
+    scenes = [draw_scene(rng) for _ in range(N_SHAPES)]
+    x = draw_pictures(scenes, "set")
+    held = torch.tensor(
+        [hashlib.sha256(p.tobytes()).digest()[0] % HOLD_SHAPES == 0 for p in x.numpy()]
+    )
     some = lambda mask: [s for s, m in zip(scenes, mask.tolist()) if m]
-    said = hashlib.sha256("\n".join(caption(s, w) for s in scenes for w in (0, 1)).encode()).hexdigest()
-    codes = repr((TEXT_TOKENS, FADE, [(w, c.int().tolist()) for w, c in _codes.items()]))
-    sha = hashlib.sha256((said + _sum((x.permute(0, 2, 3, 1).numpy(), held.long().numpy())) + codes).encode()).hexdigest()
+    said = hashlib.sha256(
+        "\n".join(caption(s, w) for s in scenes for w in (0, 1)).encode()
+    ).hexdigest()
+    codes = repr(
+        (TEXT_TOKENS, FADE, [(w, c.int().tolist()) for w, c in _codes.items()])
+    )
+    sha = hashlib.sha256(
+        (
+            said + _sum((x.permute(0, 2, 3, 1).numpy(), held.long().numpy())) + codes
+        ).encode()
+    ).hexdigest()
     if sha != CONTENT.get("shapes", sha):
-        raise ValueError(f"shapes: the pictures drawn here have the sum {sha}, expected {CONTENT['shapes']}: this Python or this code draws otherwise")
-    judge = lambda images, start=0: judge_pictures(images, [prompt_scene(i) for i in range(start, start + len(images))])
+        raise ValueError(
+            f"shapes: the pictures drawn here have the sum {sha}, expected {CONTENT['shapes']}: this Python or this code draws otherwise"
+        )
+    judge = lambda images, start=0: judge_pictures(
+        images, [prompt_scene(i) for i in range(start, start + len(images))]
+    )
     none = torch.zeros(len(x), dtype=torch.int64)
-    return Data("shapes", x[~held], none[~held], x[held], none[held], 0, [], sha, texts=ShapeTexts(some(~held), some(held)), judge=judge)
+    return Data(
+        "shapes",
+        x[~held],
+        none[~held],
+        x[held],
+        none[held],
+        0,
+        [],
+        sha,
+        texts=ShapeTexts(some(~held), some(held)),
+        judge=judge,
+    )
 
 # %% ../nbs/08_mscoco.ipynb #08-prompt_accuracy
 def prompt_accuracy(
-    table # measurements with columns metric and value, and num_samples or what else is to be kept
-):        # DataFrame: the rows of prompt accuracy, with attribute and combination (seen, unseen)
+    table,  # measurements with columns metric and value, and num_samples or what else is to be kept
+):  # DataFrame: the rows of prompt accuracy, with attribute and combination (seen, unseen)
     "What the judge recorded, as a tidy table."
     t = table[table.metric.str.startswith("prompt_") & table.value.notna()].copy()
-    t[["attribute", "combination"]] = t.metric.str.removeprefix("prompt_").str.rsplit("_", n=1, expand=True).to_numpy().reshape(-1, 2)
+    t[["attribute", "combination"]] = (
+        t.metric.str.removeprefix("prompt_")
+        .str.rsplit("_", n=1, expand=True)
+        .to_numpy()
+        .reshape(-1, 2)
+    )
     return t
 
 # %% ../nbs/08_mscoco.ipynb #08-draw_captions
 def draw_captions(
-    run,             # a finished run with texts
-    contexts: Tensor,# encoded captions (k, L, D)
-    null: Tensor,    # the empty text (L, D)
-    n=1,             # pictures of each caption
-    start=0,         # index of the first noise; noise j is the same for every caption
-    step: int = None,# kept training step of the weights; None: the last
-    decode=None,     # latents to pixels, as `Data.decode`; None: the network draws pixels
-    **sampling       # fields of SamplingConfig
-) -> Tensor:         # uint8 (k, n, C, H, W)
+    run,  # a finished run with texts
+    contexts: Tensor,  # encoded captions (k, L, D)
+    null: Tensor,  # the empty text (L, D)
+    n=1,  # pictures of each caption
+    start=0,  # index of the first noise; noise j is the same for every caption
+    step: int = None,  # kept training step of the weights; None: the last
+    decode=None,  # latents to pixels, as `Data.decode`; None: the network draws pixels
+    **sampling,  # fields of SamplingConfig
+) -> Tensor:  # uint8 (k, n, C, H, W)
     "Draw captions of one's own with a trained network."
-    from uvit_repro.data import to_uint8
+    from uvit_repro.data.images import to_uint8
     from uvit_repro.diffusion import Diffusion
     from uvit_repro.sample import sample
     from uvit_repro.train import load_weights, pick_device
-    e, device = run.exp, pick_device(run.exp.execution.device); net = load_weights(e, run.folder, step or e.train.n_steps).to(device)
-    how = dict(shape=(e.data.in_chans, e.data.img_size, e.data.img_size), n=n, start=start, null_context=null, device=device, batch=e.execution.sample_batch, finish=decode or to_uint8)
-    return torch.stack([sample(net, Diffusion(e.diffusion), replace(e.sampling, **sampling), context=c.expand(n, *c.shape), **how)[0] for c in contexts])
+
+    e, device = run.exp, pick_device(run.exp.execution.device)
+    net = load_weights(e, run.folder, step or e.train.n_steps).to(device)
+    how = dict(
+        shape=(e.data.in_chans, e.data.img_size, e.data.img_size),
+        n=n,
+        start=start,
+        null_context=null,
+        device=device,
+        batch=e.execution.sample_batch,
+        finish=decode or to_uint8,
+    )
+    return torch.stack(
+        [
+            sample(
+                net,
+                Diffusion(e.diffusion),
+                replace(e.sampling, **sampling),
+                context=c.expand(n, *c.shape),
+                **how,
+            )[0]
+            for c in contexts
+        ]
+    )
 
 # %% ../nbs/08_mscoco.ipynb #08-table4_experiments
 def table4_experiments() -> dict:
     "The U-ViT rows of Table 4, by name."
     return {n: e for n, e in CONFIGS.items() if e.data.dataset == "mscoco256"}
 
+
 def paper_table4():
     "The published rows: FID, parameters of the denoising network in millions, and what the table says about the data. DataFrame, index: method."
-    from uvit_repro.paper import load_paper
-    t = load_paper("Table 4", "MS-COCO 256x256"); fid = t[t.metric == "FID"].set_index("method")
-    size = t[(t.metric == "params_M") & (t.condition == "denoising network")].set_index("method").number
-    return fid[["number", "condition"]].rename(columns=dict(number="FID", condition="how")).assign(params_M=size)[["FID", "params_M", "how"]]
+    from uvit_repro.paper.numbers import load_paper
+
+    t = load_paper("Table 4", "MS-COCO 256x256")
+    fid = t[t.metric == "FID"].set_index("method")
+    size = (
+        t[(t.metric == "params_M") & (t.condition == "denoising network")]
+        .set_index("method")
+        .number
+    )
+    return (
+        fid[["number", "condition"]]
+        .rename(columns=dict(number="FID", condition="how"))
+        .assign(params_M=size)[["FID", "params_M", "how"]]
+    )
 
 # %% ../nbs/08_mscoco.ipynb #08-write_contexts
-RELEASED_PROMPTS = ("A green train is coming down the tracks.", "A group of skiers are preparing to ski down a mountain.", "A small kitchen with a low ceiling.", "A group of elephants walking in muddy water.",
-    "A living area with a television and a table.", "A road with traffic lights, street lights and cars.", "A bus driving in a city area with traffic signs.", "A bus pulls over to the curb close to an intersection.",
-    "A group of people are walking and one is holding an umbrella.", "A baseball player taking a swing at an incoming ball.", "A city street line with brick buildings and trees.", "A close up of a plate of broccoli and sauce.")
+RELEASED_PROMPTS = (
+    "A green train is coming down the tracks.",
+    "A group of skiers are preparing to ski down a mountain.",
+    "A small kitchen with a low ceiling.",
+    "A group of elephants walking in muddy water.",
+    "A living area with a television and a table.",
+    "A road with traffic lights, street lights and cars.",
+    "A bus driving in a city area with traffic signs.",
+    "A bus pulls over to the curb close to an intersection.",
+    "A group of people are walking and one is holding an umbrella.",
+    "A baseball player taking a swing at an incoming ball.",
+    "A city street line with brick buildings and trees.",
+    "A close up of a plate of broccoli and sauce.",
+)
+
 
 def write_contexts(
-    prompts: list,      # of str
+    prompts: list,  # of str
     encoder: ClipText,  # what encodes them
-    path,               # the file, safetensors: contexts (N, L, D) and null (L, D)
-    dtype="float32", batch=64, say=print # float32 | float16; texts at once; a line every 15 seconds
-) -> Path:              # the file
+    path,  # the file, safetensors: contexts (N, L, D) and null (L, D)
+    dtype="float32",
+    batch=64,
+    say=print,  # float32 | float16; texts at once; a line every 15 seconds
+) -> Path:  # the file
     "Encode prompts into the file that `evaluate_released` takes; it is written as it grows, never held in memory."
-    if dtype not in ("float32", "float16"): raise ParameterError(f"dtype = {dtype!r}: allowed are float32, float16")
+    if dtype not in ("float32", "float16"):
+        raise ParameterError(f"dtype = {dtype!r}: allowed are float32, float16")
     L, D, n, last = encoder.length, encoder.width, len(prompts), time.perf_counter()
-    one, kind = L*D*np.dtype(dtype).itemsize, dict(float32="F32", float16="F16")[dtype]
-    head = dict(contexts=dict(dtype=kind, shape=[n, L, D], data_offsets=[0, n*one]), null=dict(dtype=kind, shape=[L, D], data_offsets=[n*one, (n + 1)*one]),
-                __metadata__=dict(encoder=encoder.sha256, prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest()))
-    raw = json.dumps(head).encode(); raw += b" "*(-len(raw) % 8)
+    one, kind = (
+        L * D * np.dtype(dtype).itemsize,
+        dict(float32="F32", float16="F16")[dtype],
+    )
+    head = dict(
+        contexts=dict(dtype=kind, shape=[n, L, D], data_offsets=[0, n * one]),
+        null=dict(dtype=kind, shape=[L, D], data_offsets=[n * one, (n + 1) * one]),
+        __metadata__=dict(
+            encoder=encoder.sha256,
+            prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        ),
+    )
+    raw = json.dumps(head).encode()
+    raw += b" " * (-len(raw) % 8)
+
     def write(p):
         nonlocal last
         with open(p, "wb") as f:
             f.write(len(raw).to_bytes(8, "little") + raw)
             for i in range(0, n, batch):
-                f.write(encoder.encode(prompts[i:i + batch]).cpu().numpy().astype(dtype).tobytes())
-                if time.perf_counter() - last > 15: last = time.perf_counter(); say(f"encoded {i + batch}/{n} prompts")
+                f.write(
+                    encoder.encode(prompts[i : i + batch])
+                    .cpu()
+                    .numpy()
+                    .astype(dtype)
+                    .tobytes()
+                )
+                if time.perf_counter() - last > 15:
+                    last = time.perf_counter()
+                    say(f"encoded {i + batch}/{n} prompts")
             f.write(encoder.null.cpu().numpy().astype(dtype).tobytes())
+
     return write_atomic(Path(path), write)
 
 # %% ../nbs/08_mscoco.ipynb #08-main
@@ -620,53 +1206,136 @@ EXAMPLES = """examples:
   python -m uvit_repro.text verify
 encode resumes where it stopped, and makes files again that were deleted; verify reads everything and names what is short or altered."""
 
+
 def main(args=None) -> int:
     "`python -m uvit_repro.text encode | prompts | verify`."
     import argparse
     from uvit_repro.train import pick_device
+
     how = dict(epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap = argparse.ArgumentParser(prog="python -m uvit_repro.text", description="Encode MS-COCO once, check what was encoded.", **how)
+    ap = argparse.ArgumentParser(
+        prog="python -m uvit_repro.text",
+        description="Encode MS-COCO once, check what was encoded.",
+        **how,
+    )
     sub = ap.add_subparsers(dest="command", required=True)
-    what = dict(encode="encode images and captions of MS-COCO", prompts="encode prompts into one file", verify="read both stores and compare all sums")
-    enc, pro, ver = (sub.add_parser(n, help=h, description=h, **how) for n, h in what.items())
-    enc.add_argument("--only", choices=["texts", "images"], help="one of the two stores (default: both)")
-    enc.add_argument("--autoencoder", default="original", help="original | ema | a path (default: original)")
-    enc.add_argument("--shard-rows", type=int, default=1024, help="texts or images in a shard (default: 1024)")
-    enc.add_argument("--prompts", type=int, default=N_PROMPTS, help=f"evaluation prompts (default: {N_PROMPTS})")
-    pro.add_argument("--file", help="prompts of one's own, one a line (default: the evaluation prompts of MS-COCO)")
-    pro.add_argument("--released", action="store_true", help="the twelve prompts of the released training script")
-    pro.add_argument("--count", type=int, default=N_PROMPTS, help=f"how many evaluation prompts (default: {N_PROMPTS})")
+    what = dict(
+        encode="encode images and captions of MS-COCO",
+        prompts="encode prompts into one file",
+        verify="read both stores and compare all sums",
+    )
+    enc, pro, ver = (
+        sub.add_parser(n, help=h, description=h, **how) for n, h in what.items()
+    )
+    enc.add_argument(
+        "--only",
+        choices=["texts", "images"],
+        help="one of the two stores (default: both)",
+    )
+    enc.add_argument(
+        "--autoencoder",
+        default="original",
+        help="original | ema | a path (default: original)",
+    )
+    enc.add_argument(
+        "--shard-rows",
+        type=int,
+        default=1024,
+        help="texts or images in a shard (default: 1024)",
+    )
+    enc.add_argument(
+        "--prompts",
+        type=int,
+        default=N_PROMPTS,
+        help=f"evaluation prompts (default: {N_PROMPTS})",
+    )
+    pro.add_argument(
+        "--file",
+        help="prompts of one's own, one a line (default: the evaluation prompts of MS-COCO)",
+    )
+    pro.add_argument(
+        "--released",
+        action="store_true",
+        help="the twelve prompts of the released training script",
+    )
+    pro.add_argument(
+        "--count",
+        type=int,
+        default=N_PROMPTS,
+        help=f"how many evaluation prompts (default: {N_PROMPTS})",
+    )
     pro.add_argument("--out", required=True, help="the file to write, safetensors")
     for p in (enc, pro):
-        p.add_argument("--clip", default="", help="weights of CLIP ViT-L/14 (default: found in clip/ under the data root)")
-        p.add_argument("--dtype", default="float32", choices=["float32", "float16"], help="numbers in the files")
-        p.add_argument("--batch", type=int, default=64 if p is pro else 32, help="encoded at once")
+        p.add_argument(
+            "--clip",
+            default="",
+            help="weights of CLIP ViT-L/14 (default: found in clip/ under the data root)",
+        )
+        p.add_argument(
+            "--dtype",
+            default="float32",
+            choices=["float32", "float16"],
+            help="numbers in the files",
+        )
+        p.add_argument(
+            "--batch", type=int, default=64 if p is pro else 32, help="encoded at once"
+        )
         p.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:1")
-    for p in (enc, pro, ver): p.add_argument("--data-root", default="", help="folder of the data sets (default: UVIT_DATA, or data/ in the project)")
-    a = ap.parse_args(args); root = data_folder(a.data_root)
-    try: return _do(a, root, lambda line, **k: print(line, flush=True), pick_device)
-    except (ValueError, OSError) as e: print(f"failed: {e}", file=sys.stderr, flush=True); return 1
+    for p in (enc, pro, ver):
+        p.add_argument(
+            "--data-root",
+            default="",
+            help="folder of the data sets (default: UVIT_DATA, or data/ in the project)",
+        )
+    a = ap.parse_args(args)
+    root = data_folder(a.data_root)
+    try:
+        return _do(a, root, lambda line, **k: print(line, flush=True), pick_device)
+    except (ValueError, OSError) as e:
+        print(f"failed: {e}", file=sys.stderr, flush=True)
+        return 1
+
 
 def _do(a, root: Path, say, pick_device) -> int:
     "One command."
     if a.command == "verify":
-        latents, texts = coco_paths(root); v, w = verify_texts(texts, say), verify_store(latents, say)
-        say(f"whole: {v['texts']:,} texts, {w['images']:,} images, {v['files'] + w['files']} files, {v['bytes'] + w['bytes']:,} bytes"); return 0
+        latents, texts = coco_paths(root)
+        v, w = verify_texts(texts, say), verify_store(latents, say)
+        say(
+            f"whole: {v['texts']:,} texts, {w['images']:,} images, {v['files'] + w['files']} files, {v['bytes'] + w['bytes']:,} bytes"
+        )
+        return 0
     if a.command == "prompts":
-        if a.file and a.released: raise ParameterError("--file and --released: give one of them")
-        if a.file: prompts = [t for t in Path(a.file).read_text().splitlines() if t.strip()]
-        elif a.released: prompts = list(RELEASED_PROMPTS)
+        if a.file and a.released:
+            raise ParameterError("--file and --released: give one of them")
+        if a.file:
+            prompts = [t for t in Path(a.file).read_text().splitlines() if t.strip()]
+        elif a.released:
+            prompts = list(RELEASED_PROMPTS)
         else:
-            val = read_captions(root/"coco"/"annotations"/"captions_val2014.json")
+            val = read_captions(root / "coco" / "annotations" / "captions_val2014.json")
             prompts = [val[i].captions[k] for i, k in evaluation_prompts(val, a.count)]
-        if not prompts: raise ParameterError(f"{a.file or '--count'}: no prompt in it")
-        path = write_contexts(prompts, load_clip(root, a.clip, pick_device(a.device)), a.out, a.dtype, a.batch, say)
-        say(f"{path}: {len(prompts):,} prompts"); return 0
+        if not prompts:
+            raise ParameterError(f"{a.file or '--count'}: no prompt in it")
+        path = write_contexts(
+            prompts,
+            load_clip(root, a.clip, pick_device(a.device)),
+            a.out,
+            a.dtype,
+            a.batch,
+            say,
+        )
+        say(f"{path}: {len(prompts):,} prompts")
+        return 0
     coco, device = Coco(root, prompts=a.prompts), pick_device(a.device)
     clip = load_clip(root, a.clip, device) if a.only != "images" else None
     ae = load_autoencoder(a.autoencoder, root, device) if a.only != "texts" else None
     encode_coco(coco, root, ae, clip, a.dtype, a.batch, a.shard_rows, say)
-    say(f"{' and '.join(str(p) for p in coco_paths(root) if (p/'index.json').exists())}: {len(coco):,} images, {len(coco.texts()):,} texts"); return 0
+    say(
+        f"{' and '.join(str(p) for p in coco_paths(root) if (p / 'index.json').exists())}: {len(coco):,} images, {len(coco.texts()):,} texts"
+    )
+    return 0
 
 # %% ../nbs/08_mscoco.ipynb #08-317bd4dc
-if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())
+if __name__ == "__main__" and "get_ipython" not in globals():
+    sys.exit(main())

@@ -13,70 +13,123 @@ import bisect, math
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
-from .config import Experiment, ParameterError, experiment, read_options, with_overrides
+from uvit_repro.config import (
+    Experiment,
+    ParameterError,
+    experiment,
+    read_options,
+    with_overrides,
+)
 from .layers import init_parameter
 from .scaling import count_macs, meta_model
 from .uvit import check_input, count_parameters
 
 # %% ../nbs/10_unets.ipynb #10-check_unet
-def check_unet(img_size: int, channels: int, mult: tuple, res_blocks: int, attention: tuple):
+def check_unet(
+    img_size: int, channels: int, mult: tuple, res_blocks: int, attention: tuple
+):
     "Sizes of a U-Net that fit together, or `ParameterError` with what would."
-    for n, v in [("img_size", img_size), ("channels", channels), ("res_blocks", res_blocks), *[("mult", m) for m in mult]]:
-        if isinstance(v, bool) or not isinstance(v, int) or v < 1: raise ParameterError(f"{n} = {v!r}: must be a whole number of at least 1")
-    if isinstance(channels, int) and channels % 2: raise ParameterError(f"channels = {channels} is odd: the time embedding is half cosines, half sines; try {channels + 1}")
-    if not mult: raise ParameterError("mult is empty: one factor for each resolution, as in (1, 2, 2)")
+    for n, v in [
+        ("img_size", img_size),
+        ("channels", channels),
+        ("res_blocks", res_blocks),
+        *[("mult", m) for m in mult],
+    ]:
+        if isinstance(v, bool) or not isinstance(v, int) or v < 1:
+            raise ParameterError(f"{n} = {v!r}: must be a whole number of at least 1")
+    if isinstance(channels, int) and channels % 2:
+        raise ParameterError(
+            f"channels = {channels} is odd: the time embedding is half cosines, half sines; try {channels + 1}"
+        )
+    if not mult:
+        raise ParameterError(
+            "mult is empty: one factor for each resolution, as in (1, 2, 2)"
+        )
     if (fit := fitting_levels(img_size, mult)) != tuple(mult):
-        raise ParameterError(f"mult = {tuple(mult)} on img_size = {img_size}: each factor after the first halves an even side, down to 2 pixels at least; try mult = {fit}")
+        raise ParameterError(
+            f"mult = {tuple(mult)} on img_size = {img_size}: each factor after the first halves an even side, down to 2 pixels at least; try mult = {fit}"
+        )
     bad = [a for a in attention if a not in [2**i for i in range(len(mult))]]
-    if bad: raise ParameterError(f"attention = {tuple(attention)}: down-sampling factors here are {', '.join(str(2**i) for i in range(len(mult)))}")
+    if bad:
+        raise ParameterError(
+            f"attention = {tuple(attention)}: down-sampling factors here are {', '.join(str(2**i) for i in range(len(mult)))}"
+        )
+
 
 def fitting_levels(img_size: int, mult: tuple) -> tuple:
     "As many of the factors as an image has even halvings down to a side of 2."
     n = 1
-    while n < len(mult) and img_size % 2**n == 0 and img_size >= 2*2**n: n += 1
+    while n < len(mult) and img_size % 2**n == 0 and img_size >= 2 * 2**n:
+        n += 1
     return tuple(mult[:n])
 
 # %% ../nbs/10_unets.ipynb #10-auto_groups
-def auto_groups(width: int) -> int: # channels that every norm's input is a multiple of
+def auto_groups(width: int) -> int:  # channels that every norm's input is a multiple of
     "Groups of the group norms: 32 where the width allows."
-    return next(g for g in (32, 16, 8, 4, 2, 1) if width % g == 0 and (width//g >= 4 or g == 1))
+    return next(
+        g
+        for g in (32, 16, 8, 4, 2, 1)
+        if width % g == 0 and (width // g >= 4 or g == 1)
+    )
 
-def auto_head(width: int) -> int:   # channels that every attention's input is a multiple of
+
+def auto_head(
+    width: int,
+) -> int:  # channels that every attention's input is a multiple of
     "Channels of an attention head: ADM's 64 where the width allows, else its largest divisor below."
     return next(d for d in range(min(64, width), 0, -1) if width % d == 0)
 
 # %% ../nbs/10_unets.ipynb #10-unet
 class UNet(nn.Module):
     "What both U-Nets share: calling convention, sizes, initial weights, checkpointing. `diffusers` computes."
-    zeros = ()                                                             # names of the layers that end a branch and start at zero
+
+    zeros = ()  # names of the layers that end a branch and start at zero
+
     def __init__(self, net: nn.Module, sizes: dict, use_checkpoint=False):
         from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+
         super().__init__()
         self.net, self.sizes, C = net, sizes, sizes["channels"]
-        net.time_proj, net.time_embedding = Timesteps(C, flip_sin_to_cos=True, downscale_freq_shift=0), TimestepEmbedding(C, 4*C)   # of the base width, as in both papers' code
-        for k in ("img_size", "in_chans", "num_classes", "clip_dim"): setattr(self, k, sizes[k])
+        net.time_proj, net.time_embedding = (
+            Timesteps(C, flip_sin_to_cos=True, downscale_freq_shift=0),
+            TimestepEmbedding(C, 4 * C),
+        )  # of the base width, as in both papers' code
+        for k in ("img_size", "in_chans", "num_classes", "clip_dim"):
+            setattr(self, k, sizes[k])
         self.num_clip_token = sizes["num_clip_token"] if self.clip_dim else 0
-        for b in (*net.down_blocks, net.mid_block, *net.up_blocks): b.is_block = True          # what `compile_blocks` compiles: one resolution at a time
-        if use_checkpoint: net.enable_gradient_checkpointing()                                 # diffusers recomputes each residual block, and attention after it is kept
+        for b in (*net.down_blocks, net.mid_block, *net.up_blocks):
+            b.is_block = (
+                True  # what `compile_blocks` compiles: one resolution at a time
+            )
+        if use_checkpoint:
+            net.enable_gradient_checkpointing()  # diffusers recomputes each residual block, and attention after it is kept
         self.init_special()
 
-    def init_parameter(self, owner: nn.Module, leaf: str, p: Tensor, gen=None, pos_std=0.02):
+    def init_parameter(
+        self, owner: nn.Module, leaf: str, p: Tensor, gen=None, pos_std=0.02
+    ):
         "One initial parameter, as PyTorch starts such a layer (guided-diffusion, latent-diffusion)."
         if isinstance(owner, (nn.Linear, nn.Conv2d)):
-            bound = owner.weight[0].numel()**-0.5                                              # of weight and bias alike
+            bound = owner.weight[0].numel() ** -0.5  # of weight and bias alike
             return nn.init.uniform_(p, -bound, bound, generator=gen)
-        if isinstance(owner, nn.GroupNorm): return nn.init.ones_(p) if leaf == "weight" else nn.init.zeros_(p)
-        return init_parameter(owner, leaf, p, gen, pos_std)                                    # layer norms, label table
+        if isinstance(owner, nn.GroupNorm):
+            return nn.init.ones_(p) if leaf == "weight" else nn.init.zeros_(p)
+        return init_parameter(owner, leaf, p, gen, pos_std)  # layer norms, label table
 
     @torch.no_grad()
     def init_special(self):
         "Branches end at zero."
         for name, m in self.net.named_modules():
-            if name.endswith(self.zeros): m.weight.zero_(); m.bias.zero_()
+            if name.endswith(self.zeros):
+                m.weight.zero_()
+                m.bias.zero_()
 
-    def macs(self) -> int: return unet_counts(self.sizes)[1]                                  # of one image, in closed form
+    def macs(self) -> int:
+        return unet_counts(self.sizes)[1]  # of one image, in closed form
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor = None, context: Tensor = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor = None, context: Tensor = None
+    ) -> Tensor:
         "x (B, C, H, W), t (B,) on the network's scale, y (B,) labels, context (B, N, clip_dim): the prediction (B, C, H, W), or (B, 2C, H, W) with learned variance."
         check_input(self, x, y, context)
         return self.net(x, t, return_dict=False, **self.told(y, context))[0]
@@ -84,81 +137,250 @@ class UNet(nn.Module):
 # %% ../nbs/10_unets.ipynb #10-latentunet
 class LatentUNet(UNet):
     "The latent U-Net with cross-attention (Appendix B, Table 4). Defaults: the published configuration."
-    zeros = ("conv2", "proj_out", "conv_out")
-    def __init__(self, img_size=32, in_chans=4, channels=128, mult=(1, 2, 2, 2), res_blocks=2, attention=(2, 4), num_heads=8, num_classes=None, clip_dim=768, num_clip_token=77,
-                 out_chans=None, use_checkpoint=False):
-        check_unet(img_size, channels, mult, res_blocks, attention)
-        if num_classes and clip_dim: raise ParameterError("num_classes and clip_dim: a model is told a class or a text, not both")
-        if num_heads < 1 or channels*math.gcd(*mult) % num_heads: raise ParameterError(f"num_heads = {num_heads} does not divide the widths {sorted({channels*m for m in mult})}")
-        from diffusers import UNet2DConditionModel
-        at, out = [2**i in attention for i in range(len(mult))], out_chans or in_chans
-        net = UNet2DConditionModel(sample_size=img_size, in_channels=in_chans, out_channels=out, block_out_channels=[channels*m for m in mult], layers_per_block=res_blocks,
-            down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in at], up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in at[::-1]],
-            mid_block_type="UNetMidBlock2DCrossAttn", cross_attention_dim=[clip_dim or channels*m for m in mult], attention_head_dim=num_heads,   # diffusers' name for the number of heads
-            norm_num_groups=auto_groups(channels*math.gcd(*mult)), time_embedding_dim=4*channels, num_class_embeds=num_classes)
-        super().__init__(net, dict(img_size=img_size, in_chans=in_chans, out_chans=out, channels=channels, mult=tuple(mult), res_blocks=res_blocks, attention=tuple(attention),
-            num_classes=num_classes, clip_dim=clip_dim, num_clip_token=num_clip_token, transformer=True, scale_shift=False, resblock_updown=False), use_checkpoint)
 
-    def told(self, y, context): return dict(encoder_hidden_states=context, class_labels=y)
+    zeros = ("conv2", "proj_out", "conv_out")
+
+    def __init__(
+        self,
+        img_size=32,
+        in_chans=4,
+        channels=128,
+        mult=(1, 2, 2, 2),
+        res_blocks=2,
+        attention=(2, 4),
+        num_heads=8,
+        num_classes=None,
+        clip_dim=768,
+        num_clip_token=77,
+        out_chans=None,
+        use_checkpoint=False,
+    ):
+        check_unet(img_size, channels, mult, res_blocks, attention)
+        if num_classes and clip_dim:
+            raise ParameterError(
+                "num_classes and clip_dim: a model is told a class or a text, not both"
+            )
+        if num_heads < 1 or channels * math.gcd(*mult) % num_heads:
+            raise ParameterError(
+                f"num_heads = {num_heads} does not divide the widths {sorted({channels * m for m in mult})}"
+            )
+        from diffusers import UNet2DConditionModel
+
+        at, out = [2**i in attention for i in range(len(mult))], out_chans or in_chans
+        net = UNet2DConditionModel(
+            sample_size=img_size,
+            in_channels=in_chans,
+            out_channels=out,
+            block_out_channels=[channels * m for m in mult],
+            layers_per_block=res_blocks,
+            down_block_types=[
+                "CrossAttnDownBlock2D" if a else "DownBlock2D" for a in at
+            ],
+            up_block_types=[
+                "CrossAttnUpBlock2D" if a else "UpBlock2D" for a in at[::-1]
+            ],
+            mid_block_type="UNetMidBlock2DCrossAttn",
+            cross_attention_dim=[clip_dim or channels * m for m in mult],
+            attention_head_dim=num_heads,  # diffusers' name for the number of heads
+            norm_num_groups=auto_groups(channels * math.gcd(*mult)),
+            time_embedding_dim=4 * channels,
+            num_class_embeds=num_classes,
+        )
+        super().__init__(
+            net,
+            dict(
+                img_size=img_size,
+                in_chans=in_chans,
+                out_chans=out,
+                channels=channels,
+                mult=tuple(mult),
+                res_blocks=res_blocks,
+                attention=tuple(attention),
+                num_classes=num_classes,
+                clip_dim=clip_dim,
+                num_clip_token=num_clip_token,
+                transformer=True,
+                scale_shift=False,
+                resblock_updown=False,
+            ),
+            use_checkpoint,
+        )
+
+    def told(self, y, context):
+        return dict(encoder_hidden_states=context, class_labels=y)
 
 # %% ../nbs/10_unets.ipynb #10-admunet
 class ADMUNet(UNet):
     "The ADM U-Net on latents (Appendix E, Figure 8). Defaults: the published configuration, with a row for the null class."
-    zeros = ("conv2", "to_out.0", "conv_out")
-    def __init__(self, img_size=32, in_chans=4, channels=320, mult=(2, 2, 4), res_blocks=3, attention=(2, 4), num_classes=1001, head_width=None, scale_shift=True, resblock_updown=True,
-                 out_chans=None, use_checkpoint=False):
-        check_unet(img_size, channels, mult, res_blocks, attention)
-        common = channels*math.gcd(*mult); head_width, groups = head_width or auto_head(common), auto_groups(common)
-        if common % head_width: raise ParameterError(f"head_width = {head_width} does not divide the widths {sorted({channels*m for m in mult})}")
-        from diffusers import UNet2DModel
-        at, out, change = [2**i in attention for i in range(len(mult))], out_chans or in_chans, "resnet" if resblock_updown else "conv"
-        plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if resblock_updown else ("DownBlock2D", "UpBlock2D")
-        net = UNet2DModel(sample_size=img_size, in_channels=in_chans, out_channels=out, block_out_channels=[channels*m for m in mult], layers_per_block=res_blocks,
-            down_block_types=["AttnDownBlock2D" if a else plain[0] for a in at], up_block_types=["AttnUpBlock2D" if a else plain[1] for a in at[::-1]],
-            attention_head_dim=head_width, norm_num_groups=groups, attn_norm_num_groups=groups, resnet_time_scale_shift="scale_shift" if scale_shift else "default",
-            downsample_type=change, upsample_type=change, time_embedding_dim=4*channels, num_class_embeds=num_classes)
-        super().__init__(net, dict(img_size=img_size, in_chans=in_chans, out_chans=out, channels=channels, mult=tuple(mult), res_blocks=res_blocks, attention=tuple(attention),
-            num_classes=num_classes, clip_dim=None, num_clip_token=0, transformer=False, scale_shift=scale_shift, resblock_updown=resblock_updown), use_checkpoint)
 
-    def told(self, y, context): return dict(class_labels=y)
+    zeros = ("conv2", "to_out.0", "conv_out")
+
+    def __init__(
+        self,
+        img_size=32,
+        in_chans=4,
+        channels=320,
+        mult=(2, 2, 4),
+        res_blocks=3,
+        attention=(2, 4),
+        num_classes=1001,
+        head_width=None,
+        scale_shift=True,
+        resblock_updown=True,
+        out_chans=None,
+        use_checkpoint=False,
+    ):
+        check_unet(img_size, channels, mult, res_blocks, attention)
+        common = channels * math.gcd(*mult)
+        head_width, groups = head_width or auto_head(common), auto_groups(common)
+        if common % head_width:
+            raise ParameterError(
+                f"head_width = {head_width} does not divide the widths {sorted({channels * m for m in mult})}"
+            )
+        from diffusers import UNet2DModel
+
+        at, out, change = (
+            [2**i in attention for i in range(len(mult))],
+            out_chans or in_chans,
+            "resnet" if resblock_updown else "conv",
+        )
+        plain = (
+            ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
+            if resblock_updown
+            else ("DownBlock2D", "UpBlock2D")
+        )
+        net = UNet2DModel(
+            sample_size=img_size,
+            in_channels=in_chans,
+            out_channels=out,
+            block_out_channels=[channels * m for m in mult],
+            layers_per_block=res_blocks,
+            down_block_types=["AttnDownBlock2D" if a else plain[0] for a in at],
+            up_block_types=["AttnUpBlock2D" if a else plain[1] for a in at[::-1]],
+            attention_head_dim=head_width,
+            norm_num_groups=groups,
+            attn_norm_num_groups=groups,
+            resnet_time_scale_shift="scale_shift" if scale_shift else "default",
+            downsample_type=change,
+            upsample_type=change,
+            time_embedding_dim=4 * channels,
+            num_class_embeds=num_classes,
+        )
+        super().__init__(
+            net,
+            dict(
+                img_size=img_size,
+                in_chans=in_chans,
+                out_chans=out,
+                channels=channels,
+                mult=tuple(mult),
+                res_blocks=res_blocks,
+                attention=tuple(attention),
+                num_classes=num_classes,
+                clip_dim=None,
+                num_clip_token=0,
+                transformer=False,
+                scale_shift=scale_shift,
+                resblock_updown=resblock_updown,
+            ),
+            use_checkpoint,
+        )
+
+    def told(self, y, context):
+        return dict(class_labels=y)
 
 # %% ../nbs/10_unets.ipynb #10-unet_parts
 def unet_parts(
-    img_size: int, in_chans: int, out_chans: int, channels: int, mult: tuple, res_blocks: int, attention: tuple, # sizes, as `net.sizes` has them
-    num_classes, clip_dim, num_clip_token, transformer: bool, scale_shift: bool, resblock_updown: bool, time_channels=None
-) -> dict:                                                                                                        # part -> (parameters, multiply-accumulates of one image)
+    img_size: int,
+    in_chans: int,
+    out_chans: int,
+    channels: int,
+    mult: tuple,
+    res_blocks: int,
+    attention: tuple,  # sizes, as `net.sizes` has them
+    num_classes,
+    clip_dim,
+    num_clip_token,
+    transformer: bool,
+    scale_shift: bool,
+    resblock_updown: bool,
+    time_channels=None,
+) -> dict:  # part -> (parameters, multiply-accumulates of one image)
     "Where parameters and multiply-accumulates of a U-Net are, in closed form."
-    parts, T0 = {}, time_channels or channels; T = 4*T0
-    def add(part, params, macs=0): a, b = parts.get(part, (0, 0)); parts[part] = a + params, b + macs
-    def linear(part, a, b, n=1, bias=1): add(part, (a + bias)*b, n*a*b)
-    def conv(a, b, side, k=3): linear(f"convolutions {side}x{side}", k*k*a, b, side*side)
+    parts, T0 = {}, time_channels or channels
+    T = 4 * T0
+
+    def add(part, params, macs=0):
+        a, b = parts.get(part, (0, 0))
+        parts[part] = a + params, b + macs
+
+    def linear(part, a, b, n=1, bias=1):
+        add(part, (a + bias) * b, n * a * b)
+
+    def conv(a, b, side, k=3):
+        linear(f"convolutions {side}x{side}", k * k * a, b, side * side)
+
     def res(a, b, side):
-        add("norms", 2*a + 2*b); conv(a, b, side); conv(b, b, side); linear("time and label", T, (1 + scale_shift)*b)
-        if a != b: conv(a, b, side, 1)
+        add("norms", 2 * a + 2 * b)
+        conv(a, b, side)
+        conv(b, b, side)
+        linear("time and label", T, (1 + scale_shift) * b)
+        if a != b:
+            conv(a, b, side, 1)
+
     def attend(c, side, part="attention"):
-        n = side*side; add("norms", 2*c); add(part, 0, 2*n*n*c)
-        if not transformer: return [linear(part, c, c, n) for _ in range(4)]
-        add("norms", 6*c); [linear(part, c, c, n) for _ in range(3)]; [linear(part, c, c, n, bias=0) for _ in range(3)]                   # in, out, self-attention
-        m, d, told = (num_clip_token, clip_dim, "cross-attention") if clip_dim else (n, c, part)
-        linear(told, c, c, n, bias=0); [linear(told, d, c, m, bias=0) for _ in range(2)]; linear(told, c, c, n); add(told, 0, 2*n*m*c)
-        linear(part, c, 8*c, n); linear(part, 4*c, c, n)                                                                                  # gated MLP
+        n = side * side
+        add("norms", 2 * c)
+        add(part, 0, 2 * n * n * c)
+        if not transformer:
+            return [linear(part, c, c, n) for _ in range(4)]
+        add("norms", 6 * c)
+        [linear(part, c, c, n) for _ in range(3)]
+        [linear(part, c, c, n, bias=0) for _ in range(3)]  # in, out, self-attention
+        m, d, told = (
+            (num_clip_token, clip_dim, "cross-attention") if clip_dim else (n, c, part)
+        )
+        linear(told, c, c, n, bias=0)
+        [linear(told, d, c, m, bias=0) for _ in range(2)]
+        linear(told, c, c, n)
+        add(told, 0, 2 * n * m * c)
+        linear(part, c, 8 * c, n)
+        linear(part, 4 * c, c, n)  # gated MLP
+
     resize = lambda c, side: res(c, c, side) if resblock_updown else conv(c, c, side)
-    linear("time and label", T0, T); linear("time and label", T, T)
-    if num_classes: add("time and label", num_classes*T)
-    side, c, skips = img_size, channels*mult[0], [channels*mult[0]]; conv(in_chans, c, side)
+    linear("time and label", T0, T)
+    linear("time and label", T, T)
+    if num_classes:
+        add("time and label", num_classes * T)
+    side, c, skips = img_size, channels * mult[0], [channels * mult[0]]
+    conv(in_chans, c, side)
     for i, m in enumerate(mult):
         for _ in range(res_blocks):
-            res(c, channels*m, side); c = channels*m; skips.append(c)
-            if 2**i in attention: attend(c, side)
-        if i < len(mult) - 1: side //= 2; resize(c, side); skips.append(c)
-    res(c, c, side); attend(c, side); res(c, c, side)
+            res(c, channels * m, side)
+            c = channels * m
+            skips.append(c)
+            if 2**i in attention:
+                attend(c, side)
+        if i < len(mult) - 1:
+            side //= 2
+            resize(c, side)
+            skips.append(c)
+    res(c, c, side)
+    attend(c, side)
+    res(c, c, side)
     for i, m in reversed(list(enumerate(mult))):
         for _ in range(res_blocks + 1):
-            res(c + skips.pop(), channels*m, side); c = channels*m
-            if 2**i in attention: attend(c, side)
-        if i: side *= 2; resize(c, side)
-    add("norms", 2*c); conv(c, out_chans, side)
+            res(c + skips.pop(), channels * m, side)
+            c = channels * m
+            if 2**i in attention:
+                attend(c, side)
+        if i:
+            side *= 2
+            resize(c, side)
+    add("norms", 2 * c)
+    conv(c, out_chans, side)
     return parts
+
 
 def unet_counts(sizes: dict) -> tuple:
     "(parameters, multiply-accumulates) of a U-Net of these sizes, in closed form."
@@ -166,189 +388,446 @@ def unet_counts(sizes: dict) -> tuple:
 
 # %% ../nbs/10_unets.ipynb #10-plot_parts
 def plot_parts(
-    nets: dict,   # name -> U-Net
-    axes=None     # two axes
+    nets: dict,  # name -> U-Net
+    axes=None,  # two axes
 ):
     "Shares of parameters and of multiply-accumulates, one bar per network."
     import matplotlib.pyplot as plt, seaborn as sns
-    axes = plt.subplots(1, 2, figsize=(12, 0.6*len(nets) + 1.9), sharey=True)[1] if axes is None else axes
+
+    axes = (
+        plt.subplots(1, 2, figsize=(12, 0.6 * len(nets) + 1.9), sharey=True)[1]
+        if axes is None
+        else axes
+    )
     parts = {n: unet_parts(**net.sizes) for n, net in nets.items()}
-    names = sorted({k for p in parts.values() for k in p if k != "norms"}, key=lambda k: (not k.startswith("conv"), -int(k.split("x")[-1]) if k.startswith("conv") else 0, k))
-    colours = sns.color_palette("Blues_r", sum(k.startswith("conv") for k in names) + 1)[:-1] + sns.color_palette("colorblind")[1:]
+    names = sorted(
+        {k for p in parts.values() for k in p if k != "norms"},
+        key=lambda k: (
+            not k.startswith("conv"),
+            -int(k.split("x")[-1]) if k.startswith("conv") else 0,
+            k,
+        ),
+    )
+    colours = (
+        sns.color_palette("Blues_r", sum(k.startswith("conv") for k in names) + 1)[:-1]
+        + sns.color_palette("colorblind")[1:]
+    )
     for i, (ax, what) in enumerate(zip(axes, ("parameters", "multiply-accumulates"))):
-        left = [0.0]*len(nets)
+        left = [0.0] * len(nets)
         for k, c in zip(names, colours):
-            share = [100*p.get(k, (0, 0))[i]/sum(v[i] for v in p.values()) for p in parts.values()]
-            ax.barh(list(parts), share, left=left, color=c, label=k); left = [a + b for a, b in zip(left, share)]
-        ax.set(title=what, xlabel="%", xlim=(0, 100)); ax.grid(axis="y")
-    axes[0].invert_yaxis(); axes[0].figure.legend(*axes[0].get_legend_handles_labels(), fontsize=9, ncol=4, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0.02))
+            share = [
+                100 * p.get(k, (0, 0))[i] / sum(v[i] for v in p.values())
+                for p in parts.values()
+            ]
+            ax.barh(list(parts), share, left=left, color=c, label=k)
+            left = [a + b for a, b in zip(left, share)]
+        ax.set(title=what, xlabel="%", xlim=(0, 100))
+        ax.grid(axis="y")
+    axes[0].invert_yaxis()
+    axes[0].figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        fontsize=9,
+        ncol=4,
+        frameon=False,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.02),
+    )
     return axes
 
 # %% ../nbs/10_unets.ipynb #10-draw_unet
 def draw_unet(
-    net: UNet, # any
-    ax=None    # where to draw
+    net: UNet,  # any
+    ax=None,  # where to draw
 ):
     "The way down, the middle and the way up of a network, by its sizes."
     import matplotlib.pyplot as plt
-    s = net.sizes; L = len(s["mult"]); ax = ax or plt.subplots(figsize=(11, 1.15*L + 1.6))[1]
+
+    s = net.sizes
+    L = len(s["mult"])
+    ax = ax or plt.subplots(figsize=(11, 1.15 * L + 1.6))[1]
+
     def box(x, y, text, colour):
-        ax.text(x, y, text, ha="center", va="center", fontsize=9, bbox=dict(boxstyle="round,pad=0.45", fc=colour, ec="0.4"))
-    arrow = lambda a, b, **kw: ax.annotate("", b, a, arrowprops=dict(arrowstyle="-|>", color=kw.pop("color", "0.3"), shrinkA=4, shrinkB=4, **kw))
+        ax.text(
+            x,
+            y,
+            text,
+            ha="center",
+            va="center",
+            fontsize=9,
+            bbox=dict(boxstyle="round,pad=0.45", fc=colour, ec="0.4"),
+        )
+
+    arrow = lambda a, b, **kw: ax.annotate(
+        "",
+        b,
+        a,
+        arrowprops=dict(
+            arrowstyle="-|>", color=kw.pop("color", "0.3"), shrinkA=4, shrinkB=4, **kw
+        ),
+    )
     told = "text" if s["clip_dim"] else None
     for i, m in enumerate(s["mult"]):
-        y, side, at = -i, s["img_size"]//2**i, 2**i in s["attention"]
-        what = lambda n: f"{side}x{side}, {s['channels']*m} channels\n{n} residual blocks" + (f", {n} attention" if at else "")
-        gap = 0.55*i
-        box(-4 + gap, y, what(s["res_blocks"]), "#dbe9f6"); box(4 - gap, y, what(s["res_blocks"] + 1), "#fde5cf")
-        arrow((-2.5 + gap, y), (2.5 - gap, y), ls="--", color="#2a7f3f"); ax.text(0, y + 0.12, f"{s['res_blocks'] + 1} skips, concatenated", ha="center", fontsize=8, color="#2a7f3f")
-        if i < L - 1: arrow((-4 + gap, y - 0.3), (-4 + gap + 0.55, y - 0.72)); arrow((4 - gap - 0.55, y - 0.72), (4 - gap, y - 0.3))
-    y, gap = -L, 0.55*(L - 1); box(0, y, "middle: residual block, attention, residual block", "#eeeeee")
-    arrow((-4 + gap, y + 0.7), (-1.7, y + 0.25)); arrow((1.7, y + 0.25), (4 - gap, y + 0.7))
-    box(-4, 1, f"noisy image\n{s['in_chans']} channels", "white"); box(4, 1, f"prediction\n{s['out_chans']} channels", "white"); arrow((-4, 0.7), (-4, 0.3)); arrow((4, 0.3), (4, 0.7))
-    box(0, 1, "time" + (" + label" if s["num_classes"] else "") + ": into every residual block" + (f"\n{told}: into every attention block" if told else ""), "#f6e3f3")
-    ax.set(xlim=(-6, 6), ylim=(-L - 0.5, 1.5)); ax.set_axis_off(); ax.set_title(type(net).__name__)
+        y, side, at = -i, s["img_size"] // 2**i, 2**i in s["attention"]
+        what = lambda n: (
+            f"{side}x{side}, {s['channels'] * m} channels\n{n} residual blocks"
+            + (f", {n} attention" if at else "")
+        )
+        gap = 0.55 * i
+        box(-4 + gap, y, what(s["res_blocks"]), "#dbe9f6")
+        box(4 - gap, y, what(s["res_blocks"] + 1), "#fde5cf")
+        arrow((-2.5 + gap, y), (2.5 - gap, y), ls="--", color="#2a7f3f")
+        ax.text(
+            0,
+            y + 0.12,
+            f"{s['res_blocks'] + 1} skips, concatenated",
+            ha="center",
+            fontsize=8,
+            color="#2a7f3f",
+        )
+        if i < L - 1:
+            arrow((-4 + gap, y - 0.3), (-4 + gap + 0.55, y - 0.72))
+            arrow((4 - gap - 0.55, y - 0.72), (4 - gap, y - 0.3))
+    y, gap = -L, 0.55 * (L - 1)
+    box(0, y, "middle: residual block, attention, residual block", "#eeeeee")
+    arrow((-4 + gap, y + 0.7), (-1.7, y + 0.25))
+    arrow((1.7, y + 0.25), (4 - gap, y + 0.7))
+    box(-4, 1, f"noisy image\n{s['in_chans']} channels", "white")
+    box(4, 1, f"prediction\n{s['out_chans']} channels", "white")
+    arrow((-4, 0.7), (-4, 0.3))
+    arrow((4, 0.3), (4, 0.7))
+    box(
+        0,
+        1,
+        "time"
+        + (" + label" if s["num_classes"] else "")
+        + ": into every residual block"
+        + (f"\n{told}: into every attention block" if told else ""),
+        "#f6e3f3",
+    )
+    ax.set(xlim=(-6, 6), ylim=(-L - 0.5, 1.5))
+    ax.set_axis_off()
+    ax.set_title(type(net).__name__)
     return ax
 
+
 def draw_blocks(
-    axes=None # four axes
+    axes=None,  # four axes
 ):
     "A residual block of each kind and the two attention blocks, with the places where time and text enter."
     import matplotlib.pyplot as plt
+
     axes = plt.subplots(1, 4, figsize=(14, 5.6))[1] if axes is None else axes
-    res = lambda where: ["group norm, SiLU", "3x3 convolution", *where, "SiLU", "3x3 convolution (starts at 0)"]
-    kinds = {"Residual block, LDM": res(["+ linear(time)", "group norm"]), "Residual block, ADM": res(["group norm", "x (1 + linear(time)) + linear(time)"]),
-             "Attention, ADM": ["group norm", "self-attention of the pixels", "linear (starts at 0)"],
-             "Spatial transformer, LDM": ["group norm, 1x1 convolution", "+ self-attention(LN h)", "+ cross-attention(LN h, text)", "+ gated MLP(LN h)", "1x1 convolution (starts at 0)"]}
+    res = lambda where: [
+        "group norm, SiLU",
+        "3x3 convolution",
+        *where,
+        "SiLU",
+        "3x3 convolution (starts at 0)",
+    ]
+    kinds = {
+        "Residual block, LDM": res(["+ linear(time)", "group norm"]),
+        "Residual block, ADM": res(
+            ["group norm", "x (1 + linear(time)) + linear(time)"]
+        ),
+        "Attention, ADM": [
+            "group norm",
+            "self-attention of the pixels",
+            "linear (starts at 0)",
+        ],
+        "Spatial transformer, LDM": [
+            "group norm, 1x1 convolution",
+            "+ self-attention(LN h)",
+            "+ cross-attention(LN h, text)",
+            "+ gated MLP(LN h)",
+            "1x1 convolution (starts at 0)",
+        ],
+    }
     for ax, (title, steps) in zip(axes, kinds.items()):
-        ys = [-(k + 1)*0.85 for k in range(len(steps))]; end = ys[-1] - 0.85
+        ys = [-(k + 1) * 0.85 for k in range(len(steps))]
+        end = ys[-1] - 0.85
         for y, step in zip(ys, steps):
             told = "#f6e3f3" if "time" in step or "text" in step else "#ffffff"
-            ax.text(0, y, step, ha="center", va="center", fontsize=9, bbox=dict(boxstyle="round,pad=0.35", fc=told, ec="0.4"))
-        for a, b in zip([0, *ys], [*ys, end]): ax.annotate("", (0, b + 0.14), (0, a - 0.14), arrowprops=dict(arrowstyle="-|>", color="0.3"))
-        ax.text(0, 0, "h", ha="center", va="center"); ax.text(0, end, "+", ha="center", va="center", fontsize=14)
-        ax.annotate("", (0.12, end), (0.1, 0), arrowprops=dict(arrowstyle="-|>", color="#2a7f3f", connectionstyle="bar,fraction=%.3f" % (-1.55/abs(end))))
-        ax.set(xlim=(-1.9, 1.9), ylim=(-6.3, 0.4)); ax.set_axis_off(); ax.set_title(title, fontsize=11)
+            ax.text(
+                0,
+                y,
+                step,
+                ha="center",
+                va="center",
+                fontsize=9,
+                bbox=dict(boxstyle="round,pad=0.35", fc=told, ec="0.4"),
+            )
+        for a, b in zip([0, *ys], [*ys, end]):
+            ax.annotate(
+                "",
+                (0, b + 0.14),
+                (0, a - 0.14),
+                arrowprops=dict(arrowstyle="-|>", color="0.3"),
+            )
+        ax.text(0, 0, "h", ha="center", va="center")
+        ax.text(0, end, "+", ha="center", va="center", fontsize=14)
+        ax.annotate(
+            "",
+            (0.12, end),
+            (0.1, 0),
+            arrowprops=dict(
+                arrowstyle="-|>",
+                color="#2a7f3f",
+                connectionstyle="bar,fraction=%.3f" % (-1.55 / abs(end)),
+            ),
+        )
+        ax.set(xlim=(-1.9, 1.9), ylim=(-6.3, 0.4))
+        ax.set_axis_off()
+        ax.set_title(title, fontsize=11)
     return axes
 
 # %% ../nbs/10_unets.ipynb #10-factors
-PRESETS = {"UNet-latent": dict(model="UNet-latent", embed_dim=128, num_heads=8, condition="text"),   # as printed; fields that are U-ViT's alone are not read
-           "ADM": dict(model="ADM", embed_dim=320, condition="class")}
+PRESETS = {
+    "UNet-latent": dict(
+        model="UNet-latent", embed_dim=128, num_heads=8, condition="text"
+    ),  # as printed; fields that are U-ViT's alone are not read
+    "ADM": dict(model="ADM", embed_dim=320, condition="class"),
+}
+
 
 def factors(name: str, text: str) -> tuple:
     "`1-2-2` is (1, 2, 2)."
-    try: return tuple(int(v) for v in text.split("-")) if text else ()
-    except ValueError: raise ParameterError(f"{name} = {text!r}: whole numbers joined by -, as in 1-2-2") from None
+    try:
+        return tuple(int(v) for v in text.split("-")) if text else ()
+    except ValueError:
+        raise ParameterError(
+            f"{name} = {text!r}: whole numbers joined by -, as in 1-2-2"
+        ) from None
 
-def common_sizes(model, data, use_checkpoint, checkpoint_keep, mult: tuple, attention: tuple, **known) -> dict:
+
+def common_sizes(
+    model, data, use_checkpoint, checkpoint_keep, mult: tuple, attention: tuple, **known
+) -> dict:
     "What both U-Nets read from the sections of an experiment, and their further options."
-    if use_checkpoint and checkpoint_keep: raise ParameterError(f"checkpoint_keep = {checkpoint_keep}: a U-Net recomputes whole residual blocks; use 0")
-    o = read_options(model.options, mult="auto", attention="auto", variance=("fixed", "learned"), **known)
+    if use_checkpoint and checkpoint_keep:
+        raise ParameterError(
+            f"checkpoint_keep = {checkpoint_keep}: a U-Net recomputes whole residual blocks; use 0"
+        )
+    o = read_options(
+        model.options,
+        mult="auto",
+        attention="auto",
+        variance=("fixed", "learned"),
+        **known,
+    )
     m, a, variance = (o.pop(k) for k in ("mult", "attention", "variance"))
     mult = fitting_levels(data.img_size, mult) if m == "auto" else factors("mult", m)
-    attention = tuple(v for v in attention if v < 2**len(mult)) if a == "auto" else factors("attention", a)
-    return dict(o, img_size=data.img_size, in_chans=data.in_chans, channels=model.embed_dim, mult=mult, attention=attention, use_checkpoint=use_checkpoint,
-                out_chans=data.in_chans*(1 + (variance == "learned")))
+    attention = (
+        tuple(v for v in attention if v < 2 ** len(mult))
+        if a == "auto"
+        else factors("attention", a)
+    )
+    return dict(
+        o,
+        img_size=data.img_size,
+        in_chans=data.in_chans,
+        channels=model.embed_dim,
+        mult=mult,
+        attention=attention,
+        use_checkpoint=use_checkpoint,
+        out_chans=data.in_chans * (1 + (variance == "learned")),
+    )
+
 
 def classes_of(model, data, p_uncond):
     "Rows of the label table: one more, the null class, where labels are dropped."
-    return data.num_classes + (p_uncond > 0) if model.condition == "class" and data.num_classes else None
+    return (
+        data.num_classes + (p_uncond > 0)
+        if model.condition == "class" and data.num_classes
+        else None
+    )
 
 # %% ../nbs/10_unets.ipynb #10-latent_from_config
 def latent_from_config(
-    model, data,         # ModelConfig, DataConfig with num_classes known
-    p_uncond=0.0,        # with dropped labels there is one row more, the null class
-    use_checkpoint=False, checkpoint_keep=0.0 # recompute residual blocks in the backward pass; nothing can be kept
+    model,
+    data,  # ModelConfig, DataConfig with num_classes known
+    p_uncond=0.0,  # with dropped labels there is one row more, the null class
+    use_checkpoint=False,
+    checkpoint_keep=0.0,  # recompute residual blocks in the backward pass; nothing can be kept
 ) -> LatentUNet:
     "The latent U-Net of an experiment: told nothing, a class, or a text."
-    text = dict(clip_dim=data.text_dim, num_clip_token=data.text_tokens) if model.condition == "text" else dict(clip_dim=None)
-    kw = common_sizes(model, data, use_checkpoint, checkpoint_keep, (1, 2, 2, 2), (2, 4), res_blocks=2)
-    return LatentUNet(**kw, num_heads=model.num_heads, num_classes=classes_of(model, data, p_uncond), **text)
+    text = (
+        dict(clip_dim=data.text_dim, num_clip_token=data.text_tokens)
+        if model.condition == "text"
+        else dict(clip_dim=None)
+    )
+    kw = common_sizes(
+        model, data, use_checkpoint, checkpoint_keep, (1, 2, 2, 2), (2, 4), res_blocks=2
+    )
+    return LatentUNet(
+        **kw,
+        num_heads=model.num_heads,
+        num_classes=classes_of(model, data, p_uncond),
+        **text,
+    )
+
 
 def adm_from_config(
-    model, data,         # ModelConfig, DataConfig with num_classes known
-    p_uncond=0.0,        # with dropped labels there is one row more, the null class
-    use_checkpoint=False, checkpoint_keep=0.0 # recompute residual blocks in the backward pass; nothing can be kept
+    model,
+    data,  # ModelConfig, DataConfig with num_classes known
+    p_uncond=0.0,  # with dropped labels there is one row more, the null class
+    use_checkpoint=False,
+    checkpoint_keep=0.0,  # recompute residual blocks in the backward pass; nothing can be kept
 ) -> ADMUNet:
     "The ADM U-Net of an experiment: told nothing or a class."
-    if model.condition == "text": raise ParameterError("condition = 'text' with model = 'ADM': it has no cross-attention; try model = 'UNet-latent'")
-    kw = common_sizes(model, data, use_checkpoint, checkpoint_keep, (2, 2, 4), (2, 4), res_blocks=3, scale_shift=True, resblock_updown=True, head_width=0)
+    if model.condition == "text":
+        raise ParameterError(
+            "condition = 'text' with model = 'ADM': it has no cross-attention; try model = 'UNet-latent'"
+        )
+    kw = common_sizes(
+        model,
+        data,
+        use_checkpoint,
+        checkpoint_keep,
+        (2, 2, 4),
+        (2, 4),
+        res_blocks=3,
+        scale_shift=True,
+        resblock_updown=True,
+        head_width=0,
+    )
     return ADMUNet(**kw, num_classes=classes_of(model, data, p_uncond))
 
 # %% ../nbs/10_unets.ipynb #10-match
 class Match(NamedTuple):
     "A width and what it gives."
-    width: int     # of the allowed ones
-    value: float   # parameters or multiply-accumulates of its network
-    ratio: float   # value over the budget
+
+    width: int  # of the allowed ones
+    value: float  # parameters or multiply-accumulates of its network
+    ratio: float  # value over the budget
+
 
 def net_macs(net: nn.Module) -> int:
     "Multiply-accumulates of a network: what it says itself (a U-Net, in closed form), else counted."
     return net.macs() if hasattr(net, "macs") else count_macs(net)
 
+
 def measure_of(
-    measure # params | macs | a function of a network
-):          # the function
+    measure,  # params | macs | a function of a network
+):  # the function
     "What is to be equal, as a function of a network."
-    if callable(measure): return measure
-    if measure not in ("params", "macs"): raise ParameterError(f"measure = {measure!r}: allowed are params, macs, or a function of the network")
+    if callable(measure):
+        return measure
+    if measure not in ("params", "macs"):
+        raise ParameterError(
+            f"measure = {measure!r}: allowed are params, macs, or a function of the network"
+        )
     return dict(params=count_parameters, macs=net_macs)[measure]
 
+
 def match_width(
-    target: float,          # the budget
-    make,                   # a width -> its network; called on the meta device, where nothing is allocated
-    measure="params",       # params | macs | a function of the network that grows with the width
-    widths=range(8, 4097, 8)# allowed widths, ascending
-) -> Match:                 # the allowed width nearest to the budget, by ratio
+    target: float,  # the budget
+    make,  # a width -> its network; called on the meta device, where nothing is allocated
+    measure="params",  # params | macs | a function of the network that grows with the width
+    widths=range(8, 4097, 8),  # allowed widths, ascending
+) -> Match:  # the allowed width nearest to the budget, by ratio
     "The width whose network has a budget."
     count, widths, known = measure_of(measure), list(widths), {}
+
     def value(i):
         if i not in known:
-            with torch.device("meta"): known[i] = count(make(widths[i]))
+            with torch.device("meta"):
+                known[i] = count(make(widths[i]))
         return known[i]
+
     low, high = 0, len(widths) - 1
-    if value(low) > target: raise ParameterError(f"a budget of {target:,.0f}: the smallest width, {widths[0]}, already has {value(0):,.0f}; try smaller widths or a smaller network")
-    power, at = 2.0, low                                                   # cost grows about as a power of the width, at first the square
-    while high - low > 1:                                                  # value(low) <= target, and value(high) > target or high is the last
-        guess = bisect.bisect(widths, widths[at]*(target/value(at))**(1/power))
+    if value(low) > target:
+        raise ParameterError(
+            f"a budget of {target:,.0f}: the smallest width, {widths[0]}, already has {value(0):,.0f}; try smaller widths or a smaller network"
+        )
+    power, at = (
+        2.0,
+        low,
+    )  # cost grows about as a power of the width, at first the square
+    while (
+        high - low > 1
+    ):  # value(low) <= target, and value(high) > target or high is the last
+        guess = bisect.bisect(widths, widths[at] * (target / value(at)) ** (1 / power))
         last, at = at, min(max(guess, low + 1), high - 1)
-        power = max(0.5, math.log(value(at)/value(last))/math.log(widths[at]/widths[last])) if value(at) != value(last) else power
+        power = (
+            max(
+                0.5,
+                math.log(value(at) / value(last)) / math.log(widths[at] / widths[last]),
+            )
+            if value(at) != value(last)
+            else power
+        )
         low, high = (at, high) if value(at) <= target else (low, at)
-    if value(high) < target: raise ParameterError(f"a budget of {target:,.0f}: the largest width, {widths[-1]}, has {value(high):,.0f}; try larger widths")
-    best = min((low, high), key=lambda i: abs(math.log(value(i)/target)))
-    return Match(widths[best], value(best), value(best)/target)
+    if value(high) < target:
+        raise ParameterError(
+            f"a budget of {target:,.0f}: the largest width, {widths[-1]}, has {value(high):,.0f}; try larger widths"
+        )
+    best = min((low, high), key=lambda i: abs(math.log(value(i) / target)))
+    return Match(widths[best], value(best), value(best) / target)
 
 # %% ../nbs/10_unets.ipynb #10-match_experiment
-SMALL = {8: "mult=1-2,res_blocks=2", 32: "mult=1-2-2-2,res_blocks=2"}     # side -> shape of a small U-Net of either kind: two resolutions on digits, DDPM's four on CIFAR-10
+SMALL = {
+    8: "mult=1-2,res_blocks=2",
+    32: "mult=1-2-2-2,res_blocks=2",
+}  # side -> shape of a small U-Net of either kind: two resolutions on digits, DDPM's four on CIFAR-10
+
 
 def match_experiment(
-    base: Experiment,         # whose network sets the budget; its data's number of classes must be known
-    measure="params",         # params | macs | a function of the network
-    widths=range(8, 2049, 8), # allowed values of embed_dim, ascending
-    target=None,              # the budget, where it is known already
-    **fields                  # model=NAME and what else differs, by flat names
-) -> tuple:                   # (the experiment of the other backbone, its Match)
+    base: Experiment,  # whose network sets the budget; its data's number of classes must be known
+    measure="params",  # params | macs | a function of the network
+    widths=range(8, 2049, 8),  # allowed values of embed_dim, ascending
+    target=None,  # the budget, where it is known already
+    **fields,  # model=NAME and what else differs, by flat names
+) -> tuple:  # (the experiment of the other backbone, its Match)
     "Another backbone in an experiment, as wide as the budget of the first allows."
-    m = match_width(target or measure_of(measure)(meta_model(base)), lambda w: meta_model(with_overrides(base, **fields, embed_dim=w)), measure, widths)
+    m = match_width(
+        target or measure_of(measure)(meta_model(base)),
+        lambda w: meta_model(with_overrides(base, **fields, embed_dim=w)),
+        measure,
+        widths,
+    )
     return with_overrides(base, **fields, embed_dim=m.width), m
+
 
 def unet_fields(side: int) -> dict:
     "The shape of a small U-Net on images of this side, as fields of an experiment."
-    return dict(options=SMALL.get(side, "res_blocks=2"), **(dict(num_heads=2) if side < 32 else {}))
+    return dict(
+        options=SMALL.get(side, "res_blocks=2"),
+        **(dict(num_heads=2) if side < 32 else {}),
+    )
+
 
 def matched_unets(
-    base: Experiment,               # a U-ViT
-    measure="params",               # params | macs
+    base: Experiment,  # a U-ViT
+    measure="params",  # params | macs
     models=("UNet-latent", "ADM"),  # which
-    target=None                     # the budget, where it is known already
-) -> dict:                          # model -> (experiment, Match)
+    target=None,  # the budget, where it is known already
+) -> dict:  # model -> (experiment, Match)
     "U-ViT's experiment with each U-Net of its size. Widths are multiples of 2 (small images, where two channels matter) or 8."
     side, target = base.data.img_size, target or measure_of(measure)(meta_model(base))
-    return {m: match_experiment(base, measure, range(2, 513, 2) if side < 32 else range(8, 2049, 8), target, model=m, **unet_fields(side)) for m in models}
+    return {
+        m: match_experiment(
+            base,
+            measure,
+            range(2, 513, 2) if side < 32 else range(8, 2049, 8),
+            target,
+            model=m,
+            **unet_fields(side),
+        )
+        for m in models
+    }
 
 # %% ../nbs/10_unets.ipynb #10-appendix
-def appendix() -> dict: # (appendix, network) -> experiment at the paper's scale
+def appendix() -> dict:  # (appendix, network) -> experiment at the paper's scale
     "The comparisons of Appendix B (Table 4) and Appendix E (Figure 8)."
-    b, e = experiment("paper", dataset="mscoco256", preset_name="U-ViT-S/2"), experiment("paper", dataset="imagenet256", preset_name="U-ViT-H/2")
-    return {("B", "U-ViT-S/2"): b, ("B", "U-Net"): with_overrides(b, **PRESETS["UNet-latent"], lr=2e-4, betas=(0.9, 0.999), weight_decay=0.01),
-            ("E", "U-ViT-H/2"): e, ("E", "U-Net"): with_overrides(e, **PRESETS["ADM"])}
+    b, e = (
+        experiment("paper", dataset="mscoco256", preset_name="U-ViT-S/2"),
+        experiment("paper", dataset="imagenet256", preset_name="U-ViT-H/2"),
+    )
+    return {
+        ("B", "U-ViT-S/2"): b,
+        ("B", "U-Net"): with_overrides(
+            b, **PRESETS["UNet-latent"], lr=2e-4, betas=(0.9, 0.999), weight_decay=0.01
+        ),
+        ("E", "U-ViT-H/2"): e,
+        ("E", "U-Net"): with_overrides(e, **PRESETS["ADM"]),
+    }

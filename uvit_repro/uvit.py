@@ -10,211 +10,451 @@ __all__ = ['PRODUCTS', 'FUSED', 'compute_type', 'merge_skip', 'Block', 'keep_pol
 import functools, math
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from .config import CONVS, HEADS, SKIPS, TIMES, ParameterError, check_geometry, preset
-from .layers import AdaLN, Attention, Mlp, PatchEmbed, init_weights, sincos2d, timestep_embedding, unpatchify
-from .results import CheckpointError, load_tensors
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+from uvit_repro.config import (
+    CONVS,
+    HEADS,
+    SKIPS,
+    TIMES,
+    ParameterError,
+    check_geometry,
+    preset,
+)
+from uvit_repro.layers import (
+    AdaLN,
+    Attention,
+    Mlp,
+    PatchEmbed,
+    init_weights,
+    sincos2d,
+    timestep_embedding,
+    unpatchify,
+)
+from .runs.records import CheckpointError, load_tensors
 
 # %% ../nbs/02b_architecture.ipynb #02b-compute_type
 def compute_type(x: Tensor) -> Tensor:
     "What a linear layer would make of its input under autocast: rounding before the concatenation gives the same numbers and moves half the bytes."
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if kind != "meta" and torch.is_autocast_enabled(kind) else x
+    return (
+        x.to(torch.get_autocast_dtype(kind))
+        if kind != "meta" and torch.is_autocast_enabled(kind)
+        else x
+    )
+
 
 def merge_skip(
-    h: Tensor,      # main branch (B, L, D)
-    s: Tensor,      # stored branch (B, L, D)
-    kind: str,      # one of SKIPS
-    linear=None     # the merging layer, where the kind has one
-) -> Tensor:        # (B, L, D)
+    h: Tensor,  # main branch (B, L, D)
+    s: Tensor,  # stored branch (B, L, D)
+    kind: str,  # one of SKIPS
+    linear=None,  # the merging layer, where the kind has one
+) -> Tensor:  # (B, L, D)
     "Merge a long skip into the main branch (Figure 2a)."
-    if kind == "concat": return linear(torch.cat([compute_type(h), compute_type(s)], dim=-1))
-    if kind == "add": return h + s
-    if kind == "add_linear": return h + linear(s)
-    if kind == "linear_add": return linear(h + s)
-    if kind == "add_scaled": return (h + s)*0.5**0.5
+    if kind == "concat":
+        return linear(torch.cat([compute_type(h), compute_type(s)], dim=-1))
+    if kind == "add":
+        return h + s
+    if kind == "add_linear":
+        return h + linear(s)
+    if kind == "linear_add":
+        return linear(h + s)
+    if kind == "add_scaled":
+        return (h + s) * 0.5**0.5
     return h
 
 # %% ../nbs/02b_architecture.ipynb #02b-block
 class Block(nn.Module):
     "A transformer block with the released names (Figure 1)."
-    is_block, recompute = True, None                                                          # recompute: see `set_checkpoint`
-    def __init__(self, dim: int, num_heads: int, mlp_ratio=4.0, qkv_bias=False, skip="none", time="token"):
+
+    is_block, recompute = True, None  # recompute: see `set_checkpoint`
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio=4.0,
+        qkv_bias=False,
+        skip="none",
+        time="token",
+    ):
         super().__init__()
         norm = lambda: nn.LayerNorm(dim) if time == "token" else AdaLN(dim, time)
         self.norm1, self.attn = norm(), Attention(dim, num_heads, qkv_bias)
-        self.norm2, self.mlp = norm(), Mlp(dim, int(dim*mlp_ratio))
+        self.norm2, self.mlp = norm(), Mlp(dim, int(dim * mlp_ratio))
         self.skip, self.time = skip, time
-        width = {"concat": 2*dim, "add_linear": dim, "linear_add": dim}.get(skip)
+        width = {"concat": 2 * dim, "add_linear": dim, "linear_add": dim}.get(skip)
         self.skip_linear = nn.Linear(width, dim) if width else None
 
     def forward(self, x: Tensor, skip: Tensor = None, temb: Tensor = None) -> Tensor:
-        if self.recompute and self.training: return checkpoint(self.body, x, skip, temb, **self.recompute)
+        if self.recompute and self.training:
+            return checkpoint(self.body, x, skip, temb, **self.recompute)
         return self.body(x, skip, temb)
 
     def body(self, x: Tensor, skip: Tensor = None, temb: Tensor = None) -> Tensor:
-        if skip is not None: x = merge_skip(x, skip, self.skip, self.skip_linear)
+        if skip is not None:
+            x = merge_skip(x, skip, self.skip, self.skip_linear)
         if self.time == "token":
             x = x + self.attn(self.norm1(x))
             return x + self.mlp(self.norm2(x))
-        h, gate = self.norm1(x, temb); x = x + gate*self.attn(h)
-        h, gate = self.norm2(x, temb); return x + gate*self.mlp(h)
+        h, gate = self.norm1(x, temb)
+        x = x + gate * self.attn(h)
+        h, gate = self.norm2(x, temb)
+        return x + gate * self.mlp(h)
 
 # %% ../nbs/02b_architecture.ipynb #02b-keep_policy
 _ops = torch.ops.aten
 PRODUCTS = (_ops.mm.default, _ops.addmm.default)
-FUSED = tuple(getattr(_ops, n).default for n in ("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-                                                 "_scaled_dot_product_flash_attention_for_cpu") if hasattr(_ops, n))
+FUSED = tuple(
+    getattr(_ops, n).default
+    for n in (
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+    )
+    if hasattr(_ops, n)
+)
+
 
 def keep_policy(
-    shapes: frozenset, # (inputs, outputs) of the linear layers whose results are kept
-    fused: bool,       # keep the result of fused attention too
-    ctx, op, *args, **kwargs # as `create_selective_checkpoint_contexts` calls it
+    shapes: frozenset,  # (inputs, outputs) of the linear layers whose results are kept
+    fused: bool,  # keep the result of fused attention too
+    ctx,
+    op,
+    *args,
+    **kwargs,  # as `create_selective_checkpoint_contexts` calls it
 ) -> CheckpointPolicy:
     "Keep or recompute one operation of a block."
     keep = tuple(args[-1].shape) in shapes if op in PRODUCTS else fused and op in FUSED
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
+
 def set_checkpoint(
-    model: nn.Module,   # with blocks in in_blocks, mid_block, out_blocks
-    on: bool,           # recompute activations in training
-    keep: float = 0.0   # budget per block in tensors (B, L, D); 0: as released
-) -> list:              # the names of what each block keeps, in the order of the blocks
+    model: nn.Module,  # with blocks in in_blocks, mid_block, out_blocks
+    on: bool,  # recompute activations in training
+    keep: float = 0.0,  # budget per block in tensors (B, L, D); 0: as released
+) -> list:  # the names of what each block keeps, in the order of the blocks
     "Turn gradient checkpointing on or off."
     blocks = [*model.in_blocks, model.mid_block, *model.out_blocks]
-    shape = {n: (m.in_features, m.out_features) for n, m in blocks[-1].named_modules() if isinstance(m, nn.Linear)}
-    dim, kept, left = model.embed_dim, [[] for _ in blocks], keep*len(blocks)
+    shape = {
+        n: (m.in_features, m.out_features)
+        for n, m in blocks[-1].named_modules()
+        if isinstance(m, nn.Linear)
+    }
+    dim, kept, left = model.embed_dim, [[] for _ in blocks], keep * len(blocks)
     for name in ("skip_linear", "mlp.fc1", "attn.qkv", "attn.proj", "attention"):
         for b, names in zip(blocks, kept):
-            size = 1 if name == "attention" else dict(b.named_modules()).get(name) and shape[name][1]/dim
-            if size and size <= left: names.append(name); left -= size
+            size = (
+                1
+                if name == "attention"
+                else dict(b.named_modules()).get(name) and shape[name][1] / dim
+            )
+            if size and size <= left:
+                names.append(name)
+                left -= size
     for b, names in zip(blocks, kept):
-        policy = functools.partial(keep_policy, frozenset(shape[n] for n in names if n in shape), "attention" in names)
-        b.recompute = dict(use_reentrant=False, preserve_rng_state=False, **(dict(context_fn=functools.partial(create_selective_checkpoint_contexts, policy)) if names else {})) if on else None
+        policy = functools.partial(
+            keep_policy,
+            frozenset(shape[n] for n in names if n in shape),
+            "attention" in names,
+        )
+        b.recompute = (
+            dict(
+                use_reentrant=False,
+                preserve_rng_state=False,
+                **(
+                    dict(
+                        context_fn=functools.partial(
+                            create_selective_checkpoint_contexts, policy
+                        )
+                    )
+                    if names
+                    else {}
+                ),
+            )
+            if on
+            else None
+        )
     return kept
 
 # %% ../nbs/02b_architecture.ipynb #02b-check_variant
 def check_variant(**given):
     "Choices of Figure 2 that exist, or `ParameterError` with those that do."
-    allowed = dict(skip=SKIPS, time=TIMES, conv=CONVS, patch_embed=("linear", "conv"), pos_embed=("learned", "sincos2d", "none"))
+    allowed = dict(
+        skip=SKIPS,
+        time=TIMES,
+        conv=CONVS,
+        patch_embed=("linear", "conv"),
+        pos_embed=("learned", "sincos2d", "none"),
+    )
     for name, v in given.items():
-        if v not in allowed[name]: raise ParameterError(f"{name} = {v!r}: allowed are {', '.join(map(repr, allowed[name]))}")
+        if v not in allowed[name]:
+            raise ParameterError(
+                f"{name} = {v!r}: allowed are {', '.join(map(repr, allowed[name]))}"
+            )
+
 
 def check_input(model, x: Tensor, y, context):
     "Shapes and conditions that the model was built for, or `ValueError`."
     want = (model.in_chans, model.img_size, model.img_size)
-    if tuple(x.shape[1:]) != want: raise ValueError(f"images of shape {tuple(x.shape[1:])}: this model was built for {want}")
-    for name, given, built in (("y", y, model.num_classes), ("context", context, model.clip_dim)):
-        if (given is None) != (not built): raise ValueError(f"{name} was {'not ' if given is None else ''}given, and this model {'needs it' if built else 'was built without it'}")
+    if tuple(x.shape[1:]) != want:
+        raise ValueError(
+            f"images of shape {tuple(x.shape[1:])}: this model was built for {want}"
+        )
+    for name, given, built in (
+        ("y", y, model.num_classes),
+        ("context", context, model.clip_dim),
+    ):
+        if (given is None) != (not built):
+            raise ValueError(
+                f"{name} was {'not ' if given is None else ''}given, and this model {'needs it' if built else 'was built without it'}"
+            )
 
 # %% ../nbs/02b_architecture.ipynb #02b-uvit
 class UViT(nn.Module):
     "U-ViT and every variant of Figure 2. `depth` counts layers as the paper does; impossible sizes raise `ParameterError` before any tensor exists."
-    def __init__(self, img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio=4.0, qkv_bias=False, mlp_time_embed=False, num_classes=None,
-                 clip_dim=None, num_clip_token=77, skip="concat", time="token", conv="after", patch_embed="linear", pos_embed="learned", use_checkpoint=False, checkpoint_keep=0.0):
+
+    def __init__(
+        self,
+        img_size,
+        patch_size,
+        in_chans,
+        embed_dim,
+        depth,
+        num_heads,
+        mlp_ratio=4.0,
+        qkv_bias=False,
+        mlp_time_embed=False,
+        num_classes=None,
+        clip_dim=None,
+        num_clip_token=77,
+        skip="concat",
+        time="token",
+        conv="after",
+        patch_embed="linear",
+        pos_embed="learned",
+        use_checkpoint=False,
+        checkpoint_keep=0.0,
+    ):
         super().__init__()
         check_geometry(img_size, patch_size, embed_dim, depth, num_heads)
-        check_variant(skip=skip, time=time, conv=conv, patch_embed=patch_embed, pos_embed=pos_embed)
-        if num_classes and clip_dim: raise ParameterError("num_classes and clip_dim: a model is told a class or a text, not both")
-        self.img_size, self.patch_size, self.in_chans, self.embed_dim, self.depth = img_size, patch_size, in_chans, embed_dim, depth
-        self.num_classes, self.clip_dim, self.num_clip_token = num_classes, clip_dim, num_clip_token if clip_dim else 0
+        check_variant(
+            skip=skip,
+            time=time,
+            conv=conv,
+            patch_embed=patch_embed,
+            pos_embed=pos_embed,
+        )
+        if num_classes and clip_dim:
+            raise ParameterError(
+                "num_classes and clip_dim: a model is told a class or a text, not both"
+            )
+        self.img_size, self.patch_size, self.in_chans, self.embed_dim, self.depth = (
+            img_size,
+            patch_size,
+            in_chans,
+            embed_dim,
+            depth,
+        )
+        self.num_classes, self.clip_dim, self.num_clip_token = (
+            num_classes,
+            clip_dim,
+            num_clip_token if clip_dim else 0,
+        )
         self.time = time
 
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, patch_embed)
-        self.time_embed = nn.Sequential(nn.Linear(embed_dim, 4*embed_dim), nn.SiLU(), nn.Linear(4*embed_dim, embed_dim)) if mlp_time_embed else nn.Identity()
-        if num_classes: self.label_emb = nn.Embedding(num_classes, embed_dim)
-        if clip_dim: self.context_embed = nn.Linear(clip_dim, embed_dim)
+        self.time_embed = (
+            nn.Sequential(
+                nn.Linear(embed_dim, 4 * embed_dim),
+                nn.SiLU(),
+                nn.Linear(4 * embed_dim, embed_dim),
+            )
+            if mlp_time_embed
+            else nn.Identity()
+        )
+        if num_classes:
+            self.label_emb = nn.Embedding(num_classes, embed_dim)
+        if clip_dim:
+            self.context_embed = nn.Linear(clip_dim, embed_dim)
 
-        side = img_size//patch_size
-        self.extras = int(time == "token") + int(bool(num_classes)) + self.num_clip_token
-        if pos_embed == "learned": self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + side**2, embed_dim))
-        elif pos_embed == "sincos2d": self.register_buffer("pos_embed", torch.cat([torch.zeros(self.extras, embed_dim), sincos2d(side, embed_dim)])[None], persistent=False)
-        else: self.pos_embed = None
+        side = img_size // patch_size
+        self.extras = (
+            int(time == "token") + int(bool(num_classes)) + self.num_clip_token
+        )
+        if pos_embed == "learned":
+            self.pos_embed = nn.Parameter(
+                torch.zeros(1, self.extras + side**2, embed_dim)
+            )
+        elif pos_embed == "sincos2d":
+            self.register_buffer(
+                "pos_embed",
+                torch.cat(
+                    [torch.zeros(self.extras, embed_dim), sincos2d(side, embed_dim)]
+                )[None],
+                persistent=False,
+            )
+        else:
+            self.pos_embed = None
 
-        block = lambda skip: Block(embed_dim, num_heads, mlp_ratio, qkv_bias, skip, time)
-        self.in_blocks = nn.ModuleList(block("none") for _ in range(depth//2))
+        block = lambda skip: Block(
+            embed_dim, num_heads, mlp_ratio, qkv_bias, skip, time
+        )
+        self.in_blocks = nn.ModuleList(block("none") for _ in range(depth // 2))
         self.mid_block = block("none")
-        self.out_blocks = nn.ModuleList(block(skip) for _ in range(depth//2))
+        self.out_blocks = nn.ModuleList(block(skip) for _ in range(depth // 2))
         self.norm = nn.LayerNorm(embed_dim)
-        self.token_conv = nn.Conv2d(embed_dim, embed_dim, 3, padding=1) if conv == "before" else None
-        self.decoder_pred = nn.Linear(embed_dim, patch_size**2*in_chans)
-        self.final_layer = nn.Conv2d(in_chans, in_chans, 3, padding=1) if conv == "after" else nn.Identity()
-        init_weights(self); set_checkpoint(self, use_checkpoint, checkpoint_keep)
+        self.token_conv = (
+            nn.Conv2d(embed_dim, embed_dim, 3, padding=1) if conv == "before" else None
+        )
+        self.decoder_pred = nn.Linear(embed_dim, patch_size**2 * in_chans)
+        self.final_layer = (
+            nn.Conv2d(in_chans, in_chans, 3, padding=1)
+            if conv == "after"
+            else nn.Identity()
+        )
+        init_weights(self)
+        set_checkpoint(self, use_checkpoint, checkpoint_keep)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor = None, context: Tensor = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor = None, context: Tensor = None
+    ) -> Tensor:
         "x (B, C, H, W), t (B,) on the network's scale, y (B,) labels, context (B, N, clip_dim): the prediction (B, C, H, W)."
         check_input(self, x, y, context)
         temb = self.time_embed(timestep_embedding(t, self.embed_dim))
-        tokens = ([] if y is None else [self.label_emb(y)[:, None]]) + ([temb[:, None]] if self.time == "token" else [])
-        tokens += ([] if context is None else [self.context_embed(context)]) + [self.patch_embed(x)]
+        tokens = ([] if y is None else [self.label_emb(y)[:, None]]) + (
+            [temb[:, None]] if self.time == "token" else []
+        )
+        tokens += ([] if context is None else [self.context_embed(context)]) + [
+            self.patch_embed(x)
+        ]
         x = torch.cat(tokens, dim=1)
-        if self.pos_embed is not None: x = x + self.pos_embed
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
         skips = []
-        for b in self.in_blocks: x = b(x, None, temb); skips.append(x)
+        for b in self.in_blocks:
+            x = b(x, None, temb)
+            skips.append(x)
         x = self.mid_block(x, None, temb)
-        for b in self.out_blocks: x = b(x, skips.pop(), temb)
-        x = self.norm(x[:, self.extras:])
+        for b in self.out_blocks:
+            x = b(x, skips.pop(), temb)
+        x = self.norm(x[:, self.extras :])
         if self.token_conv is not None:
-            side = self.img_size//self.patch_size
-            x = self.token_conv(x.transpose(1, 2).unflatten(2, (side, side))).flatten(2).transpose(1, 2)
-        return self.final_layer(unpatchify(self.decoder_pred(x), self.patch_size, self.in_chans))
+            side = self.img_size // self.patch_size
+            x = (
+                self.token_conv(x.transpose(1, 2).unflatten(2, (side, side)))
+                .flatten(2)
+                .transpose(1, 2)
+            )
+        return self.final_layer(
+            unpatchify(self.decoder_pred(x), self.patch_size, self.in_chans)
+        )
 
     @classmethod
     def from_preset(cls, name: str, img_size: int, in_chans: int, **kwargs) -> "UViT":
         "A model by its name in Table 2, `U-ViT-S/2`; keyword arguments override."
-        return cls(**{**dict(img_size=img_size, in_chans=in_chans), **preset(name), **kwargs})
+        return cls(
+            **{**dict(img_size=img_size, in_chans=in_chans), **preset(name), **kwargs}
+        )
 
 # %% ../nbs/02b_architecture.ipynb #02b-from_config
 def from_config(
-    model,               # ModelConfig
-    data,                # DataConfig, with num_classes known
-    p_uncond=0.0,        # with dropped labels there is one row more, the null class
-    use_checkpoint=False,# recompute activations in the backward pass
-    checkpoint_keep=0.0  # but keep this much of each block
-) -> UViT:               # with initial weights from the global generator
+    model,  # ModelConfig
+    data,  # DataConfig, with num_classes known
+    p_uncond=0.0,  # with dropped labels there is one row more, the null class
+    use_checkpoint=False,  # recompute activations in the backward pass
+    checkpoint_keep=0.0,  # but keep this much of each block
+) -> UViT:  # with initial weights from the global generator
     "A U-ViT from the sections of an experiment."
     names = "patch_size embed_dim depth num_heads mlp_ratio qkv_bias mlp_time_embed skip time conv patch_embed pos_embed".split()
     kw = {k: getattr(model, k) for k in names}
-    if model.condition == "class": kw["num_classes"] = data.num_classes + (p_uncond > 0)
-    if model.condition == "text": kw.update(clip_dim=data.text_dim, num_clip_token=data.text_tokens)
-    return UViT(img_size=data.img_size, in_chans=data.in_chans, use_checkpoint=use_checkpoint, checkpoint_keep=checkpoint_keep, **kw)
+    if model.condition == "class":
+        kw["num_classes"] = data.num_classes + (p_uncond > 0)
+    if model.condition == "text":
+        kw.update(clip_dim=data.text_dim, num_clip_token=data.text_tokens)
+    return UViT(
+        img_size=data.img_size,
+        in_chans=data.in_chans,
+        use_checkpoint=use_checkpoint,
+        checkpoint_keep=checkpoint_keep,
+        **kw,
+    )
 
 # %% ../nbs/02b_architecture.ipynb #02b-load_official
 def load_official(
-    source,               # path of a released checkpoint, or its state dictionary
-    num_heads: int = None,# None: by the width, for the widths of Table 2
-    num_clip_token: int = None # text tokens; None: 77
-) -> UViT:                # on the CPU, in eval mode
+    source,  # path of a released checkpoint, or its state dictionary
+    num_heads: int = None,  # None: by the width, for the widths of Table 2
+    num_clip_token: int = None,  # text tokens; None: 77
+) -> UViT:  # on the CPU, in eval mode
     "Build and fill a U-ViT from the authors' released weights. Raises `CheckpointError` for what is not one."
     sd = source if isinstance(source, dict) else load_tensors(source)
     name = "the state dictionary" if isinstance(source, dict) else str(source)
-    for k in ("patch_embed.proj.weight", "pos_embed", "mid_block.attn.qkv.weight", "decoder_pred.weight"):
-        if k not in sd: raise CheckpointError(f"{name} is not a U-ViT checkpoint: it has no {k} (it has {', '.join(list(sd)[:4])}, ...)")
+    for k in (
+        "patch_embed.proj.weight",
+        "pos_embed",
+        "mid_block.attn.qkv.weight",
+        "decoder_pred.weight",
+    ):
+        if k not in sd:
+            raise CheckpointError(
+                f"{name} is not a U-ViT checkpoint: it has no {k} (it has {', '.join(list(sd)[:4])}, ...)"
+            )
     dim, chans, patch, _ = sd["patch_embed.proj.weight"].shape
     heads = num_heads or HEADS.get(dim)
-    if not heads: raise ParameterError(f"width {dim} is not one of Table 2 ({', '.join(map(str, HEADS))}): say num_heads")
+    if not heads:
+        raise ParameterError(
+            f"width {dim} is not one of Table 2 ({', '.join(map(str, HEADS))}): say num_heads"
+        )
     kw = official_shape(sd, num_clip_token)
     model = UViT(patch_size=patch, in_chans=chans, embed_dim=dim, num_heads=heads, **kw)
-    try: model.load_state_dict(sd)
-    except RuntimeError as e: raise CheckpointError(f"{name} does not fit a U-ViT of width {dim} with {kw['depth']} layers: {e}") from None
+    try:
+        model.load_state_dict(sd)
+    except RuntimeError as e:
+        raise CheckpointError(
+            f"{name} does not fit a U-ViT of width {dim} with {kw['depth']} layers: {e}"
+        ) from None
     return model.eval()
 
 # %% ../nbs/02b_architecture.ipynb #02b-official_shape
 def official_shape(
-    sd: dict,            # a released state dictionary
-    num_clip_token=None  # text tokens, where they are not 77
-) -> dict:               # the remaining keyword arguments of `UViT`
+    sd: dict,  # a released state dictionary
+    num_clip_token=None,  # text tokens, where they are not 77
+) -> dict:  # the remaining keyword arguments of `UViT`
     "What a released state dictionary says about its network: layers, biases, time MLP, convolution, skips, condition, image size."
     dim, _, patch, _ = sd["patch_embed.proj.weight"].shape
-    n = 1 + max(int(k.split(".")[1]) for k in sd if k.startswith("in_blocks.")) if any(k.startswith("in_blocks.") for k in sd) else 0
+    n = (
+        1 + max(int(k.split(".")[1]) for k in sd if k.startswith("in_blocks."))
+        if any(k.startswith("in_blocks.") for k in sd)
+        else 0
+    )
     text = (num_clip_token or 77) if "context_embed.weight" in sd else 0
     patches = sd["pos_embed"].shape[1] - 1 - text - ("label_emb.weight" in sd)
-    if patches < 1 or math.isqrt(patches)**2 != patches:
-        raise ParameterError(f"{sd['pos_embed'].shape[1]} tokens leave {patches} patches, which is no square" + ("; say num_clip_token" if text else ""))
-    return dict(img_size=math.isqrt(patches)*patch, depth=2*n + 1, mlp_ratio=sd["mid_block.mlp.fc1.weight"].shape[0]/dim, qkv_bias="mid_block.attn.qkv.bias" in sd,
-                mlp_time_embed="time_embed.0.weight" in sd, conv="after" if "final_layer.weight" in sd else "none",
-                skip="concat" if any("skip_linear" in k for k in sd) else "none", num_classes=sd["label_emb.weight"].shape[0] if "label_emb.weight" in sd else None,
-                **(dict(clip_dim=sd["context_embed.weight"].shape[1], num_clip_token=text) if text else {}))
+    if patches < 1 or math.isqrt(patches) ** 2 != patches:
+        raise ParameterError(
+            f"{sd['pos_embed'].shape[1]} tokens leave {patches} patches, which is no square"
+            + ("; say num_clip_token" if text else "")
+        )
+    return dict(
+        img_size=math.isqrt(patches) * patch,
+        depth=2 * n + 1,
+        mlp_ratio=sd["mid_block.mlp.fc1.weight"].shape[0] / dim,
+        qkv_bias="mid_block.attn.qkv.bias" in sd,
+        mlp_time_embed="time_embed.0.weight" in sd,
+        conv="after" if "final_layer.weight" in sd else "none",
+        skip="concat" if any("skip_linear" in k for k in sd) else "none",
+        num_classes=sd["label_emb.weight"].shape[0]
+        if "label_emb.weight" in sd
+        else None,
+        **(
+            dict(clip_dim=sd["context_embed.weight"].shape[1], num_clip_token=text)
+            if text
+            else {}
+        ),
+    )
 
 # %% ../nbs/02b_architecture.ipynb #02b-count_parameters
 def count_parameters(model: nn.Module) -> int:
@@ -223,9 +463,11 @@ def count_parameters(model: nn.Module) -> int:
 
 # %% ../nbs/02b_architecture.ipynb #02b-matched_none
 def matched_none(
-    embed_dim: int, depth: int, mlp_ratio: float = 4.0 # of the model with concatenation
-) -> float:                                            # mlp_ratio of a model without skips that has about as many parameters
+    embed_dim: int,
+    depth: int,
+    mlp_ratio: float = 4.0,  # of the model with concatenation
+) -> float:  # mlp_ratio of a model without skips that has about as many parameters
     "MLP ratio at which `skip='none'` has the parameters of `skip='concat'` (to within one hidden unit per layer)."
-    extra = (depth//2)*(2*embed_dim**2 + embed_dim)
-    hidden = int(embed_dim*mlp_ratio) + extra/(depth*(2*embed_dim + 1))
-    return (round(hidden) + 0.5)/embed_dim
+    extra = (depth // 2) * (2 * embed_dim**2 + embed_dim)
+    hidden = int(embed_dim * mlp_ratio) + extra / (depth * (2 * embed_dim + 1))
+    return (round(hidden) + 0.5) / embed_dim
