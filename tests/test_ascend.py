@@ -29,7 +29,7 @@ from uvit_repro.config import (
     with_overrides,
 )
 from uvit_repro.layers import init_weights
-from uvit_repro.scaling import count_macs, macs_of, meta_model, model_inputs, params_of
+from uvit_repro.runs.counting import count_macs, macs_of, meta_model, model_inputs, params_of
 from uvit_repro.train import build_model
 from uvit_repro.uvit import UViT, count_parameters
 
@@ -203,7 +203,7 @@ def test_normed_attention_does_not_see_the_scale_of_queries():
         a.qkv.weight[:24] *= 7
     assert torch.allclose(a(x), b, atol=1e-5) and y.shape == x.shape
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        a.path = "matrix"
+        a.path = "math"
         assert torch.isfinite(a(x)).all()
         a.path = "sdpa"
         assert torch.isfinite(a(x)).all()

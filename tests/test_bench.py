@@ -406,7 +406,7 @@ def test_switches_are_really_off():
     c = Training(
         bench_experiment("tiny"),
         CPU,
-        How(fused=False, foreach=False, checkpoint=True, keep=1.0, attention="matrix"),
+        How(fused=False, foreach=False, checkpoint=True, keep=1.0, attention="math"),
     )
     c()
     opt = getattr(c.tr.optimizer, "optimizer", c.tr.optimizer)
@@ -414,7 +414,7 @@ def test_switches_are_really_off():
         not opt.param_groups[0]["fused"]
         and type(next(iter(c.tr.emas.values()))).__name__ == "LoopEMA"
         and c.tr.net.mid_block.recompute
-        and c.tr.net.mid_block.attn.path == "matrix"
+        and c.tr.net.mid_block.attn.path == "math"
     )
     on = Training(bench_experiment("tiny"), CPU, How())
     on()

@@ -39,9 +39,9 @@ from uvit_repro.diffit import (
     watch_centre,
 )
 from uvit_repro.diffusion import Diffusion
-from uvit_repro.layers import set_attention
-from uvit_repro.runs.records import CheckpointError
-from uvit_repro.scaling import model_inputs
+from uvit_repro.runs.execution import set_attention
+from uvit_repro.data.files import CheckpointError
+from uvit_repro.runs.counting import model_inputs
 from uvit_repro.train import build_model
 from uvit_repro.uvit import UViT, count_parameters
 
@@ -98,7 +98,7 @@ def test_attention_is_pytorchs_with_a_bias(time):
             )[0][:, 0]
         )
     assert torch.allclose(att(x, temb), torch.stack(want), atol=1e-5)
-    set_attention(att, "matrix")
+    set_attention(att, "math")
     assert torch.allclose(att(x, temb), torch.stack(want), atol=1e-5)
 
 

@@ -26,9 +26,10 @@ from uvit_repro.genvit import (
     own_recipe,
     scale_shift,
 )
-from uvit_repro.layers import init_weights, set_attention
-from uvit_repro.runs.records import CheckpointError
-from uvit_repro.scaling import macs_of, meta_model, model_inputs, params_of
+from uvit_repro.layers import init_weights
+from uvit_repro.runs.execution import set_attention
+from uvit_repro.data.files import CheckpointError
+from uvit_repro.runs.counting import macs_of, meta_model, model_inputs, params_of
 from uvit_repro.train import build_model, golden_file
 
 small = dict(img_size=8, patch_size=2, in_chans=1, embed_dim=16, depth=3, num_heads=2, classifier=0)
@@ -41,7 +42,7 @@ def test_published_counts_exactly():
     assert [sum(p.numel() for p in n.parameters()) for n in nets] == [11_185_068, 17_109_948]
 
 
-@pytest.mark.parametrize("path", ["sdpa", "matrix"])
+@pytest.mark.parametrize("path", ["sdpa", "math"])
 def test_released_outputs(path):
     d, part = golden_file("genvit")
     cfg, inp = json.loads(str(d["config"])), part("input")
@@ -303,7 +304,7 @@ def test_trains_and_resumes_bit_for_bit(tmp_path, monkeypatch):
             n_steps=30,
             log_every=5,
             checkpoint_seconds=0.0,
-            attention="matrix",
+            attention="math",
             curve_steps=(),
         )
     )

@@ -3,13 +3,13 @@
 import json, time
 import numpy as np, pytest, torch
 from uvit_repro.config import SMOKE, ParameterError, with_overrides
-from uvit_repro.runs.records import load_tensors
+from uvit_repro.data.files import load_tensors
 from uvit_repro.runs.run import ProcessesFailed, read_samples, run_experiment
 from uvit_repro.train import read_log
 
 QUIET = lambda line: None
 BASE = with_overrides(
-    SMOKE, precision="fp32", attention="matrix", log_every=1, threads=1, sample_batch=30
+    SMOKE, precision="fp32", attention="math", log_every=1, threads=1, sample_batch=30
 )
 
 

@@ -4,7 +4,8 @@ import json, subprocess, sys
 from pathlib import Path
 import nbformat, numpy as np, pandas as pd, pytest, torch
 from uvit_repro.config import experiment, ParameterError, SMOKE, from_dict, with_overrides
-from uvit_repro.runs.records import CheckpointError, load_results, load_run
+from uvit_repro.data.files import CheckpointError
+from uvit_repro.runs.records import load_results, load_run
 from uvit_repro.runs.run import (
     ChapterFailed,
     certificate,
@@ -120,7 +121,7 @@ def bad_checkpoint(kind, folder):
             Trainer(build_model(exp), Diffusion(exp.diffusion), exp.train).state_dict(),
             run_id=exp.run_id,
             log={},
-            attention="matrix",
+            attention="math",
         ),
     )
     if kind == "truncated":

@@ -5,16 +5,23 @@ from dataclasses import replace
 import pytest, torch
 from torch import nn
 from uvit_repro.config import CONFIGS, PROTOCOLS, ParameterError, experiment
-from uvit_repro.layers import set_attention
+from uvit_repro.runs.execution import set_attention
+from uvit_repro.runs.counting import (
+    count_macs,
+    evaluations,
+    experiment_flops,
+    macs_of,
+    meta_model,
+    params_of,
+    predict_seconds,
+    training_flops,
+)
 from uvit_repro.scaling import (
     allocated_peak,
     allreduce_bytes,
     constructor,
     cost_table,
-    count_macs,
     count_training_macs,
-    evaluations,
-    experiment_flops,
     figure3,
     figure3_base,
     figure3_cells,
@@ -22,23 +29,18 @@ from uvit_repro.scaling import (
     group_of,
     machines_table,
     macs_formula,
-    macs_of,
     matmul_rate,
     measured_memory,
     memory_parts,
-    meta_model,
     model_flop_utilisation,
-    params_of,
     paper_hours,
     pass_bytes,
     plan_step,
     predict_cost,
-    predict_seconds,
     random_sizes,
     saved_bytes,
     step_profile,
     time_calls,
-    training_flops,
     training_step,
 )
 from uvit_repro.uvit import UViT
@@ -57,7 +59,7 @@ def on_meta(**kw):
 )
 def test_count_equals_closed_form(kw):
     net = on_meta(**kw)
-    for path, batch in (("sdpa", 1), ("matrix", 3)):
+    for path, batch in (("sdpa", 1), ("math", 3)):
         set_attention(net, path)
         assert count_macs(net, batch) == macs_formula(**kw)
 
@@ -99,7 +101,7 @@ def test_counting_leaves_the_model_alone_and_takes_any_backbone():
 
 def test_training_counts():
     net = on_meta(img_size=16, patch_size=2, in_chans=3, embed_dim=64, depth=5, num_heads=2)
-    set_attention(net, "matrix")
+    set_attention(net, "math")
     macs = count_macs(net)
     assert (
         count_training_macs(net) == pytest.approx(3 * macs, rel=0.01)
@@ -115,7 +117,7 @@ def test_training_counts():
         num_heads=2,
         use_checkpoint=True,
     )
-    set_attention(again, "matrix")
+    set_attention(again, "math")
     assert 3.5 * macs < count_training_macs(again) < 4 * macs
 
 
@@ -141,7 +143,7 @@ def test_figure3_cells_are_chapter_parameters():
 
 
 @pytest.mark.parametrize("ck", (False, True))
-@pytest.mark.parametrize("attention", ("sdpa", "matrix"))
+@pytest.mark.parametrize("attention", ("sdpa", "math"))
 def test_predicted_peak_is_the_allocators(ck, attention):
     net = UViT(16, 2, 3, 64, 3, 4, use_checkpoint=ck).train()
     set_attention(net, attention)
@@ -163,7 +165,7 @@ def test_kept_bytes_are_what_autograd_saves():
 
 def test_memory_of_an_update():
     e = PROTOCOLS["smoke"]
-    guess, real = memory_parts(e, attention="matrix"), measured_memory(e)
+    guess, real = memory_parts(e, attention="math"), measured_memory(e)
     assert all(guess[k] == real[k] for k in ("weights", "optimizer", "ema")) and guess[
         "total"
     ] == pytest.approx(real["total"], rel=0.15)

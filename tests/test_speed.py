@@ -7,9 +7,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from uvit_repro.config import SMOKE, ParameterError, with_overrides
 from uvit_repro.data.images import Batches, open_data
 from uvit_repro.diffusion import Diffusion
-from uvit_repro.layers import compile_blocks
-from uvit_repro.train import Trainer, build_model, golden_training, step_randomness
-from uvit_repro.uvit import UViT, set_checkpoint
+from uvit_repro.runs.execution import compile_blocks
+from uvit_repro.train import Trainer, build_model, golden_training, sample_times_and_noise
+from uvit_repro.runs.execution import set_checkpoint
+from uvit_repro.uvit import UViT
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -21,7 +22,7 @@ STEPS, TOLERANCE = (
 
 def trained(steps=STEPS, **how):
     "Losses and final weights of the plain loop on real digits, in float32."
-    exp, data = open_data(with_overrides(SMOKE, precision="fp32", attention="matrix"))
+    exp, data = open_data(with_overrides(SMOKE, precision="fp32", attention="math"))
     tr, d = (
         Trainer(build_model(exp), Diffusion(exp.diffusion), exp.train, DEVICE, **how),
         Diffusion(exp.diffusion),
@@ -30,7 +31,7 @@ def trained(steps=STEPS, **how):
     losses = []
     for s in range(steps):
         x0, y = batches.at(s)
-        t, eps = step_randomness(0, s, x0.shape, d, DEVICE)
+        t, eps = sample_times_and_noise(0, s, x0.shape, d, DEVICE)
         losses.append(tr.update(x0, t, eps, y=y).mean())
     return torch.stack(losses), tr.net.state_dict()
 
@@ -105,7 +106,7 @@ class NoWaiting(TorchDispatchMode):
 @pytest.mark.parametrize("process", ["vp", "sd", "cosine"])
 def test_an_update_never_asks_for_a_value(process):
     exp, data = open_data(
-        with_overrides(SMOKE, precision="bf16", attention="matrix", process=process)
+        with_overrides(SMOKE, precision="bf16", attention="math", process=process)
     )
     d = Diffusion(exp.diffusion)
     tr, batches = (
@@ -115,7 +116,7 @@ def test_an_update_never_asks_for_a_value(process):
 
     def step(s):
         x0, y = batches.at(s)
-        t, eps = step_randomness(0, s, x0.shape, d, DEVICE)
+        t, eps = sample_times_and_noise(0, s, x0.shape, d, DEVICE)
         return tr.update(x0, t, eps, y=y)
 
     step(0)
@@ -162,7 +163,7 @@ def test_the_first_update_comes_soon():
     "From the start of a process to the end of its first update without compilation: the issue allows 5 s on an idle machine; here other tests may run beside it."
     code = (
         "import time; s = time.time()\nfrom uvit_repro.config import LAPTOP, with_overrides\nfrom uvit_repro.data.images import open_data\nfrom uvit_repro.train import train\n"
-        "import pathlib, tempfile\nexp, data = open_data(with_overrides(LAPTOP, n_steps=1, attention='matrix', compile='off', threads=1))\n"
+        "import pathlib, tempfile\nexp, data = open_data(with_overrides(LAPTOP, n_steps=1, attention='math', compile='off', threads=1))\n"
         "train(exp, data, pathlib.Path(tempfile.mkdtemp()), lambda l: None); print(time.time() - s)"
     )
     secs = float(

@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from uvit_repro.config import DataConfig, ParameterError
 from uvit_repro.latents import StoreError
-from uvit_repro.runs.records import sha256_file
+from uvit_repro.data.files import sha256_file
 from uvit_repro import text as T
 
 SMALL = dict(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, torch
 from uvit_repro.config import SMOKE, experiment, with_overrides
 from uvit_repro.data.images import open_data
-from uvit_repro.runs.records import CheckpointError, load_tensors
+from uvit_repro.data.files import CheckpointError, load_tensors
 from uvit_repro.train import golden_training, load_weights, read_log, train
 
 CHILD = """
@@ -16,13 +16,13 @@ from uvit_repro.data.images import open_data
 from uvit_repro.train import Progress, train
 torch.set_num_threads(1)
 Progress.__init__.__defaults__ = (print, 0.0)
-exp, data = open_data(with_overrides(SMOKE, n_steps=40, checkpoint_seconds=0.0, log_every=1, attention="matrix", precision=sys.argv[2]))
+exp, data = open_data(with_overrides(SMOKE, n_steps=40, checkpoint_seconds=0.0, log_every=1, attention="math", precision=sys.argv[2]))
 train(exp, data, Path(sys.argv[1]), lambda line: print(line, flush=True))
 """
 
 
 def child(folder, precision, kill_at=None):
-    "Train in another process; with `kill_at`, send SIGKILL as soon as that step is reported. Returns the lines it printed."
+    "Train in another process; with `kill_at`, send SIGKILL as that step is reported. Returns the lines it printed."
     p = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(folder), precision], stdout=subprocess.PIPE, text=True
     )
@@ -76,7 +76,7 @@ def test_pairing_survives_a_change_of_the_model():
     "Two variants of one seed see the same images, times and noise, and share the parameters that both have."
     from uvit_repro.data.images import Batches
     from uvit_repro.diffusion import Diffusion
-    from uvit_repro.train import build_model, step_randomness
+    from uvit_repro.train import build_model, sample_times_and_noise
 
     exp, data = open_data(SMOKE)
     other = with_overrides(exp, skip="none", time="adaln")
@@ -85,16 +85,16 @@ def test_pairing_survives_a_change_of_the_model():
     a, b = (Batches(data, 16, e.seed, False, 0.1, 10).at(7) for e in (exp, other))
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
     d = Diffusion(exp.diffusion)
-    x, y = (step_randomness(e.seed, 7, (16, 1, 8, 8), d, "cpu") for e in (exp, other))
+    x, y = (sample_times_and_noise(e.seed, 7, (16, 1, 8, 8), d, "cpu") for e in (exp, other))
     assert torch.equal(x[0], y[0]) and torch.equal(x[1], y[1])
-    assert not torch.equal(x[1], step_randomness(1, 7, (16, 1, 8, 8), d, "cpu")[1])
+    assert not torch.equal(x[1], sample_times_and_noise(1, 7, (16, 1, 8, 8), d, "cpu")[1])
     m, n = dict(build_model(exp).named_parameters()), dict(build_model(other).named_parameters())
     shared = [k for k in m if k in n and m[k].shape == n[k].shape and k != "pos_embed"]
     assert len(shared) > 15 and all(torch.equal(m[k], n[k]) for k in shared)
 
 
 def test_weights_of_another_run_are_refused(tmp_path):
-    exp, data = open_data(with_overrides(SMOKE, n_steps=4, attention="matrix"))
+    exp, data = open_data(with_overrides(SMOKE, n_steps=4, attention="math"))
     train(exp, data, tmp_path, lambda s: None)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     with pytest.raises(CheckpointError, match="does not fit"):
@@ -109,7 +109,7 @@ def test_weights_of_another_run_are_refused(tmp_path):
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     exp, data = open_data(
-        with_overrides(SMOKE, n_steps=6, precision="fp32", attention="matrix", log_every=1)
+        with_overrides(SMOKE, n_steps=6, precision="fp32", attention="math", log_every=1)
     )
     for flag in (False, True):
         train(with_overrides(exp, use_checkpoint=flag), data, tmp_path / str(flag), lambda s: None)

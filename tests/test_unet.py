@@ -9,7 +9,7 @@ from uvit_repro.config import SMOKE, ParameterError, experiment, with_overrides
 from uvit_repro.diffusion import Diffusion
 from uvit_repro.layers import timestep_embedding
 from uvit_repro.paper.numbers import published
-from uvit_repro.scaling import count_macs, meta_model, model_inputs
+from uvit_repro.runs.counting import count_macs, meta_model, model_inputs
 from uvit_repro.train import Trainer, build_model, empty_model
 from uvit_repro.unet import (
     PRESETS,
@@ -395,7 +395,7 @@ def test_sections_and_options():
         dict(options="depth=3"),
         dict(options="mult=a-b"),
         dict(condition="text"),
-        dict(use_checkpoint=True, checkpoint_keep=1.0),
+        dict(use_checkpoint=True, activation_budget=1.0),
     ):
         with pytest.raises(ParameterError):
             meta_model(with_overrides(e, **kw))

@@ -27,7 +27,8 @@ from uvit_repro.layers import (
     timestep_embedding,
     unpatchify,
 )
-from .uvit import Block, UViT, check_input, set_checkpoint
+from .runs.execution import set_checkpoint
+from .uvit import Block, UViT, check_input
 
 # %% ../nbs/13_ascend.ipynb #11b-normedattention
 class NormedAttention(Attention):
@@ -192,7 +193,7 @@ class IUViT(UViT):
         split="",
         skips=0,
         use_checkpoint=False,
-        checkpoint_keep=0.0,
+        activation_budget=0.0,
         **kwargs,
     ):
         n_enc, n_dec = split_of(
@@ -236,7 +237,7 @@ class IUViT(UViT):
             block("none" if r is None else skip) for r in self.routes
         )
         init_weights(self)
-        set_checkpoint(self, use_checkpoint, checkpoint_keep)
+        set_checkpoint(self, use_checkpoint, activation_budget)
 
     def init_special(self):
         if self.zero_out:  # the last linear layer and what comes after it add nothing; all of them learn
@@ -337,14 +338,14 @@ def iuvit_from_config(
     data,  # sections of an experiment
     p_uncond=0.0,  # with dropped labels there is one row more, the null class
     use_checkpoint=False,
-    checkpoint_keep=0.0,  # recompute activations in the backward pass, but keep this much of each block
+    activation_budget=0.0,  # recompute activations in the backward pass, but keep this much of each block
 ) -> IUViT:
     "Our reading of IU-ViT; options: qk_norm, zero_out, adaln, skip_scale (all false)."
     return IUViT(
         **_common(model, data, p_uncond),
         **read_options(model.options, **SWITCH_OPTIONS),
         use_checkpoint=use_checkpoint,
-        checkpoint_keep=checkpoint_keep,
+        activation_budget=activation_budget,
     )
 
 
@@ -353,14 +354,14 @@ def from_config(
     data,  # sections of an experiment
     p_uncond=0.0,  # with dropped labels there is one row more, the null class
     use_checkpoint=False,
-    checkpoint_keep=0.0,  # recompute activations in the backward pass, but keep this much of each block
+    activation_budget=0.0,  # recompute activations in the backward pass, but keep this much of each block
 ) -> ASCEND:
     "Our reading of ASCEND; options: split (three quarters before the middle), skips=0 (all), and IU-ViT's."
     return ASCEND(
         **_common(model, data, p_uncond),
         **read_options(model.options, split="", skips=0, **SWITCH_OPTIONS),
         use_checkpoint=use_checkpoint,
-        checkpoint_keep=checkpoint_keep,
+        activation_budget=activation_budget,
     )
 
 # %% ../nbs/13_ascend.ipynb #11b-splits_of

@@ -28,14 +28,10 @@ from uvit_repro.config import (
 )
 from .data.images import Data, open_data, to_model
 from .diffusion import Diffusion
-from uvit_repro.runs.records import (
-    COLUMNS,
-    load_runs,
-    run_lock,
-    set_aside,
-    write_atomic,
-)
-from .train import load_weights, pick_device
+from .data.files import run_lock, set_aside, write_atomic
+from .runs.records import COLUMNS, load_runs
+from .runs.execution import pick_device
+from .train import load_weights
 
 # %% ../nbs/09_representations.ipynb #09-gram
 def gram(

@@ -11,7 +11,7 @@ import functools, math
 from dataclasses import replace
 from .config import Experiment, ParameterError, experiment, with_overrides
 from .runs.records import load_results
-from .scaling import macs_of, meta_model, params_of
+from .runs.counting import macs_of, meta_model, params_of
 from .unet import match_experiment, measure_of, unet_fields
 
 # %% ../nbs/14_comparison.ipynb #12b-contenders

@@ -41,9 +41,10 @@ from uvit_repro.layers import (
     timestep_embedding,
     unpatchify,
 )
-from .runs.records import CheckpointError, load_tensors
+from .data.files import CheckpointError, load_tensors
 from .sample import sample
-from .uvit import check_input, count_parameters, set_checkpoint
+from .runs.execution import set_checkpoint
+from .uvit import check_input, count_parameters
 
 # %% ../nbs/12_diffit.ipynb #12-relative_index
 def relative_index(
@@ -315,7 +316,7 @@ class LatentDiffiT(nn.Module):
         learn_sigma=True,
         time="tmsa",
         use_checkpoint=False,
-        checkpoint_keep=0.0,
+        activation_budget=0.0,
     ):
         super().__init__()
         check_sizes(
@@ -354,7 +355,7 @@ class LatentDiffiT(nn.Module):
         )
         self.final_layer = FinalLayer(embed_dim, patch_size**2 * self.out_chans)
         init_weights(self)
-        set_checkpoint(self, use_checkpoint, checkpoint_keep)
+        set_checkpoint(self, use_checkpoint, activation_budget)
 
     in_blocks = property(
         lambda self: self.blocks[: self.depth // 2]
@@ -684,7 +685,7 @@ def only_own(
 
 
 def from_config(
-    model, data, p_uncond=0.0, use_checkpoint=False, checkpoint_keep=0.0
+    model, data, p_uncond=0.0, use_checkpoint=False, activation_budget=0.0
 ) -> LatentDiffiT:
     "A latent DiffiT from the sections of an experiment; options: time (of TIME_IN), learn_sigma."
     only_own(model)
@@ -700,13 +701,13 @@ def from_config(
         model.mlp_ratio,
         rows,
         use_checkpoint=use_checkpoint,
-        checkpoint_keep=checkpoint_keep,
+        activation_budget=activation_budget,
         **o,
     )
 
 
 def image_from_config(
-    model, data, p_uncond=0.0, use_checkpoint=False, checkpoint_keep=0.0
+    model, data, p_uncond=0.0, use_checkpoint=False, activation_budget=0.0
 ) -> DiffiTImage:
     "The image model (our reading); options: time, window, levels, time_dim (0: by the sizes), cells (one number per level, as in 1-2-2-2), learn_sigma."
     only_own(model)
@@ -723,9 +724,9 @@ def image_from_config(
         raise ParameterError(
             f"patch_size = {model.patch_size}: every pixel is a token of {model.model}; set patch_size = 1"
         )
-    if checkpoint_keep:
+    if activation_budget:
         raise ParameterError(
-            f"checkpoint_keep = {checkpoint_keep}: {model.model} keeps nothing or everything; use 0"
+            f"activation_budget = {activation_budget}: {model.model} keeps nothing or everything; use 0"
         )
     if not all(c.isdigit() for c in o["cells"].split("-") if o["cells"]):
         raise ParameterError(

@@ -23,9 +23,10 @@ from uvit_repro.config import (
     with_overrides,
 )
 from .layers import Attention, Mlp, init_weights, patchify, unpatchify
-from .runs.records import CheckpointError, load_tensors
+from .data.files import CheckpointError, load_tensors
 from .unet import match_experiment
-from .uvit import check_input, set_checkpoint
+from .runs.execution import set_checkpoint
+from .uvit import check_input
 
 # %% ../nbs/11_genvit.ipynb #11a-timeembedding
 class TimeEmbedding(nn.Module):
@@ -264,7 +265,7 @@ class GenViT(nn.Module):
         clip_dim=None,
         num_clip_token=77,
         use_checkpoint=False,
-        checkpoint_keep=0.0,
+        activation_budget=0.0,
     ):
         super().__init__()
         check_sizes(img_size, patch_size, embed_dim, depth, num_heads)
@@ -330,7 +331,7 @@ class GenViT(nn.Module):
         self.register_state_dict_post_hook(_to_released)
         self.register_load_state_dict_pre_hook(_from_released)
         init_weights(self)
-        set_checkpoint(self, use_checkpoint, checkpoint_keep)
+        set_checkpoint(self, use_checkpoint, activation_budget)
 
     in_blocks = property(
         lambda self: self.transformer["layers"][: self.depth // 2]
@@ -474,7 +475,7 @@ def from_config(
     data,  # sections of an experiment, the number of classes known
     p_uncond=0.0,  # with dropped labels there is one row more, the null class
     use_checkpoint=False,
-    checkpoint_keep=0.0,  # recompute activations in the backward pass, but keep this much of each block
+    activation_budget=0.0,  # recompute activations in the backward pass, but keep this much of each block
 ) -> GenViT:  # without the classifier
     "A GenViT from the sections of an experiment; options: drop_path=0.1, time_twice=true."
     refuse_fields(
@@ -499,7 +500,7 @@ def from_config(
         **read_options(model.options, drop_path=0.1, time_twice=True),
         **condition_fields(model, data, p_uncond),
         use_checkpoint=use_checkpoint,
-        checkpoint_keep=checkpoint_keep,
+        activation_budget=activation_budget,
     )
 
 # %% ../nbs/11_genvit.ipynb #11a-d4dcb30e

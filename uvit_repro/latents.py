@@ -27,7 +27,7 @@ from torch import Tensor
 from uvit_repro.config import (
     CONFIGS,
     DATASETS,
-    FACTS,
+    DATASET_DEFAULTS,
     DataConfig,
     ParameterError,
     data_root as data_folder,
@@ -49,7 +49,7 @@ from uvit_repro.data.images import (
     to_model,
     to_uint8,
 )
-from uvit_repro.runs.records import (
+from uvit_repro.data.files import (
     load_tensors,
     run_lock,
     sha256_file,
@@ -1410,7 +1410,7 @@ def input_cost(
 ) -> dict:  # seconds per image of input and of training, their ratio, images per second of input
     "Time reading, drawing and scaling latents beside a training step on the CPU."
     from uvit_repro.diffusion import Diffusion
-    from uvit_repro.train import Trainer, build_model, step_randomness
+    from uvit_repro.train import Trainer, build_model, sample_times_and_noise
 
     e = experiment(
         "paper",
@@ -1453,7 +1453,7 @@ def input_cost(
         )
         for s in range(steps + 1):
             t = time.perf_counter()
-            tt, eps = step_randomness(
+            tt, eps = sample_times_and_noise(
                 0, s, tuple(x0.shape), trainer.diffusion, torch.device("cpu")
             )
             trainer.update(x0, tt, eps, y=y)
@@ -1506,8 +1506,8 @@ def open_source(
     pixel = [
         k
         for k, v in DATASETS.items()
-        if k in FACTS
-        and not FACTS[k].get("text_dim")
+        if k in DATASET_DEFAULTS
+        and not DATASET_DEFAULTS[k].get("text_dim")
         and "latents" not in v
         and k != "folder"
     ]
@@ -1515,7 +1515,11 @@ def open_source(
         raise ParameterError(
             f"--source {name!r}: known are imagenet, folder:PATH, {', '.join(pixel)} (npz as npz:PATH)"
         )
-    facts = {k: v for k, v in FACTS[kind].items() if k not in ("features", "holdout")}
+    facts = {
+        k: v
+        for k, v in DATASET_DEFAULTS[kind].items()
+        if k not in ("features", "holdout")
+    }
     if kind == "npz":
         facts.update(img_size=img_size or facts["img_size"], in_chans=channels)
     return DataSource(
@@ -1527,7 +1531,7 @@ def open_source(
 def main(args=None) -> int:
     "`python -m uvit_repro.latents encode | verify | speed`."
     import argparse
-    from uvit_repro.train import pick_device
+    from uvit_repro.runs.execution import pick_device
 
     how = dict(epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap = argparse.ArgumentParser(

@@ -23,7 +23,7 @@ import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from .config import CONTENT, ParameterError, data_root, digest, key_seed
 from .data.images import to_model
-from .runs.records import sha256_file, write_atomic
+from .data.files import sha256_file, write_atomic
 
 # %% ../nbs/04b_measuring.ipynb #04b-network
 @dataclass(frozen=True)

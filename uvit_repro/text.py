@@ -46,7 +46,7 @@ from uvit_repro.latents import (
     verify_store,
     weights_sum,
 )
-from uvit_repro.runs.records import (
+from uvit_repro.data.files import (
     load_tensors,
     run_lock,
     sha256_file,
@@ -1084,7 +1084,8 @@ def draw_captions(
     from uvit_repro.data.images import to_uint8
     from uvit_repro.diffusion import Diffusion
     from uvit_repro.sample import sample
-    from uvit_repro.train import load_weights, pick_device
+    from uvit_repro.runs.execution import pick_device
+    from uvit_repro.train import load_weights
 
     e, device = run.exp, pick_device(run.exp.execution.device)
     net = load_weights(e, run.folder, step or e.train.n_steps).to(device)
@@ -1210,7 +1211,7 @@ encode resumes where it stopped, and makes files again that were deleted; verify
 def main(args=None) -> int:
     "`python -m uvit_repro.text encode | prompts | verify`."
     import argparse
-    from uvit_repro.train import pick_device
+    from uvit_repro.runs.execution import pick_device
 
     how = dict(epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap = argparse.ArgumentParser(

@@ -21,7 +21,7 @@ from uvit_repro.config import (
     with_overrides,
 )
 from .layers import init_parameter
-from .scaling import count_macs, meta_model
+from .runs.counting import count_macs, meta_model
 from .uvit import check_input, count_parameters
 
 # %% ../nbs/10_unets.ipynb #10-check_unet
@@ -600,12 +600,18 @@ def factors(name: str, text: str) -> tuple:
 
 
 def common_sizes(
-    model, data, use_checkpoint, checkpoint_keep, mult: tuple, attention: tuple, **known
+    model,
+    data,
+    use_checkpoint,
+    activation_budget,
+    mult: tuple,
+    attention: tuple,
+    **known,
 ) -> dict:
     "What both U-Nets read from the sections of an experiment, and their further options."
-    if use_checkpoint and checkpoint_keep:
+    if use_checkpoint and activation_budget:
         raise ParameterError(
-            f"checkpoint_keep = {checkpoint_keep}: a U-Net recomputes whole residual blocks; use 0"
+            f"activation_budget = {activation_budget}: a U-Net recomputes whole residual blocks; use 0"
         )
     o = read_options(
         model.options,
@@ -647,7 +653,7 @@ def latent_from_config(
     data,  # ModelConfig, DataConfig with num_classes known
     p_uncond=0.0,  # with dropped labels there is one row more, the null class
     use_checkpoint=False,
-    checkpoint_keep=0.0,  # recompute residual blocks in the backward pass; nothing can be kept
+    activation_budget=0.0,  # recompute residual blocks in the backward pass; nothing can be kept
 ) -> LatentUNet:
     "The latent U-Net of an experiment: told nothing, a class, or a text."
     text = (
@@ -656,7 +662,13 @@ def latent_from_config(
         else dict(clip_dim=None)
     )
     kw = common_sizes(
-        model, data, use_checkpoint, checkpoint_keep, (1, 2, 2, 2), (2, 4), res_blocks=2
+        model,
+        data,
+        use_checkpoint,
+        activation_budget,
+        (1, 2, 2, 2),
+        (2, 4),
+        res_blocks=2,
     )
     return LatentUNet(
         **kw,
@@ -671,7 +683,7 @@ def adm_from_config(
     data,  # ModelConfig, DataConfig with num_classes known
     p_uncond=0.0,  # with dropped labels there is one row more, the null class
     use_checkpoint=False,
-    checkpoint_keep=0.0,  # recompute residual blocks in the backward pass; nothing can be kept
+    activation_budget=0.0,  # recompute residual blocks in the backward pass; nothing can be kept
 ) -> ADMUNet:
     "The ADM U-Net of an experiment: told nothing or a class."
     if model.condition == "text":
@@ -682,7 +694,7 @@ def adm_from_config(
         model,
         data,
         use_checkpoint,
-        checkpoint_keep,
+        activation_budget,
         (2, 2, 4),
         (2, 4),
         res_blocks=3,

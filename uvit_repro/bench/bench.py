@@ -20,22 +20,17 @@ from uvit_repro.config import (
 )
 from uvit_repro.data.images import Batches, Data, load_folder, save_png
 from uvit_repro.diffusion import Diffusion
-from uvit_repro.layers import compile_blocks, set_attention
+from uvit_repro.runs.execution import compile_blocks, set_attention
 from uvit_repro.metrics import build_network, extract, feature_status, network
-from uvit_repro.runs.records import conditions, published_root, runs_root, write_atomic, write_json
-from uvit_repro.runs.run import AUTOCAST
+from uvit_repro.data.files import write_atomic, write_json
+from uvit_repro.runs.records import conditions, published_root, runs_root
+from uvit_repro.runs.execution import AUTOCAST
 from uvit_repro.sample import initial_noise, sample
-from uvit_repro.scaling import macs_of, matmul_rate, memory_bandwidth, time_calls, training_flops
-from uvit_repro.train import (
-    EMA,
-    Trainer,
-    build_model,
-    choose_attention,
-    pick_device,
-    step_randomness,
-    wants_compile,
-)
-from uvit_repro.uvit import set_checkpoint
+from uvit_repro.runs.counting import macs_of, training_flops
+from uvit_repro.scaling import matmul_rate, memory_bandwidth, time_calls
+from uvit_repro.runs.execution import choose_attention, pick_device, wants_compile
+from uvit_repro.train import EMA, Trainer, build_model, sample_times_and_noise
+from uvit_repro.runs.execution import set_checkpoint
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,7 @@ def verdict(
 
 
 def seconds_of(fn, calls: int, device: torch.device) -> float:
-    "Seconds of some calls in a row: device events on a GPU, else the clock."
+    "Seconds of some calls in a row: device events on a GPU, else the format_duration."
     return sum(time_calls(fn, device, calls, 0))
 
 
@@ -359,7 +354,9 @@ class Training:
         if self.batches:
             x0, y = self.batches(tr.step)
             cond = dict(cond, **(dict(y=y) if "y" in cond else {}))
-        t, eps = step_randomness(self.exp.seed, tr.step, x0.shape, self.diffusion, self.device)
+        t, eps = sample_times_and_noise(
+            self.exp.seed, tr.step, x0.shape, self.diffusion, self.device
+        )
         self.loss = tr.update(x0, t, eps, **cond).mean()
 
 
@@ -1414,7 +1411,7 @@ def measure_start(model: str, batch: int, s, device) -> tuple:
 def train_options(exp: Experiment, how: How, device, keep: float, quick=False) -> list:
     "(name, experiment, how) with one thing changed, or (name, None, reason)."
     other, gpu, keeps = (
-        dict(sdpa="matrix", matrix="sdpa")[how.attention],
+        dict(sdpa="math", math="sdpa")[how.attention],
         device.type == "cuda",
         f"checkpointing, {keep:g} widths of each block kept",
     )

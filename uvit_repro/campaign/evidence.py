@@ -16,6 +16,7 @@ from uvit_repro.campaign.plan import (
     timed_updates,
     verify,
 )
+from uvit_repro.data.files import run_lock, write_atomic, write_json
 from uvit_repro.runs.records import (
     EVIDENCE,
     conditions,
@@ -23,10 +24,7 @@ from uvit_repro.runs.records import (
     load_runs,
     publish,
     published_root,
-    run_lock,
     runs_root,
-    write_atomic,
-    write_json,
 )
 from uvit_repro.runs.run import (
     cached_certificate,
@@ -35,8 +33,10 @@ from uvit_repro.runs.run import (
     run_experiment,
     samples_folder,
 )
-from uvit_repro.scaling import macs_of, matmul_rate, params_of, predict_seconds, training_flops
-from uvit_repro.train import clock, pick_device
+from uvit_repro.runs.counting import macs_of, params_of, predict_seconds, training_flops
+from uvit_repro.scaling import matmul_rate
+from uvit_repro.config.durations import format_duration
+from uvit_repro.runs.execution import pick_device
 
 
 @dataclass(frozen=True)
@@ -346,7 +346,7 @@ def plan_table(
 
 def measure_more(run, n: int, variations: list, say, ref: str) -> str:
     "Measure a trained network with other sampling (chapter 07's `remeasure`); in words."
-    from uvit_repro.ablations import main_metric
+    from uvit_repro.config import main_metric
     from uvit_repro.latents import remeasure
 
     t, m = (
@@ -639,7 +639,7 @@ class Heartbeat(threading.Thread):
     def beat(self):
         self.readings.append(b := self.busy())
         self.say(
-            f"{time.strftime('%H:%M:%S', time.gmtime())}  {self.entry} +{clock(time.perf_counter() - self.since)}  busy {b:.0f} %  {self.line}"
+            f"{time.strftime('%H:%M:%S', time.gmtime())}  {self.entry} +{format_duration(time.perf_counter() - self.since)}  busy {b:.0f} %  {self.line}"
         )
 
     def run(self):
@@ -933,7 +933,7 @@ def run_extras(q: Queue, e: Entry, run):
             text = f"failed: {type(err).__name__}: {err}"
             traceback.print_exc()
         row["extras"][x] = text
-        q.say(f"{e.name}: {x} in {clock(time.perf_counter() - begin)}: {text}")
+        q.say(f"{e.name}: {x} in {format_duration(time.perf_counter() - begin)}: {text}")
         pack_entry(q, e)
 
 
@@ -945,7 +945,7 @@ def run_entry(q: Queue, e: Entry):
     q.save()
     q.heart.begin(e.name)
     q.say(
-        f"{e.name} starts: predicted {clock(row['predicted']['total'])}, {clock(q.left()) if q.budget is not None else 'any time'} left"
+        f"{e.name} starts: predicted {format_duration(row['predicted']['total'])}, {format_duration(q.left()) if q.budget is not None else 'any time'} left"
     )
     try:
         run = run_experiment(exp, folder.parent, q.watch, chapter="13c_evidence")
@@ -980,7 +980,7 @@ def run_entry(q: Queue, e: Entry):
             row["deleted_bytes"] = clean(folder)
     q.save()
     q.say(
-        f"{e.name} {row['state']} in {clock(took)}, predicted {clock(row['predicted']['total'])}"
+        f"{e.name} {row['state']} in {format_duration(took)}, predicted {format_duration(row['predicted']['total'])}"
         + (f": {row['error']}" if row["error"] else "")
     )
     free_device(q.device)
@@ -996,8 +996,8 @@ def state_lines(
         if r["state"] == "queued" and not r.get("predicted"):
             continue
         true, guess = (
-            (clock(r["seconds"]) if r.get("seconds") else ""),
-            clock(r["predicted"]["total"]) if r.get("predicted") else "",
+            (format_duration(r["seconds"]) if r.get("seconds") else ""),
+            format_duration(r["predicted"]["total"]) if r.get("predicted") else "",
         )
         lines.append(
             f"{r['name']:22s} {r['state']:9s} {guess:>7s} {true:>7s}  {r.get('record', {}).get('bytes', 0) / 1e6:6.2f} MB  "
@@ -1012,7 +1012,7 @@ def state_lines(
         )
     return lines + [
         ", ".join(f"{n} {s}" for s, n in count.items())
-        + f"; {clock(state.get('seconds', 0))} of {clock(state['budget']) if state.get('budget') else 'any'} time"
+        + f"; {format_duration(state.get('seconds', 0))} of {format_duration(state['budget']) if state.get('budget') else 'any'} time"
     ]
 
 
@@ -1190,7 +1190,7 @@ def reading(
 ):  # DataFrame: entry, claims, ours and the paper's, state
     "Every entry of the queue with what is recorded of it."
     import pandas as pd
-    from uvit_repro.ablations import main_metric
+    from uvit_repro.config import main_metric
     from uvit_repro.config import eval_id
     from uvit_repro.paper.numbers import FIGURE2, figure2
 
@@ -1415,7 +1415,7 @@ def main(args=None) -> int:
         )
         for r in t.itertuples():
             print(
-                f"{r.entry:20s} {r.point}  {r.parameters / 1e6:7.2f}M  {clock(r.seconds):>7s}  {r.claims}"
+                f"{r.entry:20s} {r.point}  {r.parameters / 1e6:7.2f}M  {format_duration(r.seconds):>7s}  {r.claims}"
             )
         print(
             f"{len(t)} entries, {hours(t.seconds.sum())} in all"

@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
-from uvit_repro.ablations import main_metric, variants
+from uvit_repro.ablations import variants
+from uvit_repro.config import main_metric
 from uvit_repro.config import (
     CONFIGS,
     DATASETS,
-    FACTS,
+    DATASET_DEFAULTS,
     MODELS,
     PARAMETERS,
     PATHS,
@@ -29,16 +30,8 @@ from uvit_repro.config import (
 from uvit_repro.paper.fixed_list import queued_experiments
 from uvit_repro.metrics import NETWORKS, feature_status, recompute
 from uvit_repro.paper.numbers import FIGURE2, all_numbers, as_table5, read_table
-from uvit_repro.runs.records import (
-    SEAL,
-    load_runs,
-    published_root,
-    runs_root,
-    seal,
-    sha256_file,
-    write_atomic,
-    write_json,
-)
+from uvit_repro.data.files import sha256_file, write_atomic, write_json
+from uvit_repro.runs.records import SEAL, load_runs, published_root, runs_root
 from uvit_repro.runs.run import (
     measurements_of,
     missing_measurements,
@@ -48,7 +41,9 @@ from uvit_repro.runs.run import (
     repeat_command,
     run_chapter,
 )
-from uvit_repro.train import Trainer, build_model, clock, lr_at, pick_device, step_randomness
+from uvit_repro.config.durations import format_duration
+from uvit_repro.runs.execution import pick_device
+from uvit_repro.train import Trainer, build_model, lr_at, sample_times_and_noise
 
 KINDS = {  # kind: what it means
     "reproducible": "measured on a training run: has an experiment",
@@ -686,7 +681,7 @@ NOT_RUN, SEEDS = "not run", tuple(range(10)) + (1234,)
 
 def computed(c):
     "A count of a cell, from the architecture alone."
-    from uvit_repro.scaling import macs_of, params_of
+    from uvit_repro.runs.counting import macs_of, params_of
 
     if c.measure.startswith("genvit_"):
         n = genvit_parameters(c.dataset)
@@ -848,9 +843,9 @@ def timed_updates(
     "Time `Trainer` updates, after three that are not timed."
     import torch
     from uvit_repro.diffusion import Diffusion
-    from uvit_repro.layers import set_attention
-    from uvit_repro.scaling import macs_of, training_flops
-    from uvit_repro.train import choose_attention
+    from uvit_repro.runs.execution import set_attention
+    from uvit_repro.runs.counting import macs_of, training_flops
+    from uvit_repro.runs.execution import choose_attention
 
     net, diffusion, B = build_model(exp), Diffusion(exp.diffusion), exp.train.batch_size
     set_attention(net, choose_attention(exp, device))
@@ -864,7 +859,7 @@ def timed_updates(
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def update():
-        tr.update(x, *step_randomness(0, tr.step, x.shape, diffusion, device), **y)
+        tr.update(x, *sample_times_and_noise(0, tr.step, x.shape, diffusion, device), **y)
 
     for _ in range(3):
         update()
@@ -938,7 +933,7 @@ def probe_throughput(
 @functools.lru_cache(None)
 def paper_gpu() -> tuple:  # (its name, operations per second)
     "The rate at which the authors trained: README, U-ViT-H/2, batch 128, mixed precision with xformers, one A100."
-    from uvit_repro.scaling import macs_of, training_flops
+    from uvit_repro.runs.counting import macs_of, training_flops
 
     r = next(
         c
@@ -956,7 +951,7 @@ def predict(
     done: float = 0.0,  # share of the training that is done
 ) -> dict:  # seconds: train, sample (with the held-out losses), total
     "What an experiment will cost: counted operations over a rate (chapter 06)."
-    from uvit_repro.scaling import predict_seconds
+    from uvit_repro.runs.counting import predict_seconds
 
     d = predict_seconds(exp, flops_per_second)
     train, sample = d["train"] * (1 - done), d["sample"] + d["loss"]
@@ -1090,7 +1085,7 @@ EMBEDDED = dict(
 
 
 def data_status(
-    name: str,  # a key of FACTS
+    name: str,  # a key of DATASET_DEFAULTS
     root=None,  # folder of the data sets; None: as configured
 ) -> tuple:  # (found, where or why not, the command that fetches it)
     "Is a data set here? Nothing is opened."
@@ -1306,7 +1301,7 @@ def plan(
 def hours(s: float) -> str:
     "A duration for people: 42s, 3m05s, 1h02m, 12.5 days, 3.1 years."
     return (
-        clock(s)
+        format_duration(s)
         if s < 48 * 3600
         else f"{s / 86400:.3g} days"
         if s < 400 * 86400
@@ -1627,7 +1622,7 @@ def run_one(c: Campaign, job: Job) -> str:  # ran, failed or left
         )
     c.live(
         name,
-        f"{dict(ran='done', failed='failed', left='stopped')[outcome]} in {clock(took)}, predicted {hours(predicted['total'])}"
+        f"{dict(ran='done', failed='failed', left='stopped')[outcome]} in {format_duration(took)}, predicted {hours(predicted['total'])}"
         + (f": {why}" if why else ""),
         final=True,
     )
@@ -1855,7 +1850,7 @@ def prediction_report(
 ):  # DataFrame: run_id, origin, machine, predicted and true seconds (train, sample, total), their ratio, achieved GFLOP/s
     "Predicted against true cost of the recorded runs."
     import pandas as pd
-    from uvit_repro.scaling import macs_of, training_flops
+    from uvit_repro.runs.counting import macs_of, training_flops
 
     cache, known, kept, rows = (
         cache or project_root() / "results" / "cache" / "throughput.json",
@@ -2313,7 +2308,7 @@ def doctor(
         "run where a CUDA device is, or use --protocol laptop",
     )
     found("CPU", "ok", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads of torch")
-    for name in FACTS:
+    for name in DATASET_DEFAULTS:
         if name in PATHS:
             continue
         there, detail, cure = data_status(name)

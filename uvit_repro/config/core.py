@@ -274,13 +274,13 @@ class ExecConfig(Section):
         ("auto", "on", "off"),
     )
     cuda_graph: bool = F(False, "replay the training pass as a CUDA graph")
-    attention: str = F("auto", "auto: the faster one, measured", ("auto", "sdpa", "matrix"))
+    attention: str = F("auto", "auto: the faster one, measured", ("auto", "sdpa", "math"))
     keep_checkpoint: bool = F(
         False,
         "keep the final state, from which an equal run of more steps at a constant rate continues",
     )
     use_checkpoint: bool = F(False, "recompute activations in the backward pass to save memory")
-    checkpoint_keep: float = F(
+    activation_budget: float = F(
         0.0,
         "with use_checkpoint: what each block keeps all the same, in tensors of its width; 0: nothing, as released",
         low=0,
@@ -295,6 +295,8 @@ class ExecConfig(Section):
     )
 
     def __post_init__(self):
+        if self.attention == "matrix":  # its name in older records
+            object.__setattr__(self, "attention", "math")
         if isinstance(self.compile, bool):
             object.__setattr__(
                 self, "compile", "on" if self.compile else "off"
@@ -314,7 +316,7 @@ MODELS = {
         "DiffiT-latent": "diffit:from_config",
         "DiffiT-image": "diffit:image_from_config",
     }.items()
-}  # functions of (model, data, p_uncond, use_checkpoint, checkpoint_keep)
+}  # functions of (model, data, p_uncond, use_checkpoint, activation_budget)
 LOADERS = {
     "data.images": "digits cifar10 folder npz",
     "data.imagesets": "celeba64 imagenet64",
@@ -411,9 +413,9 @@ def check_experiment(e):
         raise ParameterError(f"model = {m.model!r}: allowed are {', '.join(map(repr, MODELS))}")
     if kind in PATHS and not d.dataset.partition(":")[2]:
         raise ParameterError(f"dataset = {d.dataset!r}: a path must follow, as in {kind}:PATH")
-    if kind not in FACTS:
+    if kind not in DATASET_DEFAULTS:
         raise ParameterError(
-            f"dataset = {d.dataset!r}: allowed are {', '.join(FACTS)} ({', '.join(PATHS)} as {PATHS[0]}:PATH)"
+            f"dataset = {d.dataset!r}: allowed are {', '.join(DATASET_DEFAULTS)} ({', '.join(PATHS)} as {PATHS[0]}:PATH)"
         )
     if m.model == "UViT":
         check_geometry(
@@ -473,7 +475,7 @@ SECTIONS = dict(
     evaluation=EvalConfig,
     execution=ExecConfig,
 )
-TRAINED = (
+IDENTITY_SECTIONS = (
     "model",
     "data",
     "diffusion",
@@ -546,7 +548,7 @@ def with_overrides(
     )
 
 
-FACTS = {
+DATASET_DEFAULTS = {
     "digits": dict(
         img_size=8, in_chans=1, num_classes=10, holdout=297, flip=False, features="digits_cnn"
     ),
@@ -650,7 +652,7 @@ def released(
     labels="uniform",
 ):
     "One released configuration as an `Experiment`; what is not said is common to all ten."
-    facts = {k: v for k, v in FACTS[dataset].items() if k != "features"}
+    facts = {k: v for k, v in DATASET_DEFAULTS[dataset].items() if k != "features"}
     return Experiment(
         "paper",
         ModelConfig(condition=condition, **preset(name)),
@@ -742,7 +744,7 @@ CONFIGS = {
 }
 
 _digits = DataConfig(
-    dataset="digits", **{k: v for k, v in FACTS["digits"].items() if k != "features"}
+    dataset="digits", **{k: v for k, v in DATASET_DEFAULTS["digits"].items() if k != "features"}
 )
 _cifar = CONFIGS["CIFAR10 U-ViT-S/2"]
 LAPTOP = Experiment(
@@ -837,7 +839,7 @@ CPU = replace(
         loss_images=1000,
         loss_levels=20,
     ),
-    execution=ExecConfig(threads=1, attention="matrix", keep_checkpoint=True),
+    execution=ExecConfig(threads=1, attention="math", keep_checkpoint=True),
 )
 PROTOCOLS = dict(smoke=SMOKE, laptop=LAPTOP, cpu=CPU, gpu=GPU, paper=_cifar)
 
@@ -912,14 +914,14 @@ def experiment(
     if protocol not in PROTOCOLS:
         raise ParameterError(f"protocol = {protocol!r}: allowed are {', '.join(PROTOCOLS)}")
     base, kind = PROTOCOLS[protocol], (dataset or "").partition(":")[0]
-    if dataset and protocol == "paper" and kind in FACTS:
+    if dataset and protocol == "paper" and kind in DATASET_DEFAULTS:
         options = {n: c for n, c in CONFIGS.items() if c.data.dataset == dataset}
         base = next(
             (c for n, c in options.items() if preset_name and n.endswith(f" {preset_name}")),
             next(iter(options.values()), base),
         )
-    if dataset and base.data.dataset != dataset and kind in FACTS:
-        facts = dict(FACTS[kind])
+    if dataset and base.data.dataset != dataset and kind in DATASET_DEFAULTS:
+        facts = dict(DATASET_DEFAULTS[kind])
         features = facts.pop("features")
         base = replace(
             base,
@@ -962,7 +964,7 @@ def identity(
 ) -> dict:  # what the hash is taken of
     "The training experiment, without defaults, data by content."
     keep = lambda s: {f.name: v for f in fields(s) if (v := getattr(s, f.name)) != f.default}
-    d = {name: keep(getattr(exp, name)) for name in TRAINED}
+    d = {name: keep(getattr(exp, name)) for name in IDENTITY_SECTIONS}
     for k in ("dataset", "data_sha256"):
         d["data"].pop(k, None)
     d["data"]["content"] = content_name(exp.data)[1]
@@ -1147,10 +1149,20 @@ def from_dict(
     d: dict,  # `to_dict()`, perhaps read from a run.json of an older version
 ) -> Experiment:  # checked again
     "The experiment of a record. Unknown fields raise `ParameterError`."
-    parts = {s: d.get(s, {}) for s in SECTIONS}
+    parts = {s: dict(d.get(s, {})) for s in SECTIONS}
+    if "checkpoint_keep" in parts["execution"]:  # its name in older records
+        parts["execution"]["activation_budget"] = parts["execution"].pop("checkpoint_keep")
     for s, kw in parts.items():
         if extra := set(kw) - {f.name for f in fields(SECTIONS[s])}:
             raise ParameterError(f"unknown {s} field(s) in the record: {', '.join(sorted(extra))}")
     return Experiment(
         protocol=d["protocol"], seed=d["seed"], **{s: SECTIONS[s](**kw) for s, kw in parts.items()}
     )
+
+
+def main_metric(
+    exp: Experiment,  # any
+) -> str:  # the distance that its feature network gives
+    "The name of the headline measure: FID with Inception, a Frechet distance over other features (never called FID)."
+    net = exp.evaluation.features
+    return "fid" if net == "inception" else f"fd_{net.removesuffix('_cifar10')}_test"

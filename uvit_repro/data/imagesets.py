@@ -18,7 +18,7 @@ from uvit_repro.data.images import (
     hold_out,
     list_folder,
 )
-from uvit_repro.runs.records import run_lock, write_atomic
+from uvit_repro.data.files import run_lock, write_atomic
 
 
 def celeba_crop(

@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
-from uvit_repro.ablations import figure2_cells, main_metric
+from uvit_repro.ablations import figure2_cells
+from uvit_repro.config import main_metric
 from uvit_repro.config import PROTOCOLS, ParameterError, experiment, project_root, variant_name
 from uvit_repro.paper.numbers import figure2, figure7, load_claims, read_table
 from uvit_repro.campaign.plan import (
@@ -22,10 +23,11 @@ from uvit_repro.campaign.plan import (
     registry,
     slug,
 )
-from uvit_repro.runs.records import load_runs, publish, published_root, write_atomic
+from uvit_repro.data.files import write_atomic
+from uvit_repro.runs.records import load_runs, publish, published_root
 from uvit_repro.runs.run import (
     cell_seconds,
-    clock,
+    format_duration,
     default_workers,
     execute,
     is_done,
@@ -34,7 +36,7 @@ from uvit_repro.runs.run import (
     run_folder,
     run_sweep,
 )
-from uvit_repro.scaling import experiment_flops
+from uvit_repro.runs.counting import experiment_flops
 from uvit_repro.report.verdicts import (
     NOT_RUN as NEEDS,
     VERDICTS,
@@ -1435,7 +1437,7 @@ def write_chapters(say=print) -> list:
         say(
             f"chapter {nb.name}, {i + 1} of {len(books)}"
             + (
-                f", about {clock((time.perf_counter() - start) / i * (len(books) - i))} left"
+                f", about {format_duration((time.perf_counter() - start) / i * (len(books) - i))} left"
                 if i
                 else ""
             )
@@ -1461,7 +1463,6 @@ def chapter_pages(
     say=lambda s: None,
 ) -> list:  # the pages
     "Render the executed chapters, with links to each other and to the report."
-    import nbconvert  # loaded here, where nobody waits for it
 
     names, pages = [c["name"] for c in chapter_list()], []
     ours = hashlib.sha256(
@@ -1896,7 +1897,9 @@ def main(args=None) -> int:
     )
     a = ap.parse_args(args)
     start = time.perf_counter()
-    say = lambda line: print(f"[{clock(time.perf_counter() - start):>6}] {line}", flush=True)
+    say = lambda line: print(
+        f"[{format_duration(time.perf_counter() - start):>6}] {line}", flush=True
+    )
     if a.chapters:
         write_chapters(say)
         return 0
@@ -1910,7 +1913,11 @@ def main(args=None) -> int:
         return 2  # data that are not there, a budget that is none
     say(
         f"protocol {protocol}: {len(cells)} cells of Figure 2; "
-        + ("no limit of time" if budget is None else f"{clock(budget)} of the budget left")
+        + (
+            "no limit of time"
+            if budget is None
+            else f"{format_duration(budget)} of the budget left"
+        )
     )
     state = run_sweep(cells, project_root() / "nbs" / "05_ablations.ipynb", budget, say=say)
     say(

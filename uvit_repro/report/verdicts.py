@@ -1,11 +1,11 @@
 """A claim is supported only by runs that started after its test was written, with enough seeds, an interval that excludes the claim's margin after Holm's correction, and loss and distance of one sign; all else is called by its own name."""
 
-import functools, json, math, re
+import functools, json, math
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 import numpy as np
-from uvit_repro.ablations import main_metric
+from uvit_repro.config import main_metric
 from uvit_repro.config import (
     CONFIGS,
     PROTOCOLS,
@@ -17,7 +17,7 @@ from uvit_repro.config import (
 from uvit_repro.paper.numbers import figure2, load_claims, published, table2
 from uvit_repro.runs.records import load_results
 from uvit_repro.runs.run import repeat_command
-from uvit_repro.scaling import macs_of, params_of
+from uvit_repro.runs.counting import macs_of, params_of
 
 
 def all_records(

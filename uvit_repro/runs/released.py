@@ -23,16 +23,15 @@ from uvit_repro.config import (
 from uvit_repro.data.images import Data, open_data, summary
 from uvit_repro.diffusion import Diffusion
 from uvit_repro.metrics import feature_status, read_reference
-from uvit_repro.runs.records import (
+from uvit_repro.data.files import (
     CheckpointError,
-    conditions,
     load_tensors,
     run_lock,
-    runs_root,
     sha256_file,
     sweep_unfinished,
     write_json,
 )
+from uvit_repro.runs.records import conditions, runs_root
 from uvit_repro.runs.run import (
     Run,
     _has,
@@ -44,7 +43,7 @@ from uvit_repro.runs.run import (
     recorded,
 )
 from uvit_repro.sample import check_sampler
-from uvit_repro.train import join_team, pick_device
+from uvit_repro.runs.execution import join_processes, pick_device
 from uvit_repro.uvit import load_official, official_shape
 
 SOURCE = "https://github.com/baofff/U-ViT#pretrained-models"
@@ -549,7 +548,7 @@ def _evaluate(
 ) -> Run:
     "Sample, measure, record; a failure is recorded and raised."
     device = pick_device(exp.execution.device)
-    team = join_team(exp.execution.processes, device)
+    team = join_processes(exp.execution.processes, device)
     lead = team.rank == 0
     with run_lock(folder, say) if lead else contextlib.nullcontext():
         if lead:

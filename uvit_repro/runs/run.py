@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
+from uvit_repro.data.files import source_sum
+from uvit_repro.runs.execution import AUTOCAST
 from uvit_repro.config import (
     PARAMETERS,
     PROTOCOLS,
@@ -21,19 +23,10 @@ from uvit_repro.config import (
 )
 from uvit_repro.data.images import Data, image_grid, open_data, save_png, summary, to_uint8
 from uvit_repro.diffusion import Diffusion
-from uvit_repro.layers import compile_blocks, set_attention
+from uvit_repro.runs.execution import compile_blocks, set_attention
 from uvit_repro.metrics import feature_status, heldout_loss, measure_images, nearest_training
-from uvit_repro.runs.records import (
-    conditions,
-    load_results,
-    record,
-    run_lock,
-    runs_root,
-    sha256_file,
-    sweep_unfinished,
-    write_atomic,
-    write_json,
-)
+from uvit_repro.data.files import run_lock, sha256_file, sweep_unfinished, write_atomic, write_json
+from uvit_repro.runs.records import conditions, load_results, record, runs_root
 from uvit_repro.sample import (
     batch_bounds,
     check_sampler,
@@ -41,18 +34,15 @@ from uvit_repro.sample import (
     sample_batches,
     sample_labels,
 )
-from uvit_repro.train import (
-    Team,
+from uvit_repro.config.durations import format_duration
+from uvit_repro.runs.execution import (
+    DistributedContext,
     choose_attention,
-    clock,
-    golden_file,
-    golden_training,
-    join_team,
-    load_weights,
+    join_processes,
     pick_device,
-    train,
     wants_compile,
 )
+from uvit_repro.train import golden_file, golden_training, load_weights, train
 
 TOLERANCES = {"forward": 1e-5, "training": 1e-4, "sampling": 1e-4}
 
@@ -143,15 +133,6 @@ def certificate(
     ]
 
 
-def source_sum() -> str:
-    "The sha256 of the package's modules: which code ran, also where no git is."
-    h = hashlib.sha256()
-    for p in sorted(Path(sys.modules["uvit_repro"].__file__).parent.rglob("*.py")):
-        h.update(p.name.encode())
-        h.update(p.read_bytes())
-    return h.hexdigest()
-
-
 def cached_certificate(device="cpu") -> list:
     "The certificate of this code on this machine: computed once, then read."
     name = (
@@ -181,7 +162,6 @@ PROGRESS = (
     "encoded ",
     "another process ",
 )  # lines that are passed on from another process
-AUTOCAST = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)
 
 
 def evaluated_network(
@@ -275,7 +255,7 @@ def draw_samples(
     step: int,
     n: int,  # run, its data, its folder, kept step, how many
     say=print,
-    team=Team(),
+    team=DistributedContext(),
     network=None,  # progress, the processes that draw, () -> (network, diffusion); None: the run's weights of the step
 ) -> Path:  # the folder of shards, see `read_samples`
     "Sample n images with the weights of a step; what is there already is not drawn again."
@@ -317,7 +297,9 @@ def draw_samples(
         write_atomic(where / f"{a:07d}.npy", lambda p: np.save(p, x.numpy()))
         if (now := time.perf_counter()) - last > 15:
             last = now
-            say(f"sampled {b}/{n}, {clock((now - start) / (k + 1) * (len(todo) - k - 1))} left")
+            say(
+                f"sampled {b}/{n}, {format_duration((now - start) / (k + 1) * (len(todo) - k - 1))} left"
+            )
     team.gather(None)
     if team.rank == 0:
         write_json(
@@ -346,7 +328,7 @@ def measure_samples(
     step: int,
     n: int,
     say=print,
-    team=Team(),
+    team=DistributedContext(),
     network=None,
     **where,
 ) -> dict:
@@ -391,7 +373,13 @@ def measure_samples(
 
 
 def measure_loss(
-    exp: Experiment, data: Data, folder: Path, step: int, team=Team(), network=None, **where
+    exp: Experiment,
+    data: Data,
+    folder: Path,
+    step: int,
+    team=DistributedContext(),
+    network=None,
+    **where,
 ) -> dict:
     "Record the held-out denoising loss of a step. Returns an entry for run.json."
     eid, start, device = (
@@ -640,7 +628,7 @@ def run_experiment(
     if exp.execution.processes > 1 and "WORLD_SIZE" not in os.environ:
         return run_together(exp, folder, say, where)
     device = pick_device(exp.execution.device)
-    team = join_team(exp.execution.processes, device)
+    team = join_processes(exp.execution.processes, device)
     lead = team.rank == 0
     with run_lock(folder, say) if lead else contextlib.nullcontext():
         if lead:
@@ -701,7 +689,7 @@ def _read_info(folder: Path) -> dict:
     except FileNotFoundError:
         return {}
     except ValueError:
-        from uvit_repro.runs.records import set_aside
+        from uvit_repro.data.files import set_aside
 
         set_aside(folder / "run.json")
         return {}

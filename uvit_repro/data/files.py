@@ -1,0 +1,135 @@
+"""Files that survive a killed process: written whole or not at all, read without executing anything, checked by sum."""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+UNFINISHED = ".unfinished-"  # how names of files begin that were being written
+
+
+def sweep_unfinished(folder: Path) -> int:
+    "Remove what a killed writer left half done; called by whoever holds the folder. How many there were."
+    return len([p.unlink() for p in Path(folder).rglob(f"{UNFINISHED}*")])
+
+
+def write_atomic(
+    path: Path,  # the final name
+    write,  # function of a temporary path that writes the content
+) -> Path:  # the final name
+    "Write a file so that it is never seen half done."
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, tmp = tempfile.mkstemp(
+        dir=path.parent, prefix=f"{UNFINISHED}{path.stem}-", suffix=path.suffix
+    )
+    os.close(fd)  # numpy and others add a missing suffix
+    try:
+        os.chmod(tmp, 0o644)
+        write(Path(tmp))
+        with open(tmp, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except BaseException:
+        Path(tmp).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def write_json(path: Path, obj) -> Path:
+    "An object as indented JSON, whole or absent."
+    return write_atomic(
+        path, lambda p: p.write_text(json.dumps(obj, indent=1, sort_keys=True, default=str) + "\n")
+    )
+
+
+def sha256_file(path: Path) -> str:
+    "The sha256 of a file's bytes."
+    with open(path, "rb") as f:
+        return (
+            hashlib.file_digest(f, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(f.read()).hexdigest()
+        )
+
+
+class CheckpointError(ValueError):
+    "A checkpoint that can't be used; the message says which, why, and what to do."
+
+    def _render_traceback_(self):
+        return [f"{type(self).__name__}: {self}"]
+
+
+def load_tensors(
+    path: Path,  # .safetensors, or a file of torch.save
+    device="cpu",  # where the tensors go
+) -> dict:  # what was saved: tensors, numbers, containers of them
+    "Read a checkpoint without running anything in it. Raises `FileNotFoundError` or `CheckpointError`."
+    import torch
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path, device=str(device))
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:
+        text = str(e)
+        why = (
+            "it holds objects other than tensors and plain containers, which are never loaded"
+            if "weights_only" in text.lower() or "unsupported" in text.lower()
+            else f"it is truncated or not a checkpoint ({os.path.getsize(path):,} bytes; {type(e).__name__})"
+        )
+        raise CheckpointError(
+            f"{path} can't be used: {why}. Nothing was changed; fetch or make the file again."
+        ) from None
+
+
+def set_aside(
+    path: Path,  # a file that can't be used
+) -> Path:  # its new name
+    "Rename a damaged file, so that it is neither used nor lost."
+    for n in range(1, 1000):
+        new = path.with_name(f"{path.name}.damaged-{n}")
+        if not new.exists():
+            os.replace(path, new)
+            return new
+    raise OSError(f"{path}: a thousand damaged files beside it; look at them first")
+
+
+@contextlib.contextmanager
+def run_lock(
+    folder: Path,  # the run's folder
+    say=print,  # told when there is somebody to wait for
+):
+    "Hold the run. Others wait; a killed holder's lock is gone with it."
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0.05)
+    except Timeout:
+        say(
+            f"another process works on {folder.name}; waiting for it", flush=True
+        ) if say is print else say(f"another process works on {folder.name}; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def source_sum() -> str:
+    "The sha256 of the package's modules: which code ran, also where no git is."
+    h = hashlib.sha256()
+    for p in sorted(Path(sys.modules["uvit_repro"].__file__).parent.rglob("*.py")):
+        h.update(p.name.encode())
+        h.update(p.read_bytes())
+    return h.hexdigest()
