@@ -1,4 +1,5 @@
-import pytest, torch
+import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,11 @@
 "Our reading of IU-ViT and ASCEND: routing, equality with U-ViT to the bit, every switch at work, gradients, equal cost."
 
 import itertools
-import pytest, torch
+
+import pytest
+import torch
 from torch import nn
+
 from uvit_repro.ascend import (
     ASCEND,
     PRESETS,
@@ -33,7 +36,14 @@ from uvit_repro.runs.counting import count_macs, macs_of, meta_model, model_inpu
 from uvit_repro.train import build_model
 from uvit_repro.uvit import UViT, count_parameters
 
-small = dict(img_size=8, patch_size=4, in_chans=3, embed_dim=16, depth=13, num_heads=2)
+small = {
+    "img_size": 8,
+    "patch_size": 4,
+    "in_chans": 3,
+    "embed_dim": 16,
+    "depth": 13,
+    "num_heads": 2,
+}
 LISTED = {
     "9:3": (8, 5, 0),
     "8:4": (7, 5, 3, 0),
@@ -98,13 +108,13 @@ def test_routing_has_its_properties_everywhere():
 
 
 CASES = [
-    dict(),
-    dict(skip="add"),
-    dict(skip="linear_add"),
-    dict(skip="add_scaled", conv="before"),
-    dict(mlp_time_embed=True, qkv_bias=True, pos_embed="sincos2d"),
-    dict(patch_embed="conv", conv="none"),
-    dict(use_checkpoint=True),
+    {},
+    {"skip": "add"},
+    {"skip": "linear_add"},
+    {"skip": "add_scaled", "conv": "before"},
+    {"mlp_time_embed": True, "qkv_bias": True, "pos_embed": "sincos2d"},
+    {"patch_embed": "conv", "conv": "none"},
+    {"use_checkpoint": True},
 ]
 
 
@@ -113,8 +123,8 @@ CASES = [
 def test_six_to_six_is_uvit_to_the_bit(kw, cond):
     more, args = dict(
         none=({}, {}),
-        **{"class": (dict(num_classes=4), dict(y=torch.tensor([0, 3])))},
-        text=(dict(clip_dim=5, num_clip_token=7), dict(context=torch.randn(2, 7, 5))),
+        **{"class": ({"num_classes": 4}, {"y": torch.tensor([0, 3])})},
+        text=({"clip_dim": 5, "num_clip_token": 7}, {"context": torch.randn(2, 7, 5)}),
     )[cond]
     like, net = (
         moved(UViT(**small, **more, **kw)).train(),
@@ -138,7 +148,7 @@ def test_six_to_six_is_uvit_to_the_bit(kw, cond):
 def test_built_by_an_experiment_six_to_six_starts_as_uvit():
     a, b, c = (
         build_model(experiment("laptop", seed=3, **kw))
-        for kw in (dict(), dict(model="ASCEND", options="split=3:3"), dict(model="IU-ViT"))
+        for kw in ({}, {"model": "ASCEND", "options": "split=3:3"}, {"model": "IU-ViT"})
     )
     assert all(
         torch.equal(p, q) and torch.equal(p, r)
@@ -152,7 +162,7 @@ def test_built_by_an_experiment_six_to_six_starts_as_uvit():
     assert torch.equal(plain(x, t, y=y), like(x, t, y=y))
 
 
-ON = dict(mlp_time_embed=True, qk_norm=True, skip="concat", conv="after", adaln=True)
+ON = {"mlp_time_embed": True, "qk_norm": True, "skip": "concat", "conv": "after", "adaln": True}
 
 
 @pytest.mark.parametrize("name", ON)
@@ -212,7 +222,7 @@ def test_normed_attention_does_not_see_the_scale_of_queries():
 @pytest.mark.parametrize(
     "kw",
     [{k: v} for k, v in {**ON, "zero_out": True}.items()]
-    + [dict(ON, zero_out=True, skip_scale=True), dict(skip="concat", skip_scale=True)],
+    + [dict(ON, zero_out=True, skip_scale=True), {"skip": "concat", "skip_scale": True}],
 )
 def test_gradient_reaches_every_parameter_of_iuvit(kw):
     net = moved(init_weights(IUViT(**small, **kw), 0))
@@ -224,7 +234,7 @@ def test_gradient_reaches_every_parameter_of_iuvit(kw):
 
 @pytest.mark.parametrize("split", LISTED)
 def test_gradient_reaches_every_parameter_of_ascend(split):
-    for kw in (dict(), dict(skips=3), dict(skips=2, skip_scale=True, adaln=True)):
+    for kw in ({}, {"skips": 3}, {"skips": 2, "skip_scale": True, "adaln": True}):
         net = moved(init_weights(ASCEND(**small, split=split, **kw), 0))
         net(torch.randn(2, 3, 8, 8), torch.tensor([4.0, 500.0])).square().sum().backward()
         assert [
@@ -290,10 +300,10 @@ def test_arms_and_refusals():
         with pytest.raises(ParameterError, match=msg):
             split_of(*bad)
     for kw, msg in (
-        (dict(model="ASCEND", options="split=9:3"), "try depth = 13"),
-        (dict(model="IU-ViT", options="split=3:3"), "qk_norm"),
-        (dict(model="IU-ViT", time="adaln"), "no such choice"),
-        (dict(model="IU-ViT", skip="none", options="skip_scale=true"), "long skips"),
+        ({"model": "ASCEND", "options": "split=9:3"}, "try depth = 13"),
+        ({"model": "IU-ViT", "options": "split=3:3"}, "qk_norm"),
+        ({"model": "IU-ViT", "time": "adaln"}, "no such choice"),
+        ({"model": "IU-ViT", "skip": "none", "options": "skip_scale=true"}, "long skips"),
     ):
         with pytest.raises(ParameterError, match=msg):
             meta_model(experiment("laptop", **kw))

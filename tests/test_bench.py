@@ -1,9 +1,17 @@
 "Benchmarks: times in turn, ratios, records, the released code beside ours (a made-up checkout with its interfaces), commands and exit codes."
 
-import json, os, subprocess, sys, types
+import json
+import os
+import subprocess
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
-import numpy as np, pytest, torch
+
+import numpy as np
+import pytest
+import torch
+
 from uvit_repro import bench, cli
 from uvit_repro.bench.bench import (
     BENCH_COLUMNS,
@@ -105,11 +113,15 @@ def test_contestants_take_turns():
     seen = []
     fns = {n: (lambda n=n: seen.append(n)) for n in "abc"}
     out = interleaved(fns, repeats=3, warmup=2, min_seconds=0)
-    assert "".join(seen) == "abc" * 5 and {n: len(v) for n, v in out.items()} == dict(a=3, b=3, c=3)
+    assert "".join(seen) == "abc" * 5 and {n: len(v) for n, v in out.items()} == {
+        "a": 3,
+        "b": 3,
+        "c": 3,
+    }
 
 
 def test_a_repetition_holds_enough_calls():
-    calls, cost = {}, dict(a=0.01, b=0.5)
+    calls, cost = {}, {"a": 0.01, "b": 0.5}
 
     def timer(fn, n, device):
         calls.setdefault(fn, []).append(n)
@@ -117,7 +129,7 @@ def test_a_repetition_holds_enough_calls():
 
     out = interleaved({n: n for n in cost}, 2, 0, min_seconds=0.05, timer=timer)
     assert (
-        calls == dict(a=[1, 5, 5], b=[1, 1, 1])
+        calls == {"a": [1, 5, 5], "b": [1, 1, 1]}
         and np.allclose(out["a"], 0.01)
         and np.allclose(out["b"], 0.5)
     )
@@ -140,7 +152,7 @@ def test_ratios_of_made_up_times():
 
 def test_records_survive_a_round_trip_and_an_interruption(tmp_path, monkeypatch):
     e = bench_experiment("tiny")
-    rec = Record("Box (9)", "cpu", dict(command="c"), tmp_path)
+    rec = Record("Box (9)", "cpu", {"command": "c"}, tmp_path)
     rec.add(
         [
             bench_row(
@@ -154,7 +166,7 @@ def test_records_survive_a_round_trip_and_an_interruption(tmp_path, monkeypatch)
                 option='a, "b"',
             )
         ],
-        dict(x=[0.1]),
+        {"x": [0.1]},
     )
     rec.add([bench_row("train", e, "worth", None, "x", model="tiny", note="not run: no GPU")])
     df = load_bench("runs", tmp_path)
@@ -165,9 +177,9 @@ def test_records_survive_a_round_trip_and_an_interruption(tmp_path, monkeypatch)
         and df.option[0] == 'a, "b"'
         and df.note[1] == "not run: no GPU"
     )
-    assert json.loads((rec.folder / "bench.json").read_text())["times"] == dict(
-        x=[0.1]
-    ) and not len(newest(df))
+    assert json.loads((rec.folder / "bench.json").read_text())["times"] == {"x": [0.1]} and not len(
+        newest(df)
+    )
     other = Record("Box (9)", "cpu", {}, tmp_path)
     assert other.folder != rec.folder  # in the same second
 
@@ -398,7 +410,9 @@ def test_out_of_memory_is_a_row_not_an_end():
 
     c, m, why = prepare(make, CPU)
     assert c is None and why == "not run: out of memory on cpu"
-    there, secs, _, reasons = bench.contest(dict(big=make, small=lambda: lambda: None), QUICK, CPU)
+    there, secs, _, reasons = bench.contest(
+        {"big": make, "small": lambda: lambda: None}, QUICK, CPU
+    )
     assert set(there) == set(secs) == {"small"} and list(reasons) == ["big"]
 
 

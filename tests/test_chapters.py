@@ -1,8 +1,16 @@
 "Chapters through papermill, as a person calls it."
 
-import html, json, os, re, subprocess, sys
+import html
+import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
-import nbformat, pytest
+
+import nbformat
+import pytest
+
 from uvit_repro.config import ParameterError, parameters_cell
 from uvit_repro.runs.run import run_chapter
 

@@ -1,10 +1,16 @@
 "CKA: equal to a direct computation, right on known cases, without bias, in memory that does not grow, kept beside the run."
 
-import itertools, json, weakref
+import itertools
+import json
+import weakref
 from dataclasses import replace
-import numpy as np, pytest, torch
+
+import numpy as np
+import pytest
+import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
 from uvit_repro.cka import (
     MATCHED,
     SETTINGS,
@@ -253,24 +259,39 @@ def test_hooks_on_any_network_and_nothing_is_left_behind():
 
 
 def test_token_kinds():
-    tiny = dict(img_size=8, patch_size=4, in_chans=1, embed_dim=8, depth=3, num_heads=2)
+    tiny = {
+        "img_size": 8,
+        "patch_size": 4,
+        "in_chans": 1,
+        "embed_dim": 8,
+        "depth": 3,
+        "num_heads": 2,
+    }
     s = slice
-    assert token_kinds(UViT(**tiny)) == dict(all=s(None), patches=s(1, None), time=s(0, 1))
-    assert token_kinds(UViT(**tiny, num_classes=3)) == dict(
-        all=s(None), patches=s(2, None), time=s(1, 2), condition=s(0, 1)
-    )
-    assert token_kinds(UViT(**tiny, num_classes=3, time="adaln")) == dict(
-        all=s(None), patches=s(1, None), condition=s(0, 1)
-    )
-    assert token_kinds(UViT(**tiny, clip_dim=4, num_clip_token=6)) == dict(
-        all=s(None), patches=s(7, None), time=s(0, 1), condition=s(1, 7)
-    )
+    assert token_kinds(UViT(**tiny)) == {"all": s(None), "patches": s(1, None), "time": s(0, 1)}
+    assert token_kinds(UViT(**tiny, num_classes=3)) == {
+        "all": s(None),
+        "patches": s(2, None),
+        "time": s(1, 2),
+        "condition": s(0, 1),
+    }
+    assert token_kinds(UViT(**tiny, num_classes=3, time="adaln")) == {
+        "all": s(None),
+        "patches": s(1, None),
+        "condition": s(0, 1),
+    }
+    assert token_kinds(UViT(**tiny, clip_dim=4, num_clip_token=6)) == {
+        "all": s(None),
+        "patches": s(7, None),
+        "time": s(0, 1),
+        "condition": s(1, 7),
+    }
 
 
 def test_matrix_of_a_network():
     net, diff, (images, labels) = build_model(SMOKE), Diffusion(SMOKE.diffusion), smoke_inputs(24)
     call = lambda **kw: cka_matrix(
-        net, diff, images, kw.pop("labels", labels), **{**dict(levels=(3.0, None), batch=8), **kw}
+        net, diff, images, kw.pop("labels", labels), **{**{"levels": (3.0, None), "batch": 8}, **kw}
     )
     r = call()
     assert (
@@ -313,7 +334,7 @@ def runs(tmp_path_factory):
 
 def test_kept_beside_the_run(runs, tmp_path):
     root, (run, _) = runs
-    args = dict(levels="0,training", num_images=16, batch=8)
+    args = {"levels": "0,training", "num_images": 16, "batch": 8}
     first, again = run_cka(run.exp, run.folder, **args), run_cka(run.exp, run.folder, **args)
     assert (
         first["fresh"]
@@ -368,8 +389,9 @@ def test_kept_beside_the_run(runs, tmp_path):
 
 def test_matrices_as_rows_of_the_ledger(runs, monkeypatch):
     import pandas as pd
-    from uvit_repro.runs.records import COLUMNS, load_results
+
     import uvit_repro.cka as module
+    from uvit_repro.runs.records import COLUMNS, load_results
 
     root, (_, none) = runs
     run_cka(none.exp, none.folder, "0,training", 16, 8)
@@ -431,7 +453,11 @@ def test_the_papers_matrices():
             and got["mirrored"] == pytest.approx(np.mean([m[i, 12 - i] for i in range(6)]))
         )
     runs = [
-        dict(setting=s, seed=0, cka=dict(tokens=("all",), levels=(None,), cka=m[None, None]))
+        {
+            "setting": s,
+            "seed": 0,
+            "cka": {"tokens": ("all",), "levels": (None,), "cka": m[None, None]},
+        }
         for s, m in paper.items()
     ]
     for what in ("neighbours", "all pairs"):

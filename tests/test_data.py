@@ -1,13 +1,18 @@
 "Data: sums, splits, files as they lie on disk, batches."
 
-import hashlib, os, pickle, subprocess, sys
+import hashlib
+import os
+import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from uvit_repro.data import images as D
+
 from uvit_repro.config import (
     CONTENT,
     GPU,
@@ -17,6 +22,7 @@ from uvit_repro.config import (
     experiment,
     with_overrides,
 )
+from uvit_repro.data import images as D
 
 RNG = np.random.default_rng(0)
 CIFAR = GPU.data
@@ -216,21 +222,21 @@ def test_cifar10_real():
 @pytest.mark.parametrize(
     "arrays, message",
     [
-        (dict(x=np.zeros((4, 8, 8, 1), np.uint8)), "none called `images`"),
-        (dict(images=np.zeros((4, 8, 8, 1), np.float32)), "float32"),
-        (dict(images=np.zeros((4, 8, 8), np.uint8)), r"\(4, 8, 8\)"),
-        (dict(images=np.zeros((4, 8, 6, 1), np.uint8)), "8x6"),
-        (dict(images=np.zeros((4, 9, 9, 1), np.uint8)), "-p img_size 9"),
-        (dict(images=np.zeros((4, 8, 8, 3), np.uint8)), "-p in_chans 3"),
-        (dict(images=np.zeros((4, 8, 8, 1), np.uint8), labels=np.arange(3)), r"shape \(3,\)"),
-        (dict(images=np.zeros((4, 8, 8, 1), np.uint8), labels=np.arange(4) - 1), "from -1"),
-        (dict(images=np.zeros((4, 8, 8, 1), np.uint8), labels=np.arange(4) * 1.0), "float64"),
+        ({"x": np.zeros((4, 8, 8, 1), np.uint8)}, "none called `images`"),
+        ({"images": np.zeros((4, 8, 8, 1), np.float32)}, "float32"),
+        ({"images": np.zeros((4, 8, 8), np.uint8)}, r"\(4, 8, 8\)"),
+        ({"images": np.zeros((4, 8, 6, 1), np.uint8)}, "8x6"),
+        ({"images": np.zeros((4, 9, 9, 1), np.uint8)}, "-p img_size 9"),
+        ({"images": np.zeros((4, 8, 8, 3), np.uint8)}, "-p in_chans 3"),
+        ({"images": np.zeros((4, 8, 8, 1), np.uint8), "labels": np.arange(3)}, r"shape \(3,\)"),
+        ({"images": np.zeros((4, 8, 8, 1), np.uint8), "labels": np.arange(4) - 1}, "from -1"),
+        ({"images": np.zeros((4, 8, 8, 1), np.uint8), "labels": np.arange(4) * 1.0}, "float64"),
         (
-            dict(images=np.zeros((4, 8, 8, 1), np.uint8), labels=np.array(list("abcd"), object)),
+            {"images": np.zeros((4, 8, 8, 1), np.uint8), "labels": np.array(list("abcd"), object)},
             "not usable",
         ),
-        (dict(images=np.zeros((4, 8, 8, 1), np.uint8), labels=np.arange(4) * 99), "number them"),
-        (dict(images=np.zeros((0, 8, 8, 1), np.uint8)), "N > 0"),
+        ({"images": np.zeros((4, 8, 8, 1), np.uint8), "labels": np.arange(4) * 99}, "number them"),
+        ({"images": np.zeros((0, 8, 8, 1), np.uint8)}, "N > 0"),
     ],
 )
 def test_npz_misfits(tmp_path, arrays, message):
@@ -527,7 +533,7 @@ def test_streaming_equals_resident(folder):
         load(folder, resident_bytes=11 * 16 * 16 * 3).stream is None
         and load(folder, resident_bytes=11 * 16 * 16 * 3 - 1).stream is not None
     )
-    kw = dict(batch_size=3, seed=1, flip=True, p_uncond=0.3, null_class=2)
+    kw = {"batch_size": 3, "seed": 1, "flip": True, "p_uncond": 0.3, "null_class": 2}
     R, S, W = D.Batches(r, **kw), D.Batches(s, **kw), D.Batches(s, workers=2, **kw)
     state = torch.random.get_rng_state()
     for step, w, r0 in zip(range(5, 13), W.iterate(5), R.iterate(5)):
@@ -578,7 +584,7 @@ def test_every_image_once_per_epoch(batch_size):
 
 def test_at_depends_on_seed_and_step_only():
     d = D.load_digits(LAPTOP.data, None)
-    kw = dict(batch_size=64, flip=True, p_uncond=0.2, null_class=10)
+    kw = {"batch_size": 64, "flip": True, "p_uncond": 0.2, "null_class": 10}
     a, b = D.Batches(d, seed=1, **kw), D.Batches(d, seed=1, **kw)
     steps = [0, 700, 23, 24, 1]
     first = {s: a.at(s) for s in steps}
@@ -610,7 +616,7 @@ def test_at_depends_on_seed_and_step_only():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_batches_are_the_same_on_cuda(folder):
     for d in (load(folder), load(folder, resident_bytes=0)):
-        kw = dict(batch_size=4, seed=1, flip=True, p_uncond=0.3, null_class=2)
+        kw = {"batch_size": 4, "seed": 1, "flip": True, "p_uncond": 0.3, "null_class": 2}
         c, g = D.Batches(d, **kw), D.Batches(d, device="cuda", **kw)
         for s, (x, y) in zip(range(2, 6), g.iterate(2)):
             assert x.is_cuda and same((x.cpu(), y.cpu()), c.at(s)) and same((x, y), g.at(s))

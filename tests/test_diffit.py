@@ -1,9 +1,13 @@
 "uvit_repro.diffit against PyTorch's own attention, direct loops, published counts and the released format."
 
-import json, math
-import pytest, torch
+import json
+import math
+
+import pytest
+import torch
 import torch.nn.functional as F
 from torch import nn
+
 from uvit_repro.config import (
     MODELS,
     DataConfig,
@@ -14,6 +18,7 @@ from uvit_repro.config import (
     resolve_name,
     with_overrides,
 )
+from uvit_repro.data.files import CheckpointError
 from uvit_repro.diffit import (
     PRESETS,
     RUNS,
@@ -39,9 +44,8 @@ from uvit_repro.diffit import (
     watch_centre,
 )
 from uvit_repro.diffusion import Diffusion
-from uvit_repro.runs.execution import set_attention
-from uvit_repro.data.files import CheckpointError
 from uvit_repro.runs.counting import model_inputs
+from uvit_repro.runs.execution import set_attention
 from uvit_repro.train import build_model
 from uvit_repro.uvit import UViT, count_parameters
 
@@ -185,7 +189,7 @@ def released_format(D=24, L=2, H=3, S=8, rows=6):
         "final_layer.linear.bias": (32,),
     }
     for i in range(L):
-        for n, (o, k) in dict(qkv_temb=(3 * D, D), qkv=(3 * D, D), proj=(D, D)).items():
+        for n, (o, k) in {"qkv_temb": (3 * D, D), "qkv": (3 * D, D), "proj": (D, D)}.items():
             shapes |= {f"blocks.{i}.attn.{n}.weight": (o, k), f"blocks.{i}.attn.{n}.bias": (o,)}
         shapes |= {
             f"blocks.{i}.attn.relative_position_bias_table": ((2 * N - 1) ** 2, H),
@@ -315,11 +319,11 @@ def test_options_and_foreign_fields():
         and net.mid_block is net.cells[2]
     )
     for bad, msg in (
-        (dict(skip="none"), "no such choice"),
-        (dict(time="adaln"), "options='time="),
-        (dict(condition="text"), "class or nothing"),
-        (dict(options="time=x"), "is one of"),
-        (dict(patch_size=3), "does not divide"),
+        ({"skip": "none"}, "no such choice"),
+        ({"time": "adaln"}, "options='time="),
+        ({"condition": "text"}, "class or nothing"),
+        ({"options": "time=x"}, "is one of"),
+        ({"patch_size": 3}, "does not divide"),
     ):
         with pytest.raises(ParameterError, match=msg):
             from_config(m(**bad), data)
@@ -373,25 +377,25 @@ def test_centre_attention_of_any_backbone():
 @pytest.mark.parametrize(
     "fields",
     [
-        dict(
-            model="DiffiT-latent",
-            patch_size=2,
-            process="linear",
-            variance="learned",
-            sampler="ancestral",
-            nfe=6,
-            cfg_scale=1.5,
-            cfg_schedule="power_cosine",
-        ),
-        dict(
-            model="DiffiT-image",
-            patch_size=1,
-            process="edm",
-            prediction="edm",
-            sampler="heun",
-            nfe=5,
-            cfg_scale=1.0,
-        ),
+        {
+            "model": "DiffiT-latent",
+            "patch_size": 2,
+            "process": "linear",
+            "variance": "learned",
+            "sampler": "ancestral",
+            "nfe": 6,
+            "cfg_scale": 1.5,
+            "cfg_schedule": "power_cosine",
+        },
+        {
+            "model": "DiffiT-image",
+            "patch_size": 1,
+            "process": "edm",
+            "prediction": "edm",
+            "sampler": "heun",
+            "nfe": 5,
+            "cfg_scale": 1.0,
+        },
     ],
 )
 def test_a_smoke_run_lowers_the_loss_and_samples(fields, tmp_path):

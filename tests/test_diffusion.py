@@ -1,8 +1,11 @@
 "Processes, learned variances and losses of uvit_repro.diffusion against closed forms and diffusers."
 
 import math
-import pytest, torch
+
+import pytest
+import torch
 from torch.distributions import Normal, kl_divergence
+
 from uvit_repro.config import DiffusionConfig, ParameterError
 from uvit_repro.diffusion import (
     Diffusion,

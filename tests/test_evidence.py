@@ -1,10 +1,17 @@
 "The queue for one GPU: predicted, killed and gone on with, packed byte for byte alike, carried home, and refused there when a digit was changed."
 
-import os, signal, subprocess, sys, tarfile, time
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
 from pathlib import Path
-import pytest, torch
+
+import pytest
+import torch
+
 from uvit_repro.campaign import evidence as E
-from uvit_repro.config import ParameterError, experiment
 from uvit_repro.campaign.evidence import (
     EXTRAS,
     LIMIT,
@@ -24,6 +31,7 @@ from uvit_repro.campaign.evidence import (
     sound,
     unpack,
 )
+from uvit_repro.config import ParameterError, experiment
 from uvit_repro.runs.records import load_run
 
 quiet = lambda line: None
@@ -84,7 +92,7 @@ def test_runs_are_those_of_the_protocol_and_of_the_tests():
 def test_prediction_learns_from_finished_runs():
     e = QUEUE[0]
     x = entry_experiment(e)
-    known = [dict(model="UViT", train=1e14, sample=5e13, fixed=40.0)]
+    known = [{"model": "UViT", "train": 1e14, "sample": 5e13, "fixed": 40.0}]
     slow, fast = (predict_entry(e, x, rates_for("UViT", k, 5e13, 90.0)) for k in ([], known))
     assert (
         fast["train"] == pytest.approx(slow["train"] / 2)
@@ -162,7 +170,19 @@ def test_one_process_at_a_time(tmp_path):
         queue(tmp_path).run()
 
 
-ABSENT = "nbdev papermill nbconvert nbclient IPython jupyter_client fastcore execnb diffusers open_clip seaborn".split()  # not on a bare GPU machine
+ABSENT = [
+    "nbdev",
+    "papermill",
+    "nbconvert",
+    "nbclient",
+    "IPython",
+    "jupyter_client",
+    "fastcore",
+    "execnb",
+    "diffusers",
+    "open_clip",
+    "seaborn",
+]  # not on a bare GPU machine
 
 
 def started(keep, *more):

@@ -47,16 +47,20 @@ def test_unknown_protocol_and_arm_are_refused():
 
 
 def test_a_longer_run_continues_a_shorter_one(tmp_path):
-    fields = dict(
-        lr_schedule="constant", curve_steps=(), loss_steps=(), num_samples=80, keep_checkpoint=True
-    )
+    fields = {
+        "lr_schedule": "constant",
+        "curve_steps": (),
+        "loss_steps": (),
+        "num_samples": 80,
+        "keep_checkpoint": True,
+    }
     long_fields = {**fields, "n_steps": 20, "loss_steps": (5,)}
     unbroken = run_experiment(experiment("smoke", **long_fields), tmp_path / "a", quiet)
     short = run_experiment(
         experiment("smoke", **{**fields, "n_steps": 12, "loss_steps": (5,)}), tmp_path / "b", quiet
     )
     continued = run_experiment(experiment("smoke", **long_fields), tmp_path / "b", quiet)
-    assert continued.info["training"]["continued_from"] == dict(run_id=short.run_id, step=12)
+    assert continued.info["training"]["continued_from"] == {"run_id": short.run_id, "step": 12}
     assert unbroken.info["training"]["continued_from"] is None
     assert continued.info["training"]["steps"] == 8
     for name in ("weights-0000005.safetensors", "weights-0000020.safetensors"):

@@ -1,9 +1,14 @@
 "GenViT: the released outputs, the published counts, the time on tokens, stochastic depth as a function of the input, training that resumes."
 
-import json, math
+import json
+import math
 from dataclasses import replace
-import numpy as np, pytest, torch
+
+import numpy as np
+import pytest
+import torch
 from torch import nn
+
 from uvit_repro.config import (
     MODELS,
     PROTOCOLS,
@@ -13,6 +18,7 @@ from uvit_repro.config import (
     resolve_name,
     with_overrides,
 )
+from uvit_repro.data.files import CheckpointError
 from uvit_repro.genvit import (
     ARMS,
     IMAGES,
@@ -27,12 +33,19 @@ from uvit_repro.genvit import (
     scale_shift,
 )
 from uvit_repro.layers import init_weights
-from uvit_repro.runs.execution import set_attention
-from uvit_repro.data.files import CheckpointError
 from uvit_repro.runs.counting import macs_of, meta_model, model_inputs, params_of
+from uvit_repro.runs.execution import set_attention
 from uvit_repro.train import build_model, golden_file
 
-small = dict(img_size=8, patch_size=2, in_chans=1, embed_dim=16, depth=3, num_heads=2, classifier=0)
+small = {
+    "img_size": 8,
+    "patch_size": 2,
+    "in_chans": 1,
+    "embed_dim": 16,
+    "depth": 3,
+    "num_heads": 2,
+    "classifier": 0,
+}
 gen = lambda s=0: torch.Generator().manual_seed(s)
 
 
@@ -70,12 +83,12 @@ def test_a_training_file_of_the_authors_loads_and_others_do_not(tmp_path):
     d, part = golden_file("genvit")
     net = load_genvit(part("state"), 6, time_twice=False)
     torch.save(
-        dict(
-            model_state_dict={
+        {
+            "model_state_dict": {
                 "betas": torch.zeros(1000),
                 **{f"denoise_fn.{k}": v for k, v in part("state").items()},
             }
-        ),
+        },
         tmp_path / "ema_checkpoint.pth",
     )
     again = load_genvit(tmp_path / "ema_checkpoint.pth", 6, time_twice=False)
@@ -90,7 +103,7 @@ def test_a_training_file_of_the_authors_loads_and_others_do_not(tmp_path):
     with pytest.raises(CheckpointError, match="width 48 with 3 layers"):
         load_genvit(bad, 6)
     with pytest.raises(CheckpointError, match="not a GenViT"):
-        load_genvit(dict(model_state_dict={"a": torch.zeros(1)}))
+        load_genvit({"model_state_dict": {"a": torch.zeros(1)}})
 
 
 def test_scale_and_shift_are_per_token_by_a_direct_loop():
@@ -168,8 +181,8 @@ def test_layernorm_hides_a_token_wise_scale_and_shift():
 def test_gradient_reaches_every_parameter():
     for kw, cond in (
         ({}, {}),
-        (dict(num_classes=2), dict(y=torch.tensor([0, 1]))),
-        (dict(clip_dim=6, num_clip_token=5), dict(context=torch.randn(2, 5, 6))),
+        ({"num_classes": 2}, {"y": torch.tensor([0, 1])}),
+        ({"clip_dim": 6, "num_clip_token": 5}, {"context": torch.randn(2, 5, 6)}),
     ):
         net = init_weights(GenViT(**small, **kw, drop_path=0), 1).train()
         net(torch.randn(2, 1, 8, 8), torch.tensor([3.0, 700.0]), **cond).square().sum().backward()
@@ -239,18 +252,18 @@ def test_registration_and_refusals():
         and net.pos_embedding.weight.std() > 0.9
     )
     for kw, msg in (
-        (dict(skip="none"), "no such choice"),
-        (dict(options="drop=1"), "drop_path"),
-        (dict(options="drop_path=1.0"), "below 1"),
-        (dict(patch_size=3), "try one of"),
-        (dict(num_heads=3), "num_heads = 3"),
+        ({"skip": "none"}, "no such choice"),
+        ({"options": "drop=1"}, "drop_path"),
+        ({"options": "drop_path=1.0"}, "below 1"),
+        ({"patch_size": 3}, "try one of"),
+        ({"num_heads": 3}, "num_heads = 3"),
     ):
         with pytest.raises(ParameterError, match=msg):
             meta_model(experiment("smoke", model="GenViT", **kw))
     for kw, msg in (
-        (dict(depth=0), "depth = 0"),
-        (dict(embed_dim=2, num_heads=1), "two wavelengths"),
-        (dict(num_classes=3, clip_dim=4), "not both"),
+        ({"depth": 0}, "depth = 0"),
+        ({"embed_dim": 2, "num_heads": 1}, "two wavelengths"),
+        ({"num_classes": 3, "clip_dim": 4}, "not both"),
     ):
         with pytest.raises(ParameterError, match=msg):
             GenViT(**{**small, **kw})

@@ -1,16 +1,23 @@
 "CelebA and ImageNet from their layouts on disk: splits, crops, labels, the index, and what is refused."
 
-import json, os, signal, subprocess, sys, time
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
-from uvit_repro.data import imagesets as S
+
 from uvit_repro.config import CONFIGS, ParameterError, experiment
+from uvit_repro.data import imagesets as S
 from uvit_repro.data.images import DATASETS, load_folder, prepare
 
 CELEBA, IMAGENET = CONFIGS["CelebA 64x64 U-ViT-S/4"].data, CONFIGS["ImageNet 64x64 U-ViT-M/4"].data
@@ -216,13 +223,13 @@ def test_a_damaged_index_is_mended(tmp_path, harm):
     first = load()
     path = next(p for p in (tmp_path / "cache").glob("*/index.jsonl") if "val" not in p.parent.name)
     good = path.read_bytes()
-    bad = dict(
-        cut=good[: len(good) // 2],
-        noise=good[:200] + b"\xff\x00\n{}\n[1, 2]\n" + good[200:],
-        empty=b"",
-        twice=good + good,
-        foreign=good + b'["gone.JPEG", 1, 2, "aa", "", []]\n',
-    )[harm]
+    bad = {
+        "cut": good[: len(good) // 2],
+        "noise": good[:200] + b"\xff\x00\n{}\n[1, 2]\n" + good[200:],
+        "empty": b"",
+        "twice": good + good,
+        "foreign": good + b'["gone.JPEG", 1, 2, "aa", "", []]\n',
+    }[harm]
     path.write_bytes(bad)
     assert load().sha256 == first.sha256 and sorted(path.read_bytes().splitlines()) == sorted(
         good.splitlines()

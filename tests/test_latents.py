@@ -1,6 +1,17 @@
-import json, os, pickle, random, signal, subprocess, sys, time
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
-import numpy as np, pytest, torch
+
+import numpy as np
+import pytest
+import torch
+
 from uvit_repro import latents
 from uvit_repro.config import CONFIGS, DataConfig, ParameterError, experiment
 from uvit_repro.data.images import Data, draw_latents, hold_out, load_digits, open_data
@@ -29,7 +40,7 @@ from uvit_repro.latents import (
 )
 
 quiet = lambda *a, **k: None
-SMALL = dict(batch=10, shard_rows=50)
+SMALL = {"batch": 10, "shard_rows": 50}
 
 
 def digits(n=140, held=20):
@@ -91,14 +102,14 @@ def kill_and_resume(kills: int, folder) -> dict:
     whole = (folder / "killed" / "index.json").exists()
     encode(folder / "killed")
     verify_store(folder / "killed")
-    return dict(
-        killed=killed,
-        unfinished_files=left,
-        shards_before_last=there,
-        complete_before_last=whole,
-        same=contents(folder / "whole") == contents(folder / "killed"),
-        shards=len(list((folder / "whole").glob("shard-*.json"))),
-    )
+    return {
+        "killed": killed,
+        "unfinished_files": left,
+        "shards_before_last": there,
+        "complete_before_last": whole,
+        "same": contents(folder / "whole") == contents(folder / "killed"),
+        "shards": len(list((folder / "whole").glob("shard-*.json"))),
+    }
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -120,7 +131,7 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path):
 
 def test_every_damage_is_named_and_mended(store, ae):
     before = contents(store.path)
-    for f in [p for p in sorted(store.path.glob("*.npy"))]:
+    for f in list(sorted(store.path.glob("*.npy"))):
         raw = f.read_bytes()
         at = len(raw) - 7
         f.write_bytes(raw[:at] + bytes([raw[at] ^ 64]) + raw[at + 1 :])
@@ -219,9 +230,9 @@ def test_statistics(store):
 
 def test_other_settings_are_refused(store, ae):
     for kw, word in (
-        (dict(batch=25), "batch"),
-        (dict(dtype="float16"), "dtype"),
-        (dict(pixels=False), "pixels"),
+        ({"batch": 25}, "batch"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"pixels": False}, "pixels"),
     ):
         with pytest.raises(ParameterError, match=word):
             encode_images(
@@ -238,7 +249,7 @@ def test_other_settings_are_refused(store, ae):
         )
 
 
-@pytest.mark.parametrize("kw", [dict(dtype="int8"), dict(batch=0), dict(batch=7, shard_rows=20)])
+@pytest.mark.parametrize("kw", [{"dtype": "int8"}, {"batch": 0}, {"batch": 7, "shard_rows": 20}])
 def test_impossible_settings(tmp_path, ae, kw):
     with pytest.raises(ParameterError):
         encode_images(DataSource(digits(), enlarge), ae, tmp_path / "s", **kw)
@@ -495,9 +506,9 @@ def test_remeasuring_trains_nothing(tmp_path):
         experiment("smoke", dataset="digits_latents", curve_steps=()), tmp_path, say=quiet
     )
     weights = {p: p.stat().st_mtime_ns for p in run.folder.glob("weights-*")}
-    a = latents.remeasure(run, 70, [dict(cfg_scale=1.0), dict(cfg_scale=2.0, nfe=4)], say=quiet)
+    a = latents.remeasure(run, 70, [{"cfg_scale": 1.0}, {"cfg_scale": 2.0, "nfe": 4}], say=quiet)
     said = []
-    b = latents.remeasure(run, 70, [dict(cfg_scale=2.0, nfe=4)], say=said.append)
+    b = latents.remeasure(run, 70, [{"cfg_scale": 2.0, "nfe": 4}], say=said.append)
     assert (
         not said
         and b.eval_id[0] == a.eval_id[1]

@@ -1,7 +1,12 @@
 "Several processes on one run: the losses, images and measurements of one process; resumed with another number; failures named."
 
-import json, time
-import numpy as np, pytest, torch
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+
 from uvit_repro.config import SMOKE, ParameterError, with_overrides
 from uvit_repro.data.files import load_tensors
 from uvit_repro.runs.run import ProcessesFailed, read_samples, run_experiment

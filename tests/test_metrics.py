@@ -1,11 +1,19 @@
 "Feature networks, distances, the report of a set of images, the held-out loss."
 
-import hashlib, io, os, subprocess, sys
+import hashlib
+import io
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
-import numpy as np, pytest, torch
+
+import numpy as np
+import pytest
+import torch
 from torch import nn
+
 from uvit_repro import metrics as M
 from uvit_repro.config import LAPTOP, DiffusionConfig, ParameterError, key_seed
 from uvit_repro.data.images import load_digits
@@ -83,7 +91,8 @@ def test_resnet_file_in_the_public_format(tmp_path, monkeypatch):
     net = M.CifarResNet(3).eval()
     f = tmp_path / M.network("resnet20_cifar10").file
     torch.save(
-        dict(state_dict={f"module.{k}": v for k, v in net.state_dict().items()}, best_prec1=0.0), f
+        {"state_dict": {f"module.{k}": v for k, v in net.state_dict().items()}, "best_prec1": 0.0},
+        f,
     )
     monkeypatch.setenv("UVIT_WEIGHTS", str(tmp_path))
     monkeypatch.setitem(
@@ -108,7 +117,7 @@ def test_resnet_file_in_the_public_format(tmp_path, monkeypatch):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "pwned"),)
 
-    torch.save(dict(state_dict=Bomb()), f)
+    torch.save({"state_dict": Bomb()}, f)
     monkeypatch.setitem(
         M.NETWORKS,
         "resnet20_cifar10",
@@ -393,7 +402,7 @@ def test_heldout_loss_is_the_hand_loop(digits):
             eps = torch.randn(
                 tuple(x.shape), generator=torch.Generator().manual_seed(key_seed("heldout", 3, l))
             )
-            cond = lambda j: {} if labels is None else dict(y=labels[j : j + 1])
+            cond = lambda j: {} if labels is None else {"y": labels[j : j + 1]}
             with torch.no_grad():
                 hand = [
                     diffusion.loss(
@@ -650,7 +659,7 @@ def test_spatial_statistics_of_another_layer_are_refused(
         sigma=np.eye(16),
         mu_s=np.full(10, mean),
         sigma_s=np.eye(10),
-        **({} if stated is None else dict(spatial_layer=np.array(stated))),
+        **({} if stated is None else {"spatial_layer": np.array(stated)}),
     )
     for ours in M.SPATIAL_LAYERS:
         monkeypatch.setattr(M, "SPATIAL_LAYER", ours)
@@ -663,19 +672,19 @@ def test_spatial_statistics_of_another_layer_are_refused(
 @pytest.mark.parametrize(
     "arrays, says",
     [
-        (dict(mu=np.zeros(64)), "no sigma"),
-        (dict(a=np.zeros(3)), "no mu and no sigma, only a"),
-        (dict(mu=np.zeros(2048), sigma=np.eye(2048)), r"\(64,\) and \(64, 64\)"),
-        (dict(mu=np.zeros((1, 64)), sigma=np.eye(64)), "expected floats"),
-        (dict(mu=np.zeros(64, int), sigma=np.eye(64)), "expected floats"),
-        (dict(mu=np.full(64, np.inf), sigma=np.eye(64)), "not finite"),
-        (dict(mu=np.zeros(64), sigma=np.triu(np.ones((64, 64)))), "not symmetric"),
-        (dict(mu=np.zeros(64), sigma=-np.eye(64)), "negative variance"),
+        ({"mu": np.zeros(64)}, "no sigma"),
+        ({"a": np.zeros(3)}, "no mu and no sigma, only a"),
+        ({"mu": np.zeros(2048), "sigma": np.eye(2048)}, r"\(64,\) and \(64, 64\)"),
+        ({"mu": np.zeros((1, 64)), "sigma": np.eye(64)}, "expected floats"),
+        ({"mu": np.zeros(64, int), "sigma": np.eye(64)}, "expected floats"),
+        ({"mu": np.full(64, np.inf), "sigma": np.eye(64)}, "not finite"),
+        ({"mu": np.zeros(64), "sigma": np.triu(np.ones((64, 64)))}, "not symmetric"),
+        ({"mu": np.zeros(64), "sigma": -np.eye(64)}, "negative variance"),
         (
-            dict(mu=np.zeros(64), sigma=np.eye(64), network=np.array("inception")),
+            {"mu": np.zeros(64), "sigma": np.eye(64), "network": np.array("inception")},
             "of inception's features",
         ),
-        (dict(mu=np.array([{}]), sigma=np.eye(64)), "can't be read"),
+        ({"mu": np.array([{}]), "sigma": np.eye(64)}, "can't be read"),
     ],
 )
 def test_bad_reference(digits, tmp_path, arrays, says):
@@ -721,7 +730,7 @@ def test_no_network(digits, latent):
             "none",
             patch_size=2,
             reference="",
-            extra=dict(prompt_shape_seen=np.int64([1, 4])),
+            extra={"prompt_shape_seen": np.int64([1, 4])},
         )
     r = by_name(rows)
     assert (
@@ -812,7 +821,7 @@ def test_classes_are_known_by_their_pixels(digits):
 def test_every_formula_is_recomputed():
     g = np.random.default_rng(0)
     cov = lambda: np.cov(g.normal(size=(50, 4)).T)
-    s = dict(features="inception", patch_size=np.int64(2), n=np.int64(90), why="{}")
+    s = {"features": "inception", "patch_size": np.int64(2), "n": np.int64(90), "why": "{}"}
     for who in ("sample", "train", "test", "real", "spatial", "spatial_train"):
         s.update({f"{who}_n": np.int64(90), f"{who}_mean": g.normal(size=4), f"{who}_cov": cov()})
     s.update(
@@ -880,28 +889,30 @@ def test_judge(digits):
         None,
         digits,
         "none",
-        extra=dict(
-            prompt_count_seen=[3, 4], prompt_exact_unseen=np.zeros(2, int), notes=np.arange(3)
-        ),
+        extra={
+            "prompt_count_seen": [3, 4],
+            "prompt_exact_unseen": np.zeros(2, int),
+            "notes": np.arange(3),
+        },
     )
     r = by_name(rows)
     assert (
-        r["prompt_count_seen"] == dict(metric="prompt_count_seen", value=0.75, num_samples=4)
+        r["prompt_count_seen"] == {"metric": "prompt_count_seen", "value": 0.75, "num_samples": 4}
         and r["prompt_exact_unseen"]["value"] is None
         and "no such prompt" in r["prompt_exact_unseen"]["why"]
         and s["notes"].tolist() == [0, 1, 2]
     )
     for wrong in (
-        dict(prompt_count_seen=[5, 4]),
-        dict(prompt_count_seen=[-1, 4]),
-        dict(prompt_count_seen=[1, 2, 3]),
-        dict(prompt_count_seen=0.5),
-        dict(n=1),
-        dict(why="x"),
-        dict(features="x"),
-        dict(confusion=np.eye(2)),
-        dict(nn_heldout=[1.0]),
-        dict(o=np.array([None])),
+        {"prompt_count_seen": [5, 4]},
+        {"prompt_count_seen": [-1, 4]},
+        {"prompt_count_seen": [1, 2, 3]},
+        {"prompt_count_seen": 0.5},
+        {"n": 1},
+        {"why": "x"},
+        {"features": "x"},
+        {"confusion": np.eye(2)},
+        {"nn_heldout": [1.0]},
+        {"o": np.array([None])},
     ):
         with pytest.raises(ParameterError, match="extra: "):
             M.measure_images(digits.test_images[:9], None, digits, "none", extra=wrong)
@@ -986,8 +997,8 @@ def test_heldout_loss_with_tokens(digits):
                 tuple(x.shape), generator=torch.Generator().manual_seed(key_seed("heldout", 3, l))
             )
             cond = lambda j: (
-                dict(context=tokens[j : j + 1].float())
-                | ({} if labels is None else dict(y=labels[j : j + 1]))
+                {"context": tokens[j : j + 1].float()}
+                | ({} if labels is None else {"y": labels[j : j + 1]})
             )
             with torch.no_grad():
                 hand = [

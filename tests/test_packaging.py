@@ -1,11 +1,24 @@
 "What is installed where: pins, metadata, licence, and the wheel used outside the checkout."
 
-import ast, configparser, hashlib, importlib.metadata, json, os, re, shutil, subprocess, sys, zipfile
+import ast
+import configparser
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
-import pytest, yaml
+
+import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
 import uvit_repro
 
 try:
@@ -108,7 +121,7 @@ def test_every_import_is_pinned():
                     for l in "".join(c["source"]).splitlines()
                     if not l.lstrip().startswith(("%", "!"))
                 )
-                used.update({n: p.name for n in imports(source)})
+                used.update(dict.fromkeys(imports(source), p.name))
     dists = {}  # packages_distributions() of Python 3.10 misses packages that have no top_level.txt, scikit-learn among them
     for d in importlib.metadata.distributions():
         for top in {f.parts[0].removesuffix(".py") for f in d.files or ()}:

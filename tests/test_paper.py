@@ -2,9 +2,11 @@
 
 import math
 from importlib import resources
+
 import pytest
-from uvit_repro.paper import numbers as paper
+
 from uvit_repro.config import CONFIGS, TABLE2, ModelConfig, with_overrides
+from uvit_repro.paper import numbers as paper
 
 
 def test_every_row_is_read_and_named_once():
@@ -47,10 +49,10 @@ def test_a_caller_cannot_damage_the_cache():
 @pytest.mark.parametrize(
     "kw, part",
     [
-        (dict(source="Table 99"), "'Table 7'"),
-        (dict(source="Table 1", dataset="cifar10"), "'CIFAR10'"),
-        (dict(source="Table 1", metric="KID"), "'FID'"),
-        (dict(paper="SiT"), "'GenViT'"),
+        ({"source": "Table 99"}, "'Table 7'"),
+        ({"source": "Table 1", "dataset": "cifar10"}, "'CIFAR10'"),
+        ({"source": "Table 1", "metric": "KID"}, "'FID'"),
+        ({"paper": "SiT"}, "'GenViT'"),
     ],
 )
 def test_unknown_names_list_the_known(kw, part):

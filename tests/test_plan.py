@@ -1,17 +1,27 @@
 "No number of the record is lost, every cell of this model has an experiment, a campaign keeps its budget and shares its work, and a changed digit is found."
 
-import csv, json, os, shutil, signal, subprocess, sys, textwrap, time
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 from collections import Counter
 from pathlib import Path
-import pandas as pd, pytest, torch
+
+import pandas as pd
+import pytest
+import torch
+
 from uvit_repro.campaign import plan as P
-from uvit_repro.config import PROTOCOLS, ParameterError, check_experiment
-from uvit_repro.runs.records import seal
 from uvit_repro.campaign.plan import (
-    Campaign,
     KINDS,
-    Live,
     NOT_RUN,
+    Campaign,
+    Live,
     attempts,
     cell_experiment,
     cell_experiments,
@@ -37,7 +47,8 @@ from uvit_repro.campaign.plan import (
     submit,
     verify,
 )
-from uvit_repro.runs.records import load_results, published_root
+from uvit_repro.config import PROTOCOLS, ParameterError, check_experiment
+from uvit_repro.runs.records import load_results, published_root, seal
 
 ROOT = Path(__file__).resolve().parent.parent
 CELLS = registry()
@@ -275,16 +286,16 @@ def test_the_names_of_figure_7_are_those_of_chapter_09():
     c = next(CELLS[(CELLS.place == "Figure 7") & (CELLS.measure == "cka_0_1")].itertuples())
     assert cell_experiment(c, "gpu") and "13 layers" in no_experiment(c, "laptop")
     e = cell_experiment(c, "gpu")
-    row = dict(
-        run_id=e.run_id,
-        metric="cka_0_1",
-        value=0.5,
-        status="ok",
-        step=10_000,
-        eval_id="cka-x",
-        origin="runs",
-        folder="",
-    )
+    row = {
+        "run_id": e.run_id,
+        "metric": "cka_0_1",
+        "value": 0.5,
+        "status": "ok",
+        "step": 10_000,
+        "eval_id": "cka-x",
+        "origin": "runs",
+        "folder": "",
+    }
     assert (
         ours(c, pd.DataFrame([row]), "gpu") == 0.5
         and ours(c, pd.DataFrame([dict(row, step=5000)]), "gpu") == NOT_RUN
@@ -331,7 +342,7 @@ def test_states_of_a_run(tmp_path, monkeypatch):
     (folder / "log.csv").write_text("step,loss,lr,seconds\n50,1,1,1\n1000,1,1,1\n")
     assert state(e, tmp_path) == ("stopped", "25% of the training is there")
     (folder / "run.json").write_text(
-        json.dumps(dict(status="failed", error="TrainingFailed: loss nan"))
+        json.dumps({"status": "failed", "error": "TrainingFailed: loss nan"})
     )
     assert state(e, tmp_path)[0] == "failed"
     from filelock import FileLock
@@ -582,7 +593,7 @@ def test_the_past_corrects_the_expectation(tmp_path):
             tmp_path / "some-run",
             machine="m",
             rate=RATE,
-            predicted=dict(total=20.0),
+            predicted={"total": 20.0},
             seconds=sec,
             cell_seconds=sec + 8,
             outcome="ran",
@@ -591,7 +602,7 @@ def test_the_past_corrects_the_expectation(tmp_path):
         tmp_path / "some-run",
         machine="other",
         rate=RATE,
-        predicted=dict(total=20.0),
+        predicted={"total": 20.0},
         seconds=1.0,
         cell_seconds=2.0,
         outcome="ran",
@@ -651,9 +662,9 @@ def test_submitit_runs_a_cell_on_this_machine(tmp_path):
     nbformat.write(
         nbformat.v4.new_notebook(
             cells=[params, code],
-            metadata=dict(
-                kernelspec=dict(name="python3", display_name="python3", language="python")
-            ),
+            metadata={
+                "kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}
+            },
         ),
         nb,
     )
@@ -866,7 +877,7 @@ def test_doctor_self_test_can_fail(tmp_path, monkeypatch):
     monkeypatch.setattr(
         P,
         "cached_certificate",
-        lambda d: [dict(file="uvit_text", ok=False), dict(file="other", ok=True)],
+        lambda d: [{"file": "uvit_text", "ok": False}, {"file": "other", "ok": True}],
     )
     r = next(r for r in doctor(out_dir=tmp_path) if r["what"] == "self-test")
     assert r["state"] == "problem" and "uvit_text" in r["detail"]

@@ -2,7 +2,9 @@
 
 import re
 from pathlib import Path
+
 import pandas as pd
+
 from uvit_repro.config import experiment
 from uvit_repro.runs.records import load_results
 
@@ -51,7 +53,7 @@ def test_speed_table_has_its_record():
     rows = re.findall(r"^\| (training|sampling), [^|]+ \| ([^|]+) \| ([^|]+) \|$", TEXT, re.M)
     assert len(rows) == 2
     for what, low, full in rows:
-        name = dict(training="train", sampling="sample")[what]
+        name = {"training": "train", "sampling": "sample"}[what]
         assert [low, full] == [text(df.loc[(name, p)]) for p in ("bf16", "fp32")]
 
 

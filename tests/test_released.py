@@ -1,15 +1,22 @@
 "Released checkpoints: which one it is, what it needs, the same images after a kill, what is recorded."
 
-import json, os, signal, subprocess, sys, time
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from uvit_repro.runs import released as R
+
 from uvit_repro.config import CONFIGS, SMOKE, ParameterError, eval_id, with_overrides
 from uvit_repro.data.files import CheckpointError, sha256_file
+from uvit_repro.runs import released as R
 from uvit_repro.runs.records import load_results
 from uvit_repro.runs.run import read_samples, samples_folder
 from uvit_repro.train import build_model, empty_model
@@ -23,7 +30,7 @@ def small(tmp_path_factory):
     "A small file of the released format, with random weights, and how it is to be evaluated."
     d = tmp_path_factory.mktemp("released")
     torch.save(build_model(SMALL).state_dict(), d / "small.pth")
-    (d / "run.json").write_text(json.dumps(dict(experiment=SMALL.to_dict())))
+    (d / "run.json").write_text(json.dumps({"experiment": SMALL.to_dict()}))
     return d
 
 
@@ -43,20 +50,27 @@ def test_the_ten_are_told_apart():
 @pytest.mark.parametrize(
     "change",
     [
-        dict(in_chans=4),
-        dict(depth=11),
-        dict(num_classes=10),
-        dict(conv="none"),
-        dict(img_size=16),
-        dict(patch_size=1),
-        dict(embed_dim=256, num_heads=4),
-        dict(qkv_bias=True),
-        dict(mlp_time_embed=True),
+        {"in_chans": 4},
+        {"depth": 11},
+        {"num_classes": 10},
+        {"conv": "none"},
+        {"img_size": 16},
+        {"patch_size": 1},
+        {"embed_dim": 256, "num_heads": 4},
+        {"qkv_bias": True},
+        {"mlp_time_embed": True},
     ],
 )
 def test_one_change_makes_it_none_of_the_ten(change):
     kw = {
-        **dict(img_size=32, patch_size=2, in_chans=3, embed_dim=512, depth=13, num_heads=8),
+        **{
+            "img_size": 32,
+            "patch_size": 2,
+            "in_chans": 3,
+            "embed_dim": 512,
+            "depth": 13,
+            "num_heads": 8,
+        },
         **change,
     }
     with torch.device("meta"):
@@ -120,7 +134,7 @@ def test_evaluation_is_recorded_once(small, tmp_path):
         run.fresh
         and run.run_id.startswith("released-digits-")
         and run.info["status"] == "ok"
-        and run.info["files"] == dict(checkpoint=sha256_file(small / "small.pth"))
+        and run.info["files"] == {"checkpoint": sha256_file(small / "small.pth")}
     )
     df = load_results("runs", tmp_path)
     assert (
@@ -150,7 +164,7 @@ def test_other_weights_are_another_run(small, tmp_path):
         torch.manual_seed(5)
         net = build_model(replace(SMALL, seed=5))
     torch.save(net.state_dict(), tmp_path / "other.pth")
-    kw = dict(exp=SMALL, out_dir=tmp_path, sample_batch=96, say=lambda s: None)
+    kw = {"exp": SMALL, "out_dir": tmp_path, "sample_batch": 96, "say": lambda s: None}
     a, b = (
         R.evaluate_released(small / "small.pth", **kw),
         R.evaluate_released(tmp_path / "other.pth", **kw),
@@ -163,7 +177,7 @@ def test_other_weights_are_another_run(small, tmp_path):
 def test_reference_is_recorded_and_checked_first(small, tmp_path):
     g = np.random.default_rng(0)
     a = g.normal(size=(200, 64))
-    kw = dict(exp=SMALL, out_dir=tmp_path, sample_batch=96, say=lambda s: None)
+    kw = {"exp": SMALL, "out_dir": tmp_path, "sample_batch": 96, "say": lambda s: None}
     np.savez(tmp_path / "stats.npz", mu=a.mean(0), sigma=np.cov(a.T))
     np.savez(tmp_path / "bad.npz", mu=a.mean(0))
     (tmp_path / "text.npz").write_text("no")
@@ -176,7 +190,8 @@ def test_reference_is_recorded_and_checked_first(small, tmp_path):
         R.evaluate_released(small / "small.pth", reference=tmp_path / "stats.npz", **kw),
     )
     assert (
-        run.info["reference"] == dict(file="stats.npz", sha256=sha256_file(tmp_path / "stats.npz"))
+        run.info["reference"]
+        == {"file": "stats.npz", "sha256": sha256_file(tmp_path / "stats.npz")}
         and "--reference" in run.info["command"]
     )
     df = run.measurements()
@@ -266,7 +281,7 @@ def test_imagenet64_without_its_data(tmp_path):
         data_root=str(tmp_path),
         device="cpu",
     )
-    e, data = R.open_released(exp, dict(checkpoint="aa"))
+    e, data = R.open_released(exp, {"checkpoint": "aa"})
     assert (
         e.sampling.labels == "uniform"
         and any("instead of by frequency" in n for n in data.notes)
@@ -280,7 +295,7 @@ def test_imagenet64_without_its_data(tmp_path):
         ]
     stats = tmp_path / "stats.npz"
     np.savez(stats, mu=np.zeros(2048), sigma=np.eye(2048))
-    e, data = R.open_released(with_overrides(exp, reference=str(stats)), dict(checkpoint="aa"))
+    e, data = R.open_released(with_overrides(exp, reference=str(stats)), {"checkpoint": "aa"})
     assert (
         e.sampling.labels == "frequency"
         and len(data) == 1001
@@ -307,7 +322,7 @@ def test_contexts_of_a_text_model(tmp_path):
     ):
         R.open_released(exp, {})
     save_file(
-        dict(contexts=torch.randn(3, 77, 768), null=torch.zeros(77, 768)),
+        {"contexts": torch.randn(3, 77, 768), "null": torch.zeros(77, 768)},
         tmp_path / "c.safetensors",
     )
     e, data = R.open_released(exp, {}, contexts=tmp_path / "c.safetensors")
@@ -331,7 +346,7 @@ def test_contexts_from_a_store_of_texts(tmp_path):
         ["", "a", "bb", "ccc"],
         Encoder(),
         tmp_path / "store",
-        dict(counts=[1], prompts=2),
+        {"counts": [1], "prompts": 2},
         batch=2,
         shard_rows=2,
         say=lambda s: None,
@@ -351,15 +366,15 @@ def test_latent_model_of_the_released_format(tmp_path):
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    kl = dict(
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        mid_block_add_attention=False,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    )
+    kl = {
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "mid_block_add_attention": False,
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
     vae = AutoencoderKL(**kl).eval()
     vae.save_pretrained(tmp_path / "vae")
     paper = CONFIGS["ImageNet 256x256 U-ViT-H/2"]
@@ -371,15 +386,15 @@ def test_latent_model_of_the_released_format(tmp_path):
         evaluation=replace(paper.evaluation, features="none"),
     )
     torch.save(build_model(exp).state_dict(), tmp_path / "latent.pth")
-    kw = dict(
-        exp=exp,
-        num_samples=12,
-        sample_batch=12,
-        out_dir=tmp_path,
-        data_root=tmp_path,
-        device="cpu",
-        say=lambda s: None,
-    )
+    kw = {
+        "exp": exp,
+        "num_samples": 12,
+        "sample_batch": 12,
+        "out_dir": tmp_path,
+        "data_root": tmp_path,
+        "device": "cpu",
+        "say": lambda s: None,
+    }
     with pytest.raises(FileNotFoundError, match="(?s)autoencoder 'ema'.*snapshot_download"):
         R.evaluate_released(tmp_path / "latent.pth", **kw)
     assert not list(tmp_path.glob("released-*"))

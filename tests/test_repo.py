@@ -1,14 +1,28 @@
 "The form of the repository: notebooks in git, modules that equal them, nothing that belongs to one machine."
 
-import ast, json, re, shutil, subprocess, sys
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
+
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
 MODULES = sorted(p.stem for p in (ROOT / "uvit_repro").glob("*.py") if not p.stem.startswith("_"))
-HEAVY = "diffusers torch_fidelity torchvision open_clip sklearn transformers papermill".split()
+HEAVY = [
+    "diffusers",
+    "torch_fidelity",
+    "torchvision",
+    "open_clip",
+    "sklearn",
+    "transformers",
+    "papermill",
+]
 
 
 def cells(nb, kind=None):
@@ -91,7 +105,7 @@ json.dump(dict(bad=bad, cuda=bool(torch and torch.cuda.is_initialized()), heavy=
     )
     assert out.returncode == 0, out.stderr[-3000:]
     got = json.loads((tmp_path / "r.json").read_text())
-    assert got == dict(bad={}, cuda=False, heavy=[]), "\n".join(
+    assert got == {"bad": {}, "cuda": False, "heavy": []}, "\n".join(
         [str(got["heavy"]), *got["bad"].values()]
     )
     assert out.stdout == "", f"importing prints: {out.stdout[:500]}"
@@ -190,7 +204,7 @@ def repository_files():
 
 def test_no_paths_of_one_machine():
     machine, bad = re.compile(r"(?<![\w.~}])/(?:work|farm|root)/"), []
-    assert machine.search("open('/{0}/x')".format("work")) and not machine.search(
+    assert machine.search("open('/{}/x')".format("work")) and not machine.search(
         "../{0}/x https://example.org/{0}/ ~/{0}/".format("work")
     )
     for p in repository_files():

@@ -1,13 +1,18 @@
 "Every row of the record has its cell, every number of ours its run, every link its target, and the committed report is what the committed records give."
 
-import csv, re, time
+import csv
+import re
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
-import pandas as pd, pytest
-from uvit_repro.report import pages as R
-from uvit_repro.paper.numbers import load_claims
+
+import pandas as pd
+import pytest
+
 from uvit_repro.campaign.plan import registry
+from uvit_repro.paper.numbers import load_claims
+from uvit_repro.report import pages as R
 from uvit_repro.runs.records import load_results, published_root
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +70,7 @@ def page(root):
 
 def record():
     "The rows of the record as the files have them: (key, value)."
-    for name, fixed in (("uvit_tables.csv", dict(paper="U-ViT")), ("other_tables.csv", {})):
+    for name, fixed in (("uvit_tables.csv", {"paper": "U-ViT"}), ("other_tables.csv", {})):
         for r in csv.DictReader(open(DATA / name, newline="")):
             r = {**r, **fixed}
             yield (
@@ -283,7 +288,8 @@ def test_the_committed_report_is_whole(published):
 
 def test_the_report_has_nothing_of_today_or_of_this_machine(published):
     text, _ = published
-    import datetime, os
+    import datetime
+    import os
 
     assert (
         str(ROOT) not in text
@@ -298,7 +304,8 @@ def test_the_committed_report_stays_small():
 
 
 def test_a_page_hides_code_or_shows_it_in_colours(tmp_path):
-    import nbformat.v4 as v4, nbformat
+    import nbformat
+    import nbformat.v4 as v4
 
     nb = v4.new_notebook(
         cells=[
@@ -344,17 +351,18 @@ def test_a_page_hides_code_or_shows_it_in_colours(tmp_path):
 
 
 def test_an_executed_copy_says_nothing_of_this_machine(tmp_path):
-    import nbformat.v4 as v4, nbformat
+    import nbformat
+    import nbformat.v4 as v4
 
     out, err = (
         v4.new_output("stream", name=n, text=t)
         for n, t in (("stdout", f"wrote {ROOT}/x"), ("stderr", "noise"))
     )
     nb = v4.new_notebook(
-        metadata=dict(papermill=dict(a=1)),
+        metadata={"papermill": {"a": 1}},
         cells=[
             v4.new_code_cell(
-                "1", outputs=[out, err], metadata=dict(tags=["parameters"], papermill=dict(b=2))
+                "1", outputs=[out, err], metadata={"tags": ["parameters"], "papermill": {"b": 2}}
             )
         ],
     )

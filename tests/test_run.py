@@ -1,9 +1,17 @@
 "A run is done once; a sweep keeps its budget; two at once do not spoil each other; identities of committed runs hold."
 
-import json, subprocess, sys
+import json
+import subprocess
+import sys
 from pathlib import Path
-import nbformat, numpy as np, pandas as pd, pytest, torch
-from uvit_repro.config import experiment, ParameterError, SMOKE, from_dict, with_overrides
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from uvit_repro.config import SMOKE, ParameterError, experiment, from_dict, with_overrides
 from uvit_repro.data.files import CheckpointError
 from uvit_repro.runs.records import load_results, load_run
 from uvit_repro.runs.run import (
@@ -113,7 +121,7 @@ def bad_checkpoint(kind, folder):
     exp = with_overrides(SMOKE, embed_dim=16) if kind == "another size" else SMOKE
     folder.mkdir(parents=True)
     if kind == "never loaded":
-        torch.save(dict(net=Attack(folder / "attacked")), folder / "checkpoint.pt")
+        torch.save({"net": Attack(folder / "attacked")}, folder / "checkpoint.pt")
         return
     save_checkpoint(
         folder,
@@ -222,11 +230,13 @@ def test_impossible_sampler_stops_before_training(tmp_path):
 
 def chapter(path, body):
     nb = nbformat.v4.new_notebook(
-        metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
+        metadata={
+            "kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}
+        }
     )
     head = "protocol: str = None  #\nseed: int = 0  #\nout_dir: str = None  #\nskip: str = None  #\nthreads: int = None  #"
     nb.cells = [
-        nbformat.v4.new_code_cell(head, metadata=dict(tags=["parameters"])),
+        nbformat.v4.new_code_cell(head, metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(body),
     ]
     nbformat.write(nb, path)
@@ -238,9 +248,9 @@ def test_sweep_budget_failures_and_continuation(tmp_path):
         tmp_path / "cell.ipynb",
         "import time; time.sleep(4 if skip == 'none' else 0.5)\nif skip == 'add': raise ValueError('no sums today')\nprint('step done')",
     )
-    cells = [dict(protocol="smoke", skip=s) for s in ("none", "add", "linear_add", "add_linear")]
+    cells = [{"protocol": "smoke", "skip": s} for s in ("none", "add", "linear_add", "add_linear")]
     said = []
-    how = dict(say=said.append, out_dir=tmp_path / "runs", flops_per_second=1e10)
+    how = {"say": said.append, "out_dir": tmp_path / "runs", "flops_per_second": 1e10}
     state = run_sweep(cells, nb, budget=4, workers=1, **how)
     assert len(state["left"]) == 4 and not state["ran"], (
         "nothing fits: the kernel alone takes ten seconds",
@@ -277,6 +287,7 @@ def test_there_is_published_evidence():
 def test_published_run(folder):
     "Its name is what its experiment is called today; its statistics are those that were recorded; its values follow from them."
     import hashlib
+
     from uvit_repro.metrics import recompute
 
     info = json.loads((folder / "run.json").read_text())

@@ -1,9 +1,16 @@
 "Samplers of uvit_repro.sample against closed forms, diffusers and the authors' own outputs."
 
-import json, math, subprocess, sys
+import json
+import math
+import subprocess
+import sys
 from fractions import Fraction
 from importlib.resources import files
-import numpy as np, pytest, torch
+
+import numpy as np
+import pytest
+import torch
+
 from uvit_repro.config import SAMPLERS, DiffusionConfig, ParameterError, SamplingConfig
 from uvit_repro.diffusion import Diffusion
 from uvit_repro.sample import (
@@ -107,7 +114,7 @@ def test_released_dpm_solver_pp_fast_guided(nfe):
         trained("train_discrete_class"),
         diffusion("sd"),
         cfg_scale=1.4,
-        null=dict(y=torch.tensor(10)),
+        null={"y": torch.tensor(10)},
     )
     out = dpm_solver_fast(den, torch.tensor(g["x_init"]), nfe, pp=True, y=torch.tensor(g["y"]))
     assert float(g["released_scale"]) == pytest.approx(0.4) and int(g["null_class"]) == 10
@@ -213,7 +220,7 @@ def test_guidance():
     d = diffusion()
     net = ExactMixture(d, MEANS, 0.3, CLASSES)
     x, y = initial_noise(0, 0, 20, (2,)).double(), torch.arange(20) % 2
-    at = lambda w, **kw: Denoiser(net, d, w, null=dict(y=torch.tensor(2)), **kw).eps(x, 0.3, y=y)
+    at = lambda w, **kw: Denoiser(net, d, w, null={"y": torch.tensor(2)}, **kw).eps(x, 0.3, y=y)
     cond, null = (
         Denoiser(net, d).eps(x, 0.3, y=y),
         Denoiser(net, d).eps(x, 0.3, y=torch.full((20,), 2)),
@@ -226,7 +233,7 @@ def test_guidance():
     assert torch.allclose(at(1.4), cond + 0.4 * (cond - null)) and torch.allclose(
         at(3.0) - at(1.0), 2 * (at(1.0) - at(0.0))
     )
-    x0, eps = Denoiser(net, d, 1.4, clip=True, null=dict(y=2)).both(x, 0.3, y=y)
+    x0, eps = Denoiser(net, d, 1.4, clip=True, null={"y": 2}).both(x, 0.3, y=y)
     p, t = d.process, torch.tensor(0.3).double()
     assert x0.abs().max() <= 1 and torch.allclose(p.alpha(t) * x0 + p.sigma(t) * eps, x)
     with pytest.raises(ParameterError, match="null condition"):
@@ -317,7 +324,7 @@ def test_three_channels_and_power_cosine():
     z = torch.zeros(5, 4, 2, 2)
     for t in (1e-3, 0.3, 0.75, 1.0):
         F, v = Denoiser(
-            net, d, 4.4, null=dict(y=torch.tensor(9)), cfg_channels=3, cfg_schedule="power_cosine"
+            net, d, 4.4, null={"y": torch.tensor(9)}, cfg_channels=3, cfg_schedule="power_cosine"
         ).outputs(z, t, y=y)
         w = 1 + 3.4 * (1 - math.cos(math.pi * (1 - (round(1000 * t) - 1) / 1000) ** 4)) / 2
         cond, null = torch.arange(1.0, 9) * (1 + y)[:, None], torch.arange(1.0, 9) * 10
@@ -394,7 +401,7 @@ def test_errors_say_what_to_do():
         check_sampler("ancestral", 100, edm)
     with pytest.raises(ParameterError, match="edm tells"):
         Denoiser(
-            torch.nn.Identity(), diffusion("edm"), 2.0, null=dict(y=1), cfg_schedule="power_cosine"
+            torch.nn.Identity(), diffusion("edm"), 2.0, null={"y": 1}, cfg_schedule="power_cosine"
         )
     with pytest.raises(ParameterError, match="allowed are ddim"):
         diffusers_solver(exact(), torch.zeros(1, 2), 5, "plms")
@@ -418,7 +425,7 @@ def test_no_synchronisation_in_the_loop(sampler):
     from uvit_repro.sample import solve
 
     net, d = torch.nn.Conv2d(3, 3, 3, padding=1).cuda(), diffusion()
-    den = Denoiser(lambda x, c, y: net(x), d, 1.4, null=dict(y=torch.tensor(10, device="cuda")))
+    den = Denoiser(lambda x, c, y: net(x), d, 1.4, null={"y": torch.tensor(10, device="cuda")})
     x, y = (
         initial_noise(0, 0, 4, (3, 8, 8), "cuda"),
         torch.zeros(4, dtype=torch.int64, device="cuda"),

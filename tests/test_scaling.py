@@ -2,10 +2,12 @@
 
 import random
 from dataclasses import replace
-import pytest, torch
+
+import pytest
+import torch
 from torch import nn
+
 from uvit_repro.config import CONFIGS, PROTOCOLS, ParameterError, experiment
-from uvit_repro.runs.execution import set_attention
 from uvit_repro.runs.counting import (
     count_macs,
     evaluations,
@@ -16,6 +18,7 @@ from uvit_repro.runs.counting import (
     predict_seconds,
     training_flops,
 )
+from uvit_repro.runs.execution import set_attention
 from uvit_repro.scaling import (
     allocated_peak,
     allreduce_bytes,
@@ -65,14 +68,21 @@ def test_count_equals_closed_form(kw):
 
 
 def test_every_choice():
-    base = dict(img_size=8, patch_size=4, in_chans=3, embed_dim=24, depth=3, num_heads=2)
-    for field, values in dict(
-        skip=("concat", "add", "add_linear", "linear_add", "none", "add_scaled"),
-        time=("adaln", "adaln_literal", "adaln_zero"),
-        conv=("before", "none"),
-        patch_embed=("conv",),
-        pos_embed=("sincos2d", "none"),
-    ).items():
+    base = {
+        "img_size": 8,
+        "patch_size": 4,
+        "in_chans": 3,
+        "embed_dim": 24,
+        "depth": 3,
+        "num_heads": 2,
+    }
+    for field, values in {
+        "skip": ("concat", "add", "add_linear", "linear_add", "none", "add_scaled"),
+        "time": ("adaln", "adaln_literal", "adaln_zero"),
+        "conv": ("before", "none"),
+        "patch_embed": ("conv",),
+        "pos_embed": ("sincos2d", "none"),
+    }.items():
         for v in values:
             assert count_macs(on_meta(**base, **{field: v})) == macs_formula(
                 **base, **{field: v}
@@ -131,7 +141,7 @@ def test_table2():
 
 
 def test_figure3_cells_are_chapter_parameters():
-    for p, n in dict(smoke=7, gpu=8).items():
+    for p, n in {"smoke": 7, "gpu": 8}.items():
         cells = figure3_cells(p, seeds=(0, 3))
         assert len(cells) == 2 * n
         assert {experiment(**c).run_id for c in cells} == {

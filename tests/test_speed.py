@@ -1,15 +1,18 @@
 "Faster ways to the same numbers: compiled blocks, CUDA graphs, recomputed activations; and nothing in an update waits for the device."
 
-import subprocess, sys
-import pytest, torch
+import subprocess
+import sys
+
+import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+
 from uvit_repro.config import SMOKE, ParameterError, with_overrides
 from uvit_repro.data.images import Batches, open_data
 from uvit_repro.diffusion import Diffusion
-from uvit_repro.runs.execution import compile_blocks
+from uvit_repro.runs.execution import compile_blocks, set_checkpoint
 from uvit_repro.train import Trainer, build_model, golden_training, sample_times_and_noise
-from uvit_repro.runs.execution import set_checkpoint
 from uvit_repro.uvit import UViT
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -120,9 +123,8 @@ def test_an_update_never_asks_for_a_value(process):
         return tr.update(x0, t, eps, y=y)
 
     step(0)
-    with pytest.raises(AssertionError, match="would wait"):
-        with NoWaiting():
-            float(step(1).mean())
+    with pytest.raises(AssertionError, match="would wait"), NoWaiting():
+        float(step(1).mean())
     if DEVICE.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:

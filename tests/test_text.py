@@ -1,18 +1,27 @@
 "Text: encoder, captions, stores, and the set of drawn shapes with its reader."
 
-import gzip, json, math, random, subprocess, sys
-import numpy as np, pytest, torch
-from PIL import Image
-from uvit_repro.config import DataConfig, ParameterError
-from uvit_repro.latents import StoreError
-from uvit_repro.data.files import sha256_file
-from uvit_repro import text as T
+import gzip
+import json
+import math
+import random
+import subprocess
+import sys
 
-SMALL = dict(
-    embed_dim=32,
-    quick_gelu=True,
-    text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2),
-)
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from uvit_repro import text as T
+from uvit_repro.config import DataConfig, ParameterError
+from uvit_repro.data.files import sha256_file
+from uvit_repro.latents import StoreError
+
+SMALL = {
+    "embed_dim": 32,
+    "quick_gelu": True,
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
 quiet = lambda *a, **k: None
 
 
@@ -103,7 +112,7 @@ def test_open_clip_gives_the_same(enc, tmp_path):
     "The whole model of open_clip with the same weights, by its own way to all tokens."
     import open_clip
 
-    vision = dict(image_size=32, layers=1, width=32, head_width=16, patch_size=16)
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
     (tmp_path / "tiny-text.json").write_text(json.dumps(dict(SMALL, vision_cfg=vision)))
     open_clip.add_model_config(tmp_path / "tiny-text.json")
     m = open_clip.create_model("tiny-text")
@@ -150,14 +159,14 @@ def annotations(root, split, ids, n=5):
     d.mkdir(parents=True, exist_ok=True)
     (d / f"captions_{split}2014.json").write_text(
         json.dumps(
-            dict(
-                images=[dict(id=i, file_name=f"COCO_{split}2014_{i:012d}.jpg") for i in ids],
-                annotations=[
-                    dict(id=10 * i + k, image_id=i, caption=f"{split} {i} caption {k}")
+            {
+                "images": [{"id": i, "file_name": f"COCO_{split}2014_{i:012d}.jpg"} for i in ids],
+                "annotations": [
+                    {"id": 10 * i + k, "image_id": i, "caption": f"{split} {i} caption {k}"}
                     for i in ids
                     for k in range(n + i % 2)
                 ],
-            )
+            }
         )
     )
 
@@ -286,7 +295,7 @@ class Fragile:
 
 def test_killed_ten_times_gives_the_same_bytes(tmp_path, enc):
     texts = ["", *(f"caption {i}" for i in range(40))]
-    how = dict(batch=2, shard_rows=4, say=quiet)
+    how = {"batch": 2, "shard_rows": 4, "say": quiet}
     rng, deaths = random.Random(0), 0
     T.encode_texts(texts, enc, tmp_path / "a", **how)
     while deaths < 10:
@@ -303,7 +312,7 @@ def test_killed_ten_times_gives_the_same_bytes(tmp_path, enc):
 
 def test_flipped_byte_is_named_and_repaired(tmp_path, enc):
     texts = ["", *(f"caption {i}" for i in range(9))]
-    how = dict(batch=2, shard_rows=4, say=quiet)
+    how = {"batch": 2, "shard_rows": 4, "say": quiet}
     s = T.encode_texts(texts, enc, tmp_path / "s", **how)
     before = s.read(range(10))
     f = s.path / "contexts-00001.npy"

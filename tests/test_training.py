@@ -1,11 +1,18 @@
 "Training as a function of its experiment: killed and resumed it ends at the same weights; damaged and foreign checkpoints; the released code's steps."
 
-import os, random, signal, subprocess, sys
+import os
+import random
+import signal
+import subprocess
+import sys
 from pathlib import Path
-import pytest, torch
+
+import pytest
+import torch
+
 from uvit_repro.config import SMOKE, experiment, with_overrides
-from uvit_repro.data.images import open_data
 from uvit_repro.data.files import CheckpointError, load_tensors
+from uvit_repro.data.images import open_data
 from uvit_repro.train import golden_training, load_weights, read_log, train
 
 CHILD = """

@@ -1,10 +1,14 @@
 "U-Nets: built as printed, wired as the authors' code is, counted twice, started right, matched to a budget, trained by the same code."
 
-import math, random
+import math
+import random
 from dataclasses import replace
-import pytest, torch
+
+import pytest
+import torch
 import torch.nn.functional as F
 from torch import nn
+
 from uvit_repro.config import SMOKE, ParameterError, experiment, with_overrides
 from uvit_repro.diffusion import Diffusion
 from uvit_repro.layers import timestep_embedding
@@ -50,7 +54,14 @@ def waken(net, std=0.2, seed=0):
 def small(kind, **kw):
     return kind(
         **{
-            **dict(img_size=8, in_chans=2, channels=16, mult=(1, 2), res_blocks=1, attention=(2,)),
+            **{
+                "img_size": 8,
+                "in_chans": 2,
+                "channels": 16,
+                "mult": (1, 2),
+                "res_blocks": 1,
+                "attention": (2,),
+            },
             **kw,
         }
     )
@@ -110,15 +121,15 @@ rng = random.Random(3)
 
 def some():
     kind, levels, C = rng.choice([LatentUNet, ADMUNet]), rng.randint(1, 3), 4 * rng.randint(1, 5)
-    kw = dict(
-        img_size=2 ** rng.randint(levels, 4),
-        in_chans=rng.randint(1, 4),
-        channels=C,
-        mult=tuple(rng.choice([1, 2, 3]) for _ in range(levels)),
-        res_blocks=rng.randint(1, 2),
-        attention=tuple(2**i for i in range(levels) if rng.random() < 0.5),
-        out_chans=rng.randint(1, 5),
-    )
+    kw = {
+        "img_size": 2 ** rng.randint(levels, 4),
+        "in_chans": rng.randint(1, 4),
+        "channels": C,
+        "mult": tuple(rng.choice([1, 2, 3]) for _ in range(levels)),
+        "res_blocks": rng.randint(1, 2),
+        "attention": tuple(2**i for i in range(levels) if rng.random() < 0.5),
+        "out_chans": rng.randint(1, 5),
+    }
     if kind is ADMUNet:
         return kind, dict(
             kw,
@@ -131,9 +142,9 @@ def some():
         num_heads=rng.choice([1, 2, 4]),
         **rng.choice(
             [
-                dict(clip_dim=None),
-                dict(clip_dim=7, num_clip_token=5),
-                dict(clip_dim=None, num_classes=3),
+                {"clip_dim": None},
+                {"clip_dim": 7, "num_clip_token": 5},
+                {"clip_dim": None, "num_classes": 3},
             ]
         ),
     )
@@ -288,9 +299,9 @@ def test_conditions_reach_the_output_and_wrong_ones_are_refused():
             classes(x, t, torch.tensor([0, 1])) - classes(x, t, torch.tensor([2, 1]))
         )[0].abs().max() > 1e-3
         for net, kw in (
-            (text, dict(context=c)),
+            (text, {"context": c}),
             (plain, {}),
-            (classes, dict(y=torch.tensor([0, 1]))),
+            (classes, {"y": torch.tensor([0, 1])}),
         ):
             assert (net(x, t, **kw) - net(x, t + 300, **kw)).abs().max() > 1e-3
         one = classes(x[:1], t[:1], torch.tensor([0]))
@@ -298,10 +309,10 @@ def test_conditions_reach_the_output_and_wrong_ones_are_refused():
             classes(x, t, torch.tensor([0, 1]))[:1], one, atol=1e-3 * one.abs().max()
         )
     for net, kw, why in (
-        (plain, dict(context=c), "was built without"),
+        (plain, {"context": c}, "was built without"),
         (text, {}, "needs it"),
         (classes, {}, "needs it"),
-        (classes, dict(y=torch.tensor([0, 1]), context=c), "was built without"),
+        (classes, {"y": torch.tensor([0, 1]), "context": c}, "was built without"),
     ):
         with pytest.raises(ValueError, match=why):
             net(x, t, **kw)
@@ -312,13 +323,13 @@ def test_conditions_reach_the_output_and_wrong_ones_are_refused():
 @pytest.mark.parametrize(
     "kw,why",
     [
-        (dict(mult=(1, 2, 2, 2)), r"try mult = \(1, 2, 2\)"),
-        (dict(img_size=7), r"try mult = \(1,\)"),
-        (dict(attention=(3,)), "factors here are 1, 2"),
-        (dict(channels=17), "try 18"),
-        (dict(channels=-2), "at least 1"),
-        (dict(res_blocks=0), "res_blocks = 0"),
-        (dict(mult=()), "empty"),
+        ({"mult": (1, 2, 2, 2)}, r"try mult = \(1, 2, 2\)"),
+        ({"img_size": 7}, r"try mult = \(1,\)"),
+        ({"attention": (3,)}, "factors here are 1, 2"),
+        ({"channels": 17}, "try 18"),
+        ({"channels": -2}, "at least 1"),
+        ({"res_blocks": 0}, "res_blocks = 0"),
+        ({"mult": ()}, "empty"),
     ],
 )
 def test_impossible_sizes(kw, why):
@@ -346,10 +357,13 @@ def test_further_impossible_choices():
 
 # ---------------------------------------------------------------- from an experiment
 SMALL_EXP = {
-    "ADM": dict(model="ADM", embed_dim=8, options="mult=1-2,res_blocks=1"),
-    "UNet-latent": dict(
-        model="UNet-latent", embed_dim=8, num_heads=2, options="mult=1-2,res_blocks=1,attention=2"
-    ),
+    "ADM": {"model": "ADM", "embed_dim": 8, "options": "mult=1-2,res_blocks=1"},
+    "UNet-latent": {
+        "model": "UNet-latent",
+        "embed_dim": 8,
+        "num_heads": 2,
+        "options": "mult=1-2,res_blocks=1,attention=2",
+    },
 }
 
 
@@ -392,10 +406,10 @@ def test_sections_and_options():
         == 8
     )
     for kw in (
-        dict(options="depth=3"),
-        dict(options="mult=a-b"),
-        dict(condition="text"),
-        dict(use_checkpoint=True, activation_budget=1.0),
+        {"options": "depth=3"},
+        {"options": "mult=a-b"},
+        {"condition": "text"},
+        {"use_checkpoint": True, "activation_budget": 1.0},
     ):
         with pytest.raises(ParameterError):
             meta_model(with_overrides(e, **kw))
@@ -428,7 +442,7 @@ def test_start(name):
     assert torch.equal(net.net.conv_in.weight, wider.net.conv_in.weight)
     direct = small(
         ADMUNet if name == "ADM" else LatentUNet,
-        **(dict(num_classes=None) if name == "ADM" else dict(clip_dim=None)),
+        **({"num_classes": None} if name == "ADM" else {"clip_dim": None}),
     )
     assert not direct(torch.randn(2, 2, 8, 8), torch.ones(2)).any()
 
@@ -484,7 +498,7 @@ def test_training_lowers_the_loss_and_uses_what_it_is_told(told):
                 x0,
                 torch.ones(8),
                 torch.randn(8, 1, 8, 8),
-                **(dict(y=y) if told == "y" else dict(context=table[y])),
+                **({"y": y} if told == "y" else {"context": table[y]}),
             )
             .mean()
             .item()
@@ -511,12 +525,12 @@ def test_match_width():
         and measure_of("macs")(on_meta(ADMUNet)) == 135_365_672_960
     )
     for kw, why in (
-        (dict(target=0.5), "smallest width"),
-        (dict(target=1e9), "largest width"),
-        (dict(target=9, measure="flops"), "params, macs"),
+        ({"target": 0.5}, "smallest width"),
+        ({"target": 1e9}, "largest width"),
+        ({"target": 9, "measure": "flops"}, "params, macs"),
     ):
         with pytest.raises(ParameterError, match=why):
-            match_width(**{**dict(make=square, widths=range(1, 9)), **kw})
+            match_width(**{**{"make": square, "widths": range(1, 9)}, **kw})
 
     def on(w):
         net = nn.Linear(w, w)

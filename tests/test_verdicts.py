@@ -1,11 +1,17 @@
 "From measurements to verdicts: the file of tests fits the claims, the statistics keep their promises, the rules hold on made-up records."
 
-import itertools, math
-import numpy as np, pandas as pd, pytest, scipy.stats
-from uvit_repro.report import verdicts as V
+import itertools
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+
 from uvit_repro.config import ParameterError
 from uvit_repro.metrics import FORMULAS, NETWORKS, metric_name
 from uvit_repro.paper.numbers import load_claims, published
+from uvit_repro.report import verdicts as V
 from uvit_repro.runs.records import load_results
 
 TESTED = [t for t in V.load_tests() if t["kind"] in V.TESTED]
@@ -98,8 +104,8 @@ def test_overrides_build_experiments_and_metrics_exist(t):
     ],
 )
 def test_what_a_chapter_runs_is_what_the_claim_asks_for(claim, arms):
-    from uvit_repro.genvit import arm
     from uvit_repro.comparison import comparison
+    from uvit_repro.genvit import arm
 
     ours = {
         e.run_id
@@ -236,7 +242,12 @@ def test_seeds_needed():
 def test_no_gain_is_never_a_failed_test():
     rng = np.random.default_rng(3)
     rates = {}
-    for name, mu in dict(nothing=(-1, -1), half=(-1, -1.5), all=(-1, -2), flat=(0, 0)).items():
+    for name, mu in {
+        "nothing": (-1, -1),
+        "half": (-1, -1.5),
+        "all": (-1, -2),
+        "flat": (0, 0),
+    }.items():
         for sd in (0.1, 1.0):
             logs = logs_of(8000, mu, 3, rng, sd)
             s, df = V.pooled_sd(logs)
@@ -290,18 +301,18 @@ def test_claims_about_representations_read_other_evaluations():
     e = [V.arm_experiment({"skip": "add"}, "gpu", seed=s) for s in range(3)]
     rng = np.random.default_rng(0)
     rows = [
-        dict(
-            run_id=x.run_id,
-            eval_id="cka-1",
-            metric=m,
-            step=10_000,
-            seed=x.seed,
-            value=v * math.exp(0.005 * rng.normal()),
-            status="ok",
-            note="",
-            protocol="gpu",
-            started="2999",
-        )
+        {
+            "run_id": x.run_id,
+            "eval_id": "cka-1",
+            "metric": m,
+            "step": 10_000,
+            "seed": x.seed,
+            "value": v * math.exp(0.005 * rng.normal()),
+            "status": "ok",
+            "note": "",
+            "protocol": "gpu",
+            "started": "2999",
+        }
         for x in e
         for m, v in (
             ("cka_within_0_3", 0.97),
@@ -377,7 +388,7 @@ def test_short_runs_other_data_and_seen_runs_show_a_direction_only():
             == f"{word} at 4K on digits"
         )
     lost = [{}, {"pos_embed": "none"}]
-    seen = dict(started="2026-11-20T11:00:00Z")
+    seen = {"started": "2026-11-20T11:00:00Z"}
     assert V.verdict("U11", made([0, 2], "laptop", arms=lost), "laptop").verdict == "supported"
     assert (
         V.verdict("U11", made([0, 0.3], "laptop", arms=lost), "laptop").verdict == "contradicted"
@@ -425,18 +436,18 @@ def test_speed_and_level():
                     for i in V.planned_evaluations(x, step):
                         f = (loss_factor if "-loss-" in i else factor) if k == "concat" else 1
                         rows.append(
-                            dict(
-                                run_id=x.run_id,
-                                eval_id=i,
-                                metric="heldout_loss" if "-loss-" in i else "fid",
-                                step=step,
-                                seed=x.seed,
-                                value=1e6 / (step * f) * math.exp(0.01 * rng.normal()),
-                                status="ok",
-                                note="",
-                                protocol="paper",
-                                started="2999",
-                            )
+                            {
+                                "run_id": x.run_id,
+                                "eval_id": i,
+                                "metric": "heldout_loss" if "-loss-" in i else "fid",
+                                "step": step,
+                                "seed": x.seed,
+                                "value": 1e6 / (step * f) * math.exp(0.01 * rng.normal()),
+                                "status": "ok",
+                                "note": "",
+                                "protocol": "paper",
+                                "started": "2999",
+                            }
                         )
         return pd.DataFrame(rows)
 
@@ -461,7 +472,7 @@ def test_speed_and_level():
 def test_plans_cost_and_commands():
     arms = [{}, {"time": "adaln"}]
     r = made([0, 0.05], "gpu", arms=arms, sd=0.05, rng=4)
-    cost = lambda e: dict(train=e.train.n_steps / 10, sample=7, total=e.train.n_steps / 10 + 7)
+    cost = lambda e: {"train": e.train.n_steps / 10, "sample": 7, "total": e.train.n_steps / 10 + 7}
     v = V.verdict("U06", r, "gpu", cost)
     p = v.plan
     assert v.verdict == "undecided" and p.steps == 100_000 and p.protocol == "gpu"
@@ -495,9 +506,9 @@ def test_all_claims_from_the_published_records():
     r = load_results("published")
     out = V.all_verdicts(r)
     table = V.verdict_frame(out)
-    assert list(dict.fromkeys(table.id)) == list(load_claims().id) and set(
+    assert list(dict.fromkeys(table.id)) == list(load_claims().id) and {
         v.verdict for v in out
-    ) <= set(V.VERDICTS)
+    } <= set(V.VERDICTS)
     assert {v.claim for v in out if v.verdict == "supported" and not v.run_ids} == {
         "U36",
         "U37",

@@ -9,6 +9,7 @@ __all__ = ['ORDER', 'beyond', 'variants', 'figure2_cells', 'collect', 'standing'
 # %% ../nbs/05_ablations.ipynb #05-47bbad2c
 import functools
 from dataclasses import replace
+
 import numpy as np
 from .config import PROTOCOLS, Experiment, ParameterError
 from .paper.numbers import FIGURE2, figure2
@@ -24,10 +25,10 @@ def beyond(
     m = base.model
     wide = matched_none(m.embed_dim, m.depth, m.mlp_ratio)
     return [
-        ("a", "No long skip, as many parameters", dict(skip="none", mlp_ratio=wide)),
-        ("a", "(h_m + h_s)/sqrt 2", dict(skip="add_scaled")),
-        ("b", "AdaLN, literal start", dict(time="adaln_literal")),
-        ("b", "AdaLN-Zero", dict(time="adaln_zero")),
+        ("a", "No long skip, as many parameters", {"skip": "none", "mlp_ratio": wide}),
+        ("a", "(h_m + h_s)/sqrt 2", {"skip": "add_scaled"}),
+        ("b", "AdaLN, literal start", {"time": "adaln_literal"}),
+        ("b", "AdaLN-Zero", {"time": "adaln_zero"}),
     ]
 
 
@@ -126,14 +127,14 @@ def standing(
             if x.seed in adopted and v != "adopted"
         ]
         rows.append(
-            dict(
-                variant=v,
-                seeds=len(g),
-                values=", ".join(f"{x:.3g}" for x in g.value),
-                mean=g.value.mean(),
-                log_ratio_to_adopted=np.mean(diffs) if diffs else np.nan,
-                run_ids=", ".join(g.run_id),
-            )
+            {
+                "variant": v,
+                "seeds": len(g),
+                "values": ", ".join(f"{x:.3g}" for x in g.value),
+                "mean": g.value.mean(),
+                "log_ratio_to_adopted": np.mean(diffs) if diffs else np.nan,
+                "run_ids": ", ".join(g.run_id),
+            }
         )
     return pd.DataFrame(
         rows,

@@ -9,8 +9,8 @@ __all__ = ['SWITCH_OPTIONS', 'SWITCHES', 'PRESETS', 'NormedAttention', 'SwitchBl
 
 # %% ../nbs/13_ascend.ipynb #11b-26d6beba
 import torch
-from torch import Tensor, nn
 from einops import rearrange
+from torch import Tensor, nn
 from uvit_repro.config import (
     Experiment,
     ModelConfig,
@@ -145,14 +145,20 @@ def draw_split(
         ha="center",
         va="center",
         fontsize=8,
-        bbox=dict(boxstyle="round,pad=0.25", fc=c, ec="0.35", lw=0.8),
+        bbox={"boxstyle": "round,pad=0.25", "fc": c, "ec": "0.35", "lw": 0.8},
         zorder=3,
     )
     arrow = lambda a, b, c, w: ax.annotate(
         "",
         b,
         a,
-        arrowprops=dict(arrowstyle="-|>", color=c, lw=w, shrinkA=9, shrinkB=10),
+        arrowprops={
+            "arrowstyle": "-|>",
+            "color": c,
+            "lw": w,
+            "shrinkA": 9,
+            "shrinkB": 10,
+        },
         zorder=1,
     )
     for i, y in enumerate(y_e):
@@ -321,7 +327,19 @@ class ASCEND(IUViT):
 def _common(model: ModelConfig, data, p_uncond: float) -> dict:
     "Keyword arguments that both networks take from an experiment."
     refuse_fields(model, "time")
-    names = "patch_size embed_dim depth num_heads mlp_ratio qkv_bias mlp_time_embed skip conv patch_embed pos_embed".split()
+    names = [
+        "patch_size",
+        "embed_dim",
+        "depth",
+        "num_heads",
+        "mlp_ratio",
+        "qkv_bias",
+        "mlp_time_embed",
+        "skip",
+        "conv",
+        "patch_embed",
+        "pos_embed",
+    ]
     return dict(
         {k: getattr(model, k) for k in names},
         img_size=data.img_size,
@@ -330,7 +348,12 @@ def _common(model: ModelConfig, data, p_uncond: float) -> dict:
     )
 
 
-SWITCH_OPTIONS = dict(qk_norm=False, zero_out=False, adaln=False, skip_scale=False)
+SWITCH_OPTIONS = {
+    "qk_norm": False,
+    "zero_out": False,
+    "adaln": False,
+    "skip_scale": False,
+}
 
 
 def iuvit_from_config(
@@ -366,19 +389,19 @@ def from_config(
 
 # %% ../nbs/13_ascend.ipynb #11b-splits_of
 SWITCHES = {  # one thing turned on at a time over the plain ViT, in order of invention, then U-ViT and all of them (our reading of IU-ViT): fields of ModelConfig
-    "plain": dict(skip="none", conv="none"),
-    "mlp_time_embed": dict(skip="none", conv="none", mlp_time_embed=True),
-    "zero_out": dict(skip="none", conv="none", options="zero_out=true"),
-    "qk_norm": dict(skip="none", conv="none", options="qk_norm=true"),
-    "skip": dict(conv="none"),
-    "skip, skip_scale": dict(conv="none", options="skip_scale=true"),
-    "conv": dict(skip="none"),
-    "adaln": dict(skip="none", conv="none", options="adaln=true"),
-    "skip, conv (U-ViT)": dict(),
-    "all": dict(
-        mlp_time_embed=True,
-        options="qk_norm=true,zero_out=true,adaln=true,skip_scale=true",
-    ),
+    "plain": {"skip": "none", "conv": "none"},
+    "mlp_time_embed": {"skip": "none", "conv": "none", "mlp_time_embed": True},
+    "zero_out": {"skip": "none", "conv": "none", "options": "zero_out=true"},
+    "qk_norm": {"skip": "none", "conv": "none", "options": "qk_norm=true"},
+    "skip": {"conv": "none"},
+    "skip, skip_scale": {"conv": "none", "options": "skip_scale=true"},
+    "conv": {"skip": "none"},
+    "adaln": {"skip": "none", "conv": "none", "options": "adaln=true"},
+    "skip, conv (U-ViT)": {},
+    "all": {
+        "mlp_time_embed": True,
+        "options": "qk_norm=true,zero_out=true,adaln=true,skip_scale=true",
+    },
 }
 
 
@@ -396,7 +419,7 @@ def splits_of(depth: int) -> list:
     )
 
 
-_s2 = dict(patch_size=2, embed_dim=512, depth=13, num_heads=8)
+_s2 = {"patch_size": 2, "embed_dim": 512, "depth": 13, "num_heads": 8}
 PRESETS = {
     **{f"IU-ViT {n}": dict(_s2, model="IU-ViT", **f) for n, f in SWITCHES.items()},
     **{

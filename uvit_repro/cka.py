@@ -10,10 +10,13 @@ __all__ = ['SETTINGS', 'MATCHED', 'GROUPS', 'gram', 'hsic_unbiased', 'cka_of', '
            'level_losses', 'loss_differences', 'plot_differences', 'where_gain']
 
 # %% ../nbs/09_representations.ipynb #09-637ebd24
-import json, math
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
 from torch import Tensor
 from uvit_repro.config import (
     MODELS,
@@ -26,11 +29,11 @@ from uvit_repro.config import (
     resolve_name,
     variant_name,
 )
+from .data.files import run_lock, set_aside, write_atomic
 from .data.images import Data, open_data, to_model
 from .diffusion import Diffusion
-from .data.files import run_lock, set_aside, write_atomic
-from .runs.records import COLUMNS, load_runs
 from .runs.execution import pick_device
+from .runs.records import COLUMNS, load_runs
 from .train import load_weights
 
 # %% ../nbs/09_representations.ipynb #09-gram
@@ -158,7 +161,7 @@ def token_kinds(
     model,  # a network
 ) -> dict:  # kind -> where its tokens are: all, patches, time, condition; kinds that the network does not have are absent
     "Which tokens are which (Section 3; order as released)."
-    kinds, extras = dict(all=slice(None)), getattr(model, "extras", None)
+    kinds, extras = {"all": slice(None)}, getattr(model, "extras", None)
     if extras is None:
         return kinds  # a network of another layout: all tokens, or its whole map
     classes, time = (
@@ -274,7 +277,7 @@ def cka_matrix(
     streams = {(k, l): StreamingCKA() for k in tokens for l in levels}
     cond = {
         n: torch.as_tensor(v)
-        for n, v in dict(y=labels, context=context).items()
+        for n, v in {"y": labels, "context": context}.items()
         if v is not None
     }
     for part in torch.arange(len(images)).tensor_split(minibatches(len(images), batch)):
@@ -305,14 +308,14 @@ def cka_matrix(
                 streams[k, l].update([o[:, kinds[k]] for o in outs])
     hsic = np.stack([np.stack([streams[k, l].hsic() for l in levels]) for k in tokens])
     some = next(iter(streams.values()))
-    return dict(
-        tokens=tokens,
-        levels=levels,
-        hsic=hsic,
-        cka=cka_of(hsic),
-        samples=some.samples,
-        batches=some.batches,
-    )
+    return {
+        "tokens": tokens,
+        "levels": levels,
+        "hsic": hsic,
+        "cka": cka_of(hsic),
+        "samples": some.samples,
+        "batches": some.batches,
+    }
 
 # %% ../nbs/09_representations.ipynb #09-load_cka
 def load_cka(
@@ -339,15 +342,15 @@ def load_cka(
         raise ValueError(
             f"{path} does not hold what its name says: remove it and run chapter 09_representations again"
         )
-    return dict(
-        settings=s,
-        tokens=tuple(s["tokens"]),
-        levels=tuple(s["levels"]),
-        hsic=hsic,
-        cka=cka_of(hsic),
-        samples=s["images"],
-        batches=s["batches"],
-    )
+    return {
+        "settings": s,
+        "tokens": tuple(s["tokens"]),
+        "levels": tuple(s["levels"]),
+        "hsic": hsic,
+        "cka": cka_of(hsic),
+        "samples": s["images"],
+        "batches": s["batches"],
+    }
 
 
 def find_cka(
@@ -404,17 +407,17 @@ def run_cka(
                 )
             )
         )
-    s = dict(
-        step=step,
-        weights=exp.sampling.weights,
-        tokens=kinds,
-        levels=list(levels),
-        images=len(images),
-        batches=minibatches(len(images), batch),
-        noise_seed=seed,
-        precision="fp32",
-        estimator="HSIC_1, minibatches",
-    )
+    s = {
+        "step": step,
+        "weights": exp.sampling.weights,
+        "tokens": kinds,
+        "levels": list(levels),
+        "images": len(images),
+        "batches": minibatches(len(images), batch),
+        "noise_seed": seed,
+        "precision": "fp32",
+        "estimator": "HSIC_1, minibatches",
+    }
     path = Path(folder) / "stats" / f"cka-{digest(s, 8)}.npz"
     with run_lock(Path(folder)):
         try:
@@ -449,8 +452,8 @@ def run_cka(
 # %% ../nbs/09_representations.ipynb #09-settings_of
 SETTINGS = {
     "concatenation": {},
-    "addition": dict(skip="add"),
-    "no long skip": dict(skip="none"),
+    "addition": {"skip": "add"},
+    "no long skip": {"skip": "none"},
 }  # names as in Figure 7
 MATCHED = "no long skip, as many parameters"
 
@@ -463,9 +466,10 @@ def settings_of(
 
     m = base.model
     extra = {
-        MATCHED: dict(
-            skip="none", mlp_ratio=matched_none(m.embed_dim, m.depth, m.mlp_ratio)
-        )
+        MATCHED: {
+            "skip": "none",
+            "mlp_ratio": matched_none(m.embed_dim, m.depth, m.mlp_ratio),
+        }
     }
     return {
         name: replace(base, model=replace(m, **kw))
@@ -489,13 +493,13 @@ def recorded(
         for s in sorted({*seeds, base.seed})
     ]
     return [
-        dict(
-            setting=name,
-            seed=s,
-            folder=r["folder"],
-            exp=r["experiment"],
-            origin=r["origin"],
-        )
+        {
+            "setting": name,
+            "seed": s,
+            "folder": r["folder"],
+            "exp": r["experiment"],
+            "origin": r["origin"],
+        }
         for name, s, r in hits
         if r
     ]
@@ -628,7 +632,7 @@ def order_of_settings(
             for r in runs
             if level in r["cka"]["levels"]
         }
-        row = dict(level=level_name(level))
+        row = {"level": level_name(level)}
         for name in [
             n for n in [*SETTINGS, MATCHED][1:] if any(r["setting"] == n for r in runs)
         ]:
@@ -650,7 +654,8 @@ def plot_levels(
     what="all pairs",  # a key of `summary`
 ):  # matplotlib figure
     "Mean similarity against log-SNR: a panel for each kind of token, a colour for each setting, a line for each seed."
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
 
     kinds = list(dict.fromkeys(k for r in runs for k in r["cka"]["tokens"]))
     colours = dict(zip([*SETTINGS, MATCHED], sns.color_palette("colorblind")))
@@ -750,24 +755,24 @@ def cka_results(
         s = c["settings"]
         if token not in c["tokens"] or level not in c["levels"]:
             continue
-        common = dict(
-            run_id=r["folder"].name,
-            eval_id=f"cka-{digest(s, 8)}",
-            chapter="09_representations",
-            paper_ref="Figure 7",
-            dataset=content_name(e.data)[0],
-            model=e.model.model,
-            variant=variant_name(e.model),
-            protocol=e.protocol,
-            seed=e.seed,
-            step=s["step"],
-            num_samples=s["images"],
-            weights=s["weights"],
-            status="ok",
-            note=f"{token} tokens, {level_name(level)}",
-            origin=r["origin"],
-            folder=str(r["folder"]),
-        )
+        common = {
+            "run_id": r["folder"].name,
+            "eval_id": f"cka-{digest(s, 8)}",
+            "chapter": "09_representations",
+            "paper_ref": "Figure 7",
+            "dataset": content_name(e.data)[0],
+            "model": e.model.model,
+            "variant": variant_name(e.model),
+            "protocol": e.protocol,
+            "seed": e.seed,
+            "step": s["step"],
+            "num_samples": s["images"],
+            "weights": s["weights"],
+            "status": "ok",
+            "note": f"{token} tokens, {level_name(level)}",
+            "origin": r["origin"],
+            "folder": str(r["folder"]),
+        }
         rows += [
             dict(common, metric=n, value=v)
             for n, v in cka_measures(matrix_of(c, token, level)).items()
@@ -787,7 +792,7 @@ def level_losses(
         return None
     with np.load(path) as d:
         return (
-            pd.DataFrame(dict(log_snr=2 * d["lam"], loss=d["loss"])).sort_values(
+            pd.DataFrame({"log_snr": 2 * d["lam"], "loss": d["loss"]}).sort_values(
                 "log_snr", ignore_index=True
             )
             if "loss" in d.files
@@ -833,7 +838,8 @@ def plot_differences(
     panels: dict,  # title -> of `loss_differences`
 ):  # matplotlib figure
     "Relative and absolute difference of the loss against log-SNR, a row for each protocol, every seed a line."
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
 
     colours = dict(zip([*SETTINGS, MATCHED], sns.color_palette("colorblind")))
     fig, axes = plt.subplots(

@@ -1,7 +1,12 @@
 """Everything that a person runs from a shell is one command with subcommands; each prints what it did, can print JSON instead, and says by its exit code how it ended."""
 
-import argparse, json, os, shlex, sys
+import argparse
+import json
+import os
+import shlex
+import sys
 from collections import namedtuple
+
 from uvit_repro.config import ParameterError
 
 Command = namedtuple("Command", "help options run examples")
@@ -169,6 +174,7 @@ def run_bench_command(
 ) -> dict:  # printed with --json
     "Run `bench`."
     from dataclasses import fields
+
     from uvit_repro.bench.bench import OutputsDiffer, Settings, publish_bench, run_bench
 
     s = Settings(
@@ -293,7 +299,7 @@ def run_report_command(args, argv: list, say=print) -> dict:
 
     page = write_report(say)
     say(f"done: {page}")
-    return dict(page=str(page))
+    return {"page": str(page)}
 
 
 def verify_options(p: argparse.ArgumentParser):
@@ -316,7 +322,7 @@ def run_verify_command(args, argv: list, say=print) -> dict:
         raise Failed(
             f"{len(bad)} of {len(rows)} checks differ; the first: {bad[0]['what']} in {bad[0]['where']}"
         )
-    return dict(checks=len(rows), differ=0)
+    return {"checks": len(rows), "differ": 0}
 
 
 def doctor_options(p: argparse.ArgumentParser):
@@ -334,7 +340,7 @@ def run_doctor_command(args, argv: list, say=print) -> dict:
     bad = [r for r in rows if r["state"] == "problem"]
     if bad:
         raise Failed(f"{len(bad)} problems: {', '.join(r['what'] for r in bad)}")
-    return dict(findings=rows)
+    return {"findings": rows}
 
 
 COMMANDS.update(

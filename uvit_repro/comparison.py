@@ -7,30 +7,35 @@ __all__ = ['CONTENDERS', 'contenders', 'short', 'contender_table', 'time_arms', 
            'collect_comparison', 'recorded_comparison', 'plot_comparison']
 
 # %% ../nbs/14_comparison.ipynb #12b-2007ed1d
-import functools, math
+import functools
+import math
 from dataclasses import replace
+
 from .config import Experiment, ParameterError, experiment, with_overrides
-from .runs.records import load_results
 from .runs.counting import macs_of, meta_model, params_of
+from .runs.records import load_results
 from .unet import match_experiment, measure_of, unet_fields
 
 # %% ../nbs/14_comparison.ipynb #12b-contenders
 CONTENDERS = {  # name -> fields of the experiment that differ from U-ViT's
-    "U-ViT": dict(),
-    "plain ViT": dict(skip="none"),
-    "U-Net, latent form": dict(model="UNet-latent"),
-    "U-Net, ADM form": dict(model="ADM"),
-    "GenViT": dict(model="GenViT", mlp_ratio=2.0),
-    "IU-ViT (our reading)": dict(
-        model="IU-ViT",
-        mlp_time_embed=True,
-        options="qk_norm=true,zero_out=true,adaln=true,skip_scale=true",
-    ),
-    "ASCEND 3:1 (our reading)": dict(model="ASCEND"),
-    "DiffiT, latent form": dict(model="DiffiT-latent", options="learn_sigma=false"),
-    "DiffiT, image form (our reading)": dict(
-        model="DiffiT-image", patch_size=1, depth=1, options="window=4"
-    ),
+    "U-ViT": {},
+    "plain ViT": {"skip": "none"},
+    "U-Net, latent form": {"model": "UNet-latent"},
+    "U-Net, ADM form": {"model": "ADM"},
+    "GenViT": {"model": "GenViT", "mlp_ratio": 2.0},
+    "IU-ViT (our reading)": {
+        "model": "IU-ViT",
+        "mlp_time_embed": True,
+        "options": "qk_norm=true,zero_out=true,adaln=true,skip_scale=true",
+    },
+    "ASCEND 3:1 (our reading)": {"model": "ASCEND"},
+    "DiffiT, latent form": {"model": "DiffiT-latent", "options": "learn_sigma=false"},
+    "DiffiT, image form (our reading)": {
+        "model": "DiffiT-image",
+        "patch_size": 1,
+        "depth": 1,
+        "options": "window=4",
+    },
 }
 
 
@@ -78,7 +83,7 @@ def short(
 ) -> Experiment:
     "The protocol's experiment, measured at its end only; 500 updates at `laptop`, so that nine backbones fit into 20 minutes."
     sizes = (
-        dict(embed_dim=64, depth=7, num_heads=4) if protocol == "smoke" else {}
+        {"embed_dim": 64, "depth": 7, "num_heads": 4} if protocol == "smoke" else {}
     )  # a U-Net has no size as small as smoke's
     base = experiment(
         protocol,
@@ -98,12 +103,12 @@ def contender_table(
     import pandas as pd
 
     rows = [
-        dict(
-            backbone=n,
-            width=e.model.embed_dim,
-            parameters=params_of(e),
-            macs=macs_of(e),
-        )
+        {
+            "backbone": n,
+            "width": e.model.embed_dim,
+            "parameters": params_of(e),
+            "macs": macs_of(e),
+        }
         for n, e in experiments.items()
     ]
     df = pd.DataFrame(rows)
@@ -151,13 +156,13 @@ def comparison(
     "The experiments of a comparison, by name."
     from uvit_repro.ascend import split_arms, switch_arms
 
-    known = dict(
-        backbones=lambda: contenders(protocol, measure, seed, n_steps),
-        time=lambda: time_arms(protocol, seed, n_steps),
-        conditioning=lambda: conditioning_arms(protocol, seed, n_steps),
-        splits=lambda: split_arms(protocol, seed, n_steps),
-        switches=lambda: switch_arms(protocol, seed, n_steps),
-    )
+    known = {
+        "backbones": lambda: contenders(protocol, measure, seed, n_steps),
+        "time": lambda: time_arms(protocol, seed, n_steps),
+        "conditioning": lambda: conditioning_arms(protocol, seed, n_steps),
+        "splits": lambda: split_arms(protocol, seed, n_steps),
+        "switches": lambda: switch_arms(protocol, seed, n_steps),
+    }
     if arms not in known:
         raise ParameterError(f"arms = {arms!r}: allowed are {', '.join(known)}")
     return known[arms]()
@@ -183,17 +188,17 @@ def collect_comparison(
                 else df
             )
             rows += [
-                dict(
-                    backbone=name,
-                    seed=seed,
-                    parameters=params_of(e),
-                    macs=macs_of(e),
-                    metric=r.metric,
-                    value=float(r.value),
-                    num_samples=r.num_samples,
-                    run_id=r.run_id,
-                    origin=r.origin,
-                )
+                {
+                    "backbone": name,
+                    "seed": seed,
+                    "parameters": params_of(e),
+                    "macs": macs_of(e),
+                    "metric": r.metric,
+                    "value": float(r.value),
+                    "num_samples": r.num_samples,
+                    "run_id": r.run_id,
+                    "origin": r.origin,
+                }
                 for r in mine.itertuples()
             ]
     return pd.DataFrame(
@@ -250,7 +255,8 @@ def plot_comparison(
     title="",
 ):  # figure
     "Quality against cost: every seed a dot, their mean a bar, one colour per backbone; multiply-accumulates left, parameters right."
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
     from matplotlib.ticker import (
         EngFormatter,
         LogLocator,

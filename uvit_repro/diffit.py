@@ -13,6 +13,7 @@ __all__ = ['TIME_IN', 'PRESETS', 'RUNS', 'relative_index', 'biased_attention', '
 import math
 from contextlib import contextmanager
 from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint as recomputing
@@ -27,6 +28,7 @@ from uvit_repro.config import (
     read_options,
     with_overrides,
 )
+from .data.files import CheckpointError, load_tensors
 from .diffusion import Diffusion
 from .genvit import refuse_fields
 from uvit_repro.layers import (
@@ -41,9 +43,8 @@ from uvit_repro.layers import (
     timestep_embedding,
     unpatchify,
 )
-from .data.files import CheckpointError, load_tensors
-from .sample import sample
 from .runs.execution import set_checkpoint
+from .sample import sample
 from .uvit import check_input, count_parameters
 
 # %% ../nbs/12_diffit.ipynb #12-relative_index
@@ -614,7 +615,7 @@ class DiffiTImage(nn.Module):
         init_weights(self)
         for c in self.cells:
             c.recompute = (
-                dict(use_reentrant=False, preserve_rng_state=False)
+                {"use_reentrant": False, "preserve_rng_state": False}
                 if use_checkpoint
                 else None
             )
@@ -752,66 +753,66 @@ def image_from_config(
 
 # %% ../nbs/12_diffit.ipynb #12-published_run
 PRESETS = {  # published sizes: fields of ModelConfig; image size and channels come from the data
-    "DiffiT latent": dict(
-        model="DiffiT-latent",
-        patch_size=2,
-        embed_dim=1152,
-        depth=28,
-        num_heads=16,
-        condition="class",
-    ),
-    "DiffiT latent, 30 blocks": dict(
-        model="DiffiT-latent",
-        patch_size=2,
-        embed_dim=1152,
-        depth=30,
-        num_heads=16,
-        condition="class",
-    ),
-    "DiffiT CIFAR10": dict(
-        model="DiffiT-image",
-        patch_size=1,
-        embed_dim=128,
-        depth=2,
-        num_heads=4,
-        options="window=4",
-    ),
-    "DiffiT FFHQ64": dict(
-        model="DiffiT-image",
-        patch_size=1,
-        embed_dim=128,
-        depth=2,
-        num_heads=4,
-        options="window=8,cells=1-2-2-2",
-    ),
+    "DiffiT latent": {
+        "model": "DiffiT-latent",
+        "patch_size": 2,
+        "embed_dim": 1152,
+        "depth": 28,
+        "num_heads": 16,
+        "condition": "class",
+    },
+    "DiffiT latent, 30 blocks": {
+        "model": "DiffiT-latent",
+        "patch_size": 2,
+        "embed_dim": 1152,
+        "depth": 30,
+        "num_heads": 16,
+        "condition": "class",
+    },
+    "DiffiT CIFAR10": {
+        "model": "DiffiT-image",
+        "patch_size": 1,
+        "embed_dim": 128,
+        "depth": 2,
+        "num_heads": 4,
+        "options": "window=4",
+    },
+    "DiffiT FFHQ64": {
+        "model": "DiffiT-image",
+        "patch_size": 1,
+        "embed_dim": 128,
+        "depth": 2,
+        "num_heads": 4,
+        "options": "window=8,cells=1-2-2-2",
+    },
 }
-_adm = dict(
-    process="linear",
-    prediction="noise",
-    variance="learned",
-    p_uncond=0.1,
-    weight_decay=0.0,
-    betas=(0.9, 0.999),
-    warmup_steps=0,
-    ema_rates=(0.9999,),
-    sampler="ancestral",
-    nfe=250,
-    cfg_channels=3,
-    decoder="ema",
-    num_samples=50_000,
-)
-_edm = dict(
-    process="edm",
-    prediction="edm",
-    condition="none",
-    cfg_scale=1.0,
-    p_uncond=0.0,
-    n_steps=200_000,
-    weight_decay=0.0,
-    betas=(0.9, 0.999),
-    sampler="heun",
-    num_samples=50_000,
-)
+_adm = {
+    "process": "linear",
+    "prediction": "noise",
+    "variance": "learned",
+    "p_uncond": 0.1,
+    "weight_decay": 0.0,
+    "betas": (0.9, 0.999),
+    "warmup_steps": 0,
+    "ema_rates": (0.9999,),
+    "sampler": "ancestral",
+    "nfe": 250,
+    "cfg_channels": 3,
+    "decoder": "ema",
+    "num_samples": 50_000,
+}
+_edm = {
+    "process": "edm",
+    "prediction": "edm",
+    "condition": "none",
+    "cfg_scale": 1.0,
+    "p_uncond": 0.0,
+    "n_steps": 200_000,
+    "weight_decay": 0.0,
+    "betas": (0.9, 0.999),
+    "sampler": "heun",
+    "num_samples": 50_000,
+}
 RUNS = {  # published runs: data set, then every field that is stated, and DiT's where none is (optimiser, weight decay, warm-up)
     "ImageNet 256x256": dict(
         dataset="imagenet256",
@@ -877,20 +878,20 @@ def time_variants(
     target = parameters_of(with_overrides(exp, options=opts("tmsa")))
     out = []
     for t in which:
-        kw = dict(options=opts(t))
+        kw = {"options": opts(t)}
         if matched and t != "tmsa":
             kw["mlp_ratio"] = match_mlp(with_overrides(exp, **kw), target)
         out.append(
             (
-                dict(
-                    tmsa="TMSA",
-                    bias="bias only",
-                    mlp="MLP only",
-                    token="token",
-                    adaln="AdaLN",
-                    adaln_zero="adaLN-zero",
-                    none="nowhere",
-                )[t],
+                {
+                    "tmsa": "TMSA",
+                    "bias": "bias only",
+                    "mlp": "MLP only",
+                    "token": "token",
+                    "adaln": "AdaLN",
+                    "adaln_zero": "adaLN-zero",
+                    "none": "nowhere",
+                }[t],
                 kw,
             )
         )
@@ -1055,7 +1056,8 @@ def plot_centre(
     title="",  # evaluations shown
 ):
     "Maps of one attention along sampling, and the width of all of them."
-    import matplotlib.pyplot as plt, numpy as np
+    import matplotlib.pyplot as plt
+    import numpy as np
 
     layer = len(found["maps"]) // 2 if layer is None else layer
     pick = np.linspace(0, len(found["t"]) - 1, columns).round().astype(int)

@@ -8,6 +8,7 @@ __all__ = ['Process', 'VP', 'Betas', 'StableDiffusionBetas', 'LinearBetas', 'Cos
 
 # %% ../nbs/01_background.ipynb #01-b7dbc435
 import math
+
 import torch
 from torch import Tensor
 from .config import DiffusionConfig, ParameterError

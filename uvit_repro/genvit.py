@@ -10,6 +10,7 @@ __all__ = ['TOKENS', 'PRESETS', 'IMAGES', 'OWN', 'EPOCHS', 'EPOCH_STEPS', 'WARMU
 
 # %% ../nbs/11_genvit.ipynb #11a-f48f1174
 import math
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -22,10 +23,10 @@ from uvit_repro.config import (
     read_options,
     with_overrides,
 )
-from .layers import Attention, Mlp, init_weights, patchify, unpatchify
 from .data.files import CheckpointError, load_tensors
-from .unet import match_experiment
+from .layers import Attention, Mlp, init_weights, patchify, unpatchify
 from .runs.execution import set_checkpoint
+from .unet import match_experiment
 from .uvit import check_input
 
 # %% ../nbs/11_genvit.ipynb #11a-timeembedding
@@ -149,13 +150,13 @@ def draw_flow(
     "A diagram of boxes and arrows."
     import matplotlib.pyplot as plt
 
-    colours = dict(
-        token="#dbe9f6",
-        layer="#fde3c8",
-        time="#dcf0d8",
-        ours="#f6d5e5",
-        plain="#ffffff",
-    )
+    colours = {
+        "token": "#dbe9f6",
+        "layer": "#fde3c8",
+        "time": "#dcf0d8",
+        "ours": "#f6d5e5",
+        "plain": "#ffffff",
+    }
     ax = ax or plt.subplots(figsize=size)[1]
     xs, ys = [b[0] for b in boxes], [b[1] for b in boxes]
     ax.set(
@@ -173,7 +174,12 @@ def draw_flow(
             va="center",
             fontsize=9,
             zorder=3,
-            bbox=dict(boxstyle="round,pad=0.35", fc=colours[kind], ec="0.35", lw=0.8),
+            bbox={
+                "boxstyle": "round,pad=0.35",
+                "fc": colours[kind],
+                "ec": "0.35",
+                "lw": 0.8,
+            },
         )
         for x, y, text, kind in boxes
     ]
@@ -312,16 +318,16 @@ class GenViT(nn.Module):
         if clip_dim:
             self.context_embed = XavierLinear(clip_dim, embed_dim)
         self.transformer = nn.ModuleDict(
-            dict(
-                layers=nn.ModuleList(
+            {
+                "layers": nn.ModuleList(
                     Block(embed_dim, num_heads, mlp_ratio, time_twice)
                     for _ in range(depth)
                 ),
-                time_layers=nn.ModuleList(
+                "time_layers": nn.ModuleList(
                     nn.Sequential(nn.SiLU(), XavierLinear(4 * L, 2 * L))
                     for _ in range(depth)
                 ),
-            )
+            }
         )
         self.recon_head = nn.Sequential(XavierLinear(embed_dim, pixels))
         if classifier:
@@ -462,9 +468,9 @@ def refuse_fields(
 def condition_fields(model: ModelConfig, data, p_uncond: float) -> dict:
     "Keyword arguments for the condition that an experiment asks for; with dropped labels there is one class more, the null class."
     if model.condition == "class":
-        return dict(num_classes=data.num_classes + (p_uncond > 0))
+        return {"num_classes": data.num_classes + (p_uncond > 0)}
     return (
-        dict(clip_dim=data.text_dim, num_clip_token=data.text_tokens)
+        {"clip_dim": data.text_dim, "num_clip_token": data.text_tokens}
         if model.condition == "text"
         else {}
     )
@@ -504,14 +510,14 @@ def from_config(
     )
 
 # %% ../nbs/11_genvit.ipynb #11a-d4dcb30e
-_published = lambda patch_size, embed_dim=384, num_heads=12: dict(
-    model="GenViT",
-    patch_size=patch_size,
-    embed_dim=embed_dim,
-    depth=9,
-    num_heads=num_heads,
-    mlp_ratio=2.0,
-)
+_published = lambda patch_size, embed_dim=384, num_heads=12: {
+    "model": "GenViT",
+    "patch_size": patch_size,
+    "embed_dim": embed_dim,
+    "depth": 9,
+    "num_heads": num_heads,
+    "mlp_ratio": 2.0,
+}
 PRESETS = {  # as in the authors' table of models: fields of ModelConfig
     "GenViT CIFAR10": _published(4),
     "GenViT Tiny ImageNet": _published(8),
@@ -530,19 +536,19 @@ IMAGES = {
 }  # side in pixels, outputs of the classifier
 
 # %% ../nbs/11_genvit.ipynb #11a-own_recipe
-OWN = dict(
-    process="cosine",
-    loss="l1",
-    lr=1e-3,
-    betas=(0.9, 0.999),
-    weight_decay=0.05,
-    lr_schedule="cosine",
-    lr_final=1e-3,
-    ema_rates=(0.999,),
-    ema_ramp=False,
-    ema_before=True,
-    flip=False,
-)
+OWN = {
+    "process": "cosine",
+    "loss": "l1",
+    "lr": 1e-3,
+    "betas": (0.9, 0.999),
+    "weight_decay": 0.05,
+    "lr_schedule": "cosine",
+    "lr_final": 1e-3,
+    "ema_rates": (0.999,),
+    "ema_ramp": False,
+    "ema_before": True,
+    "flip": False,
+}
 EPOCHS, EPOCH_STEPS, WARMUP_EPOCHS = 500, 390, 10
 
 
@@ -559,7 +565,7 @@ def own_recipe(
     )
 
 
-OWN_SAMPLING = dict(sampler="ancestral", nfe=1000, clip=True)
+OWN_SAMPLING = {"sampler": "ancestral", "nfe": 1000, "clip": True}
 
 # %% ../nbs/11_genvit.ipynb #11a-arm
 ARMS = {
@@ -583,7 +589,7 @@ def arm(
     toy = base.data.dataset == "digits"
     genvit = with_overrides(
         base,
-        **(dict(model="GenViT", mlp_ratio=2.0) if toy else PRESETS["GenViT CIFAR10"]),
+        **({"model": "GenViT", "mlp_ratio": 2.0} if toy else PRESETS["GenViT CIFAR10"]),
     )
     if name == "uvit":
         return genvit

@@ -14,27 +14,43 @@ __all__ = ['AUTOENCODERS', 'DIGITS_VAE', 'FORMAT', 'VERSION', 'TABLE3_STEPS', 'T
            'figure5_experiments', 'input_cost', 'open_source', 'main']
 
 # %% ../nbs/07_imagenet.ipynb #07-4f8270af
-import hashlib, json, os, sys, tempfile, time
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import resources
 from io import BytesIO
 from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from uvit_repro.config import (
     CONFIGS,
-    DATASETS,
     DATASET_DEFAULTS,
+    DATASETS,
     DataConfig,
     ParameterError,
-    data_root as data_folder,
     eval_id,
     experiment,
     project_root,
     resolve_name,
+)
+from uvit_repro.config import (
+    data_root as data_folder,
+)
+from uvit_repro.data.files import (
+    load_tensors,
+    run_lock,
+    sha256_file,
+    sweep_unfinished,
+    write_atomic,
+    write_json,
 )
 from uvit_repro.data.images import (
     Batches,
@@ -48,14 +64,6 @@ from uvit_repro.data.images import (
     read_image,
     to_model,
     to_uint8,
-)
-from uvit_repro.data.files import (
-    load_tensors,
-    run_lock,
-    sha256_file,
-    sweep_unfinished,
-    write_atomic,
-    write_json,
 )
 
 # %% ../nbs/07_imagenet.ipynb #07-weights_sum
@@ -138,19 +146,19 @@ def ldm_config(
     "The sizes of an autoencoder from its weights."
     count = lambda name: next(n for n in range(99) if name.format(n) not in state)
     n = count("encoder.down.{}.block.0.conv2.weight")
-    return dict(
-        in_channels=state["encoder.conv_in.weight"].shape[1],
-        out_channels=state["decoder.conv_out.weight"].shape[0],
-        block_out_channels=tuple(
+    return {
+        "in_channels": state["encoder.conv_in.weight"].shape[1],
+        "out_channels": state["decoder.conv_out.weight"].shape[0],
+        "block_out_channels": tuple(
             state[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(n)
         ),
-        layers_per_block=count("encoder.down.0.block.{}.conv2.weight"),
-        down_block_types=("DownEncoderBlock2D",) * n,
-        up_block_types=("UpDecoderBlock2D",) * n,
-        latent_channels=state["post_quant_conv.weight"].shape[0],
-        norm_num_groups=groups,
-        mid_block_add_attention="encoder.mid.attn_1.q.weight" in state,
-    )
+        "layers_per_block": count("encoder.down.0.block.{}.conv2.weight"),
+        "down_block_types": ("DownEncoderBlock2D",) * n,
+        "up_block_types": ("UpDecoderBlock2D",) * n,
+        "latent_channels": state["post_quant_conv.weight"].shape[0],
+        "norm_num_groups": groups,
+        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in state,
+    }
 
 
 def from_ldm(
@@ -286,18 +294,18 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return float(-10 * (((a.float() - b.float()) / 255).square().mean()).log10())
 
 # %% ../nbs/07_imagenet.ipynb #07-train_digits_autoencoder
-DIGITS_VAE = dict(
-    in_channels=1,
-    out_channels=1,
-    down_block_types=("DownEncoderBlock2D",) * 2,
-    up_block_types=("UpDecoderBlock2D",) * 2,
-    block_out_channels=(16, 32),
-    layers_per_block=1,
-    latent_channels=4,
-    norm_num_groups=8,
-    sample_size=16,
-    mid_block_add_attention=False,
-)
+DIGITS_VAE = {
+    "in_channels": 1,
+    "out_channels": 1,
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+    "sample_size": 16,
+    "mid_block_add_attention": False,
+}
 
 
 def train_digits_autoencoder(
@@ -383,12 +391,12 @@ class FolderSource:
                 for c, f in self.files
             ).encode("utf-8", "surrogateescape")
         )
-        self.key = dict(
-            kind="folder",
-            listing=listing.hexdigest(),
-            images=len(self.files),
-            shape=list(self.image_shape),
-        )
+        self.key = {
+            "kind": "folder",
+            "listing": listing.hexdigest(),
+            "images": len(self.files),
+            "shape": list(self.image_shape),
+        }
 
     def __len__(self):
         return len(self.files)
@@ -439,13 +447,13 @@ class DataSource:
         self.labels = torch.cat([data.train_labels, data.test_labels]).tolist()
         self.n = len(data.train_labels)
         self.image_shape = tuple(self.read(0, 1)[0].shape[1:])
-        self.key = dict(
-            kind="data",
-            sha256=data.sha256,
-            images=len(self.labels),
-            held_out=self.held_out,
-            shape=list(self.image_shape),
-        )
+        self.key = {
+            "kind": "data",
+            "sha256": data.sha256,
+            "images": len(self.labels),
+            "held_out": self.held_out,
+            "shape": list(self.image_shape),
+        }
 
     def __len__(self):
         return len(self.labels)
@@ -532,7 +540,7 @@ def check_sums(
             say(f"{n}/{len(want)} {f.name}: {state}")
     if bad:
         raise StoreError(repair(path, bad))
-    return dict(files=len(want), bytes=sum(f.stat().st_size for f in want))
+    return {"files": len(want), "bytes": sum(f.stat().st_size for f in want)}
 
 # %% ../nbs/07_imagenet.ipynb #07-file
 def _file(kind: str, k: int) -> str:
@@ -544,11 +552,11 @@ def npy_header(shape: tuple, dtype) -> bytes:
     b = BytesIO()
     np.lib.format.write_array_header_1_0(
         b,
-        dict(
-            descr=np.lib.format.dtype_to_descr(np.dtype(dtype)),
-            fortran_order=False,
-            shape=tuple(shape),
-        ),
+        {
+            "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+            "fortran_order": False,
+            "shape": tuple(shape),
+        },
     )
     return b.getvalue()
 
@@ -641,12 +649,12 @@ def shard_statistics(moments: np.ndarray) -> dict:
         np.exp(np.clip(moments[:, :, c:].astype(np.float64), -30, 20)),
     )
     total = lambda a: a.sum((0, 1, 3, 4)).tolist()
-    return dict(
-        n=int(mean.size // max(c, 1)),
-        mean=total(mean),
-        square=total(mean**2),
-        variance=total(var),
-    )
+    return {
+        "n": int(mean.size // max(c, 1)),
+        "mean": total(mean),
+        "square": total(mean**2),
+        "variance": total(var),
+    }
 
 
 def encode_shard(
@@ -682,11 +690,11 @@ def encode_shard(
         kind: write_atomic(path / _file(kind, k), lambda p: np.save(p, x))
         for kind, x in arrays.items()
     }
-    made = dict(
-        device=autoencoder.device.type,
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-    )
+    made = {
+        "device": autoencoder.device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     write_json(
         path / _file("shard", k),
         dict(
@@ -709,13 +717,13 @@ def merge_statistics(parts: list) -> dict:
         for k in ("mean", "square", "variance")
     )
     std = float(np.sqrt((square + var).mean() - mean.mean() ** 2))
-    return dict(
-        mean=mean.tolist(),
-        std=np.sqrt(np.maximum(square - mean**2, 0)).tolist(),
-        variance=var.tolist(),
-        drawn_std=std,
-        scale=1 / std if std > 0 else None,
-    )
+    return {
+        "mean": mean.tolist(),
+        "std": np.sqrt(np.maximum(square - mean**2, 0)).tolist(),
+        "variance": var.tolist(),
+        "drawn_std": std,
+        "scale": 1 / std if std > 0 else None,
+    }
 
 
 def finish_store(path: Path, source, autoencoder: Autoencoder, job: dict, shards: int):
@@ -729,10 +737,10 @@ def finish_store(path: Path, source, autoencoder: Autoencoder, job: dict, shards
         )
     sha, order, names = source.finish(classes, sums)
     number = {c: i for i, c in enumerate(names)}
-    arrays = dict(
-        order=np.array(order, np.int64),
-        labels=np.array([number[classes[i]] for i in order], np.int64),
-    )
+    arrays = {
+        "order": np.array(order, np.int64),
+        "labels": np.array([number[classes[i]] for i in order], np.int64),
+    }
     files = {
         n: write_atomic(path / f"{n}.npy", lambda p: np.save(p, x))
         for n, x in arrays.items()
@@ -740,31 +748,31 @@ def finish_store(path: Path, source, autoencoder: Autoencoder, job: dict, shards
     keep = ("rows", "moments", "pixels")
     write_json(
         path / "index.json",
-        dict(
-            format=FORMAT,
-            version=VERSION,
-            count=len(classes),
-            shape=job["moments"],
-            image_shape=list(source.image_shape),
-            dtype=job["dtype"],
-            mirror=job["mirror"],
-            source=dict(name=source.name, sha256=sha, held_out=source.held_out),
-            class_names=names if names != [""] else [],
-            autoencoder=dict(
-                name=autoencoder.name,
-                sha256=autoencoder.sha256,
-                encoder_sha256=autoencoder.encoder_sha256,
-            ),
-            statistics=merge_statistics([p["statistics"] for p in parts]),
-            files={n: sha256_file(f) for n, f in files.items()},
-            shards=[{n: p[n] for n in keep if n in p} for p in parts],
-            made=[
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "count": len(classes),
+            "shape": job["moments"],
+            "image_shape": list(source.image_shape),
+            "dtype": job["dtype"],
+            "mirror": job["mirror"],
+            "source": {"name": source.name, "sha256": sha, "held_out": source.held_out},
+            "class_names": names if names != [""] else [],
+            "autoencoder": {
+                "name": autoencoder.name,
+                "sha256": autoencoder.sha256,
+                "encoder_sha256": autoencoder.encoder_sha256,
+            },
+            "statistics": merge_statistics([p["statistics"] for p in parts]),
+            "files": {n: sha256_file(f) for n, f in files.items()},
+            "shards": [{n: p[n] for n in keep if n in p} for p in parts],
+            "made": [
                 m
                 for i, m in enumerate(p["made"] for p in parts)
                 if m not in [p["made"] for p in parts[:i]]
             ],
-            notes=(source.notes + [n for p in parts for n in p["notes"]])[:1000],
-        ),
+            "notes": (source.notes + [n for p in parts for n in p["notes"]])[:1000],
+        },
     )
 
 # %% ../nbs/07_imagenet.ipynb #07-encode_images
@@ -790,21 +798,21 @@ def encode_images(
             f"dtype = {dtype!r}, batch = {batch}, shard_rows = {shard_rows}: float32 or float16, and whole batches in a shard"
         )
     C, H, W = source.image_shape
-    if C != autoencoder.image_chans or H != W or H % autoencoder.factor:
+    if autoencoder.image_chans != C or H != W or H % autoencoder.factor:
         raise ParameterError(
             f"images {C}x{H}x{W}: this autoencoder takes squares of {autoencoder.image_chans} channel(s), the side a multiple of {autoencoder.factor}"
         )
-    job = dict(
-        source=source.key,
-        encoder_sha256=autoencoder.encoder_sha256,
-        sha256=autoencoder.sha256,
-        moments=list(autoencoder.shape(H)),
-        dtype=dtype,
-        batch=batch,
-        shard_rows=shard_rows,
-        pixels=pixels,
-        mirror=mirror,
-    )
+    job = {
+        "source": source.key,
+        "encoder_sha256": autoencoder.encoder_sha256,
+        "sha256": autoencoder.sha256,
+        "moments": list(autoencoder.shape(H)),
+        "dtype": dtype,
+        "batch": batch,
+        "shard_rows": shard_rows,
+        "pixels": pixels,
+        "mirror": mirror,
+    }
     path, n = Path(path), len(source)
     with run_lock(path, say):
         sweep_unfinished(path)
@@ -1270,7 +1278,7 @@ def guidance_sweep(
     table = remeasure(
         run,
         num_samples,
-        [dict(cfg_scale=float(w)) for w in scales],
+        [{"cfg_scale": float(w)} for w in scales],
         say,
         paper_ref="guidance",
     )
@@ -1302,7 +1310,11 @@ def solver_table(
     table = remeasure(
         run,
         num_samples,
-        [dict(sampler=s, nfe=n, cfg_scale=cfg_scale) for s in solvers for n in steps],
+        [
+            {"sampler": s, "nfe": n, "cfg_scale": cfg_scale}
+            for s in solvers
+            for n in steps
+        ],
         say,
         paper_ref="Table 3",
     )
@@ -1370,7 +1382,7 @@ class _MadeUp:
         self.n, self.image_shape, self.key = (
             n,
             (3, side, side),
-            dict(kind="made-up", images=n),
+            {"kind": "made-up", "images": n},
         )
         self.sha256 = self.encoder_sha256 = "0" * 64
 
@@ -1461,14 +1473,14 @@ def input_cost(
     finally:
         torch.set_num_threads(before)
     training = min(times[1:]) / len(x0)
-    return dict(
-        model=model,
-        threads=threads,
-        images_per_second=1 / reading,
-        input_seconds=reading,
-        training_seconds=training,
-        share=reading / training,
-    )
+    return {
+        "model": model,
+        "threads": threads,
+        "images_per_second": 1 / reading,
+        "input_seconds": reading,
+        "training_seconds": training,
+        "share": reading / training,
+    }
 
 # %% ../nbs/07_imagenet.ipynb #07-open_source
 EXAMPLES = """examples:
@@ -1531,20 +1543,21 @@ def open_source(
 def main(args=None) -> int:
     "`python -m uvit_repro.latents encode | verify | speed`."
     import argparse
+
     from uvit_repro.runs.execution import pick_device
 
-    how = dict(epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    how = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
     ap = argparse.ArgumentParser(
         prog="python -m uvit_repro.latents",
         description="Encode images once, check what was encoded.",
         **how,
     )
     sub = ap.add_subparsers(dest="command", required=True)
-    commands = dict(
-        encode="encode a folder or a data set",
-        verify="read a store and compare all sums",
-        speed="time latent input beside a training step",
-    )
+    commands = {
+        "encode": "encode a folder or a data set",
+        "verify": "read a store and compare all sums",
+        "speed": "time latent input beside a training step",
+    }
     enc, ver, spd = (
         sub.add_parser(n, help=h, description=h, **how) for n, h in commands.items()
     )

@@ -7,7 +7,9 @@ __all__ = ['timestep_embedding', 'unpatchify', 'patchify', 'PatchEmbed', 'sincos
            'init_parameter', 'init_weights']
 
 # %% ../nbs/02a_layers.ipynb #02a-9754fe19
-import math, time
+import math
+import time
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange

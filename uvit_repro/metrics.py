@@ -15,15 +15,22 @@ __all__ = ['NETWORKS', 'NO_NETWORK', 'SPATIAL_LAYERS', 'SPATIAL_LAYER', 'PROMPTS
            'damage', 'jpeg', 'calibrate']
 
 # %% ../nbs/04b_measuring.ipynb #04b-5841fed4
-import hashlib, io, json, os, zipfile
+import hashlib
+import io
+import json
+import os
+import zipfile
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-import numpy as np, torch, torch.nn.functional as F
+
+import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from .config import CONTENT, ParameterError, data_root, digest, key_seed
-from .data.images import to_model
 from .data.files import sha256_file, write_atomic
+from .data.images import to_model
 
 # %% ../nbs/04b_measuring.ipynb #04b-network
 @dataclass(frozen=True)
@@ -546,7 +553,7 @@ def frechet(a: Stats, b: Stats) -> float:
         if s.n:
             require_samples(s.n, len(s.mean), "Frechet distance")
     return fid_statistics_to_metric(
-        dict(mu=a.mean, sigma=a.cov), dict(mu=b.mean, sigma=b.cov), False
+        {"mu": a.mean, "sigma": a.cov}, {"mu": b.mean, "sigma": b.cov}, False
     )[KEY_METRIC_FID]
 
 # %% ../nbs/04b_measuring.ipynb #04b-kid_subsets
@@ -842,7 +849,7 @@ def split_stats(
             )
             parts = [[Stats.of(out[k]) for k in kinds] for out in outs]
             found.update((k, Stats.merge(p)) for k, p in zip(kinds, zip(*parts)))
-        return dict(n=np.int64(n), mean=found[kind].mean, cov=found[kind].cov)
+        return {"n": np.int64(n), "mean": found[kind].mean, "cov": found[kind].cov}
 
     key = ("stats", data.sha256, *_side(data), split, n, features, net.sha256)
     read = {
@@ -878,11 +885,11 @@ def reference_features(
 ) -> Tensor:  # features, (N, F)
     "Features of a split, for kernel distance and for precision and recall."
     n, net = split_size(data, split), network(features)
-    compute = lambda: dict(
-        features=split_features(data, split, subset(n, most, split), features, device)[
-            "features"
-        ].numpy()
-    )
+    compute = lambda: {
+        "features": split_features(
+            data, split, subset(n, most, split), features, device
+        )["features"].numpy()
+    }
     return torch.from_numpy(
         cached(
             cache_dir,
@@ -1013,13 +1020,13 @@ def save_reference(
     "Reference statistics of a split in the form of guided-diffusion's reference batches."
     kinds = ("features", "spatial") if network(features).spatial else ("features",)
     s = split_stats(data, features, split, cache_dir, device, kinds)
-    arrays = dict(
-        mu=s["features"].mean,
-        sigma=s["features"].cov,
-        n=np.int64(s["features"].n),
-        network=np.array(features),
-        data_sha256=np.array(data.sha256),
-    )
+    arrays = {
+        "mu": s["features"].mean,
+        "sigma": s["features"].cov,
+        "n": np.int64(s["features"].n),
+        "network": np.array(features),
+        "data_sha256": np.array(data.sha256),
+    }
     if "spatial" in s:
         arrays.update(
             mu_s=s["spatial"].mean,
@@ -1064,13 +1071,13 @@ def kept_features(
                 f"reference statistics {ref.path}: arr_0 is {x.dtype} {x.shape}; expected uint8 (N, {shape[1]}, {shape[2]}, {shape[0]})"
             )
         x = torch.from_numpy(x).permute(0, 3, 1, 2)
-        return dict(
-            features=extract(
+        return {
+            "features": extract(
                 x[subset(len(x), most, "reference")] if len(x) > most else x,
                 features,
                 device,
             )["features"].numpy()
-        )
+        }
 
     return torch.from_numpy(
         cached(
@@ -1217,11 +1224,16 @@ def recompute(
         name = metric_name(template, features, patch_size)
         if all(k in s for k in needs):
             rows.append(
-                dict(metric=name, value=float(value(s)), num_samples=int(count(s)))
+                {"metric": name, "value": float(value(s)), "num_samples": int(count(s))}
             )
         elif reason := next((why[k] for k in needs if k in why), None):
             rows.append(
-                dict(metric=name, value=None, num_samples=int(s["n"]), why=reason)
+                {
+                    "metric": name,
+                    "value": None,
+                    "num_samples": int(s["n"]),
+                    "why": reason,
+                }
             )
     return rows
 
@@ -1307,7 +1319,7 @@ def gather_references(
         "train_n",
         lambda: (
             _named("train", st := train("features"))
-            | dict(train_sha256=np.array(st.sha256))
+            | {"train_sha256": np.array(st.sha256)}
         ),
     )
     held_out = lambda: reference_stats(
@@ -1315,14 +1327,14 @@ def gather_references(
     )
     g.attempt(
         "test_n",
-        lambda: _named("test", (r := held_out())[0]) | dict(test_sha256=np.array(r[1])),
+        lambda: _named("test", (r := held_out())[0]) | {"test_sha256": np.array(r[1])},
     )
     if g.net.spatial:
         g.attempt(
             "spatial_train_n",
             lambda: (
                 _named("spatial_train", st := train("spatial"))
-                | dict(spatial_train_sha256=np.array(st.sha256))
+                | {"spatial_train_sha256": np.array(st.sha256)}
             ),
         )
 
@@ -1355,16 +1367,16 @@ def gather_features(
 
     if g.features != "inception":
         g.attempt("real_n", same_number)
-    g.attempt("kid", lambda: dict(kid=kid_subsets(g.out("features"), g.real("test"))))
+    g.attempt("kid", lambda: {"kid": kid_subsets(g.out("features"), g.real("test"))})
     if g.features == "inception":
-        g.attempt("scores", lambda: dict(scores=inception_scores(g.out("logits"))))
+        g.attempt("scores", lambda: {"scores": inception_scores(g.out("logits"))})
     g.attempt(
         "neighbours",
-        lambda: dict(
-            neighbours=precision_recall(
+        lambda: {
+            "neighbours": precision_recall(
                 g.out("features")[subset(g.n, 10_000, "made")], g.real("train")
             )
-        ),
+        },
     )
     g.attempt(
         "classes", lambda: class_counts(g.out("logits"), None, g.features, g.data)
@@ -1385,14 +1397,14 @@ def gather_pixels(
     if patch_size is not None:
         g.attempt(
             "border",
-            lambda: dict(
-                border=np.stack(
+            lambda: {
+                "border": np.stack(
                     [
                         border_energy(x, patch_size)
                         for x in (g.images, g.pick("train", 10_000))
                     ]
                 )
-            ),
+            },
         )
     train = []
 
@@ -1404,9 +1416,9 @@ def gather_pixels(
         return nearest_training(x, train[0], 1, g.device, mirror)[1][:, 0].numpy()
 
     g.attempt(
-        "nn_sample", lambda: dict(nn_sample=far(g.images[subset(g.n, 2000, "nn")]))
+        "nn_sample", lambda: {"nn_sample": far(g.images[subset(g.n, 2000, "nn")])}
     )
-    g.attempt("nn_heldout", lambda: dict(nn_heldout=far(g.pick("test", 2000))))
+    g.attempt("nn_heldout", lambda: {"nn_heldout": far(g.pick("test", 2000))})
 
 
 def gather_judged(
@@ -1488,17 +1500,17 @@ def class_counts(
         raise ValueError(f"{features} does not tell apart the classes of these data")
     drawn, K = logits.argmax(1), logits.shape[1]
     if labels is None:
-        return dict(classes=torch.bincount(drawn, minlength=K).numpy())
+        return {"classes": torch.bincount(drawn, minlength=K).numpy()}
     labels = torch.as_tensor(labels).cpu().long()
     if labels.shape != drawn.shape or labels.min() < 0 or labels.max() >= K:
         raise ParameterError(
             f"labels: expected {len(drawn)} numbers in 0 .. {K - 1}, got shape {tuple(labels.shape)}, {labels.min()} .. {labels.max()}"
         )
-    return dict(
-        confusion=torch.bincount(labels * K + drawn, minlength=K * K)
+    return {
+        "confusion": torch.bincount(labels * K + drawn, minlength=K * K)
         .reshape(K, K)
         .numpy()
-    )
+    }
 
 # %% ../nbs/04b_measuring.ipynb #04b-loss_levels
 def loss_levels(process, levels: int) -> Tensor:
@@ -1546,7 +1558,7 @@ def heldout_loss(
         labels = torch.full((len(images),), num_classes)
     if labels is not None:
         labels = torch.as_tensor(labels).long()
-    for name, v in dict(labels=labels, context=context).items():
+    for name, v in {"labels": labels, "context": context}.items():
         if v is not None and len(v) != len(images):
             raise ParameterError(f"{name}: {len(v)} for {len(images)} images")
     if was:
@@ -1562,8 +1574,8 @@ def heldout_loss(
                 if images.dtype == torch.uint8
                 else images[i].to(device).float()
             )
-            cond = ({} if labels is None else dict(y=labels[i].to(device))) | (
-                {} if context is None else dict(context=context[i].to(device).float())
+            cond = ({} if labels is None else {"y": labels[i].to(device)}) | (
+                {} if context is None else {"context": context[i].to(device).float()}
             )
             with torch.autocast(
                 torch.device(device).type, dtype=dtype, enabled=dtype is not None
@@ -1584,11 +1596,11 @@ def heldout_loss(
         )  # on the device: nobody waits for it before the last level
     if was:
         model.train()
-    return dict(
-        t=times.numpy(),
-        lam=diffusion.process.lam(times).numpy(),
-        loss=torch.stack(losses).cpu().numpy(),
-    )
+    return {
+        "t": times.numpy(),
+        "lam": diffusion.process.lam(times).numpy(),
+        "loss": torch.stack(losses).cpu().numpy(),
+    }
 
 # %% ../nbs/04b_measuring.ipynb #04b-bootstrap_interval
 def bootstrap_interval(

@@ -12,6 +12,7 @@ __all__ = ['BLOCK', 'ANCESTRAL', 'DIFFUSERS', 'initial_noise', 'step_noise', 'sa
 # %% ../nbs/04a_sampling.ipynb #04a-c90bcf98
 import math
 from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from .config import ParameterError, SamplingConfig, key_seed
@@ -675,7 +676,7 @@ def null_condition(
         raise ParameterError(
             f"cfg_scale = {cfg_scale} with context: give null_context, the encoding of the empty text"
         )
-    null = dict(y=torch.tensor(num_classes), context=null_context)
+    null = {"y": torch.tensor(num_classes), "context": null_context}
     return {k: null[k].to(device) for k in cond}
 
 # %% ../nbs/04a_sampling.ipynb #04a-check_finite
@@ -809,7 +810,7 @@ def sample(
         raise ParameterError(f"n = {n}, batch = {batch}: both must be at least 1")
     if labels is None and num_classes:
         labels = sample_labels(sampling.sample_seed, start, n, num_classes)
-    cond = {k: v for k, v in dict(y=labels, context=context).items() if v is not None}
+    cond = {k: v for k, v in {"y": labels, "context": context}.items() if v is not None}
     for k, v in cond.items():
         if len(v) != n:
             raise ParameterError(

@@ -14,25 +14,22 @@ __all__ = ['FIGURE3', 'GROUPS', 'NOMINAL', 'LINKS', 'PLANNED', 'count_training_m
            'allreduce_bytes', 'plan_step', 'plot_plan', 'machines_table']
 
 # %% ../nbs/06_scaling.ipynb #06-7ca11787
-import copy, functools, hashlib, inspect, itertools, json, os, re, statistics, time, weakref
+import copy
+import functools
+import hashlib
+import inspect
+import itertools
+import json
+import os
+import re
+import statistics
+import time
+import weakref
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
+
 import torch
 from torch import Tensor, nn
-from uvit_repro.runs.counting import (
-    evaluations,
-    experiment_flops,
-    flop_counter,
-    hollow,
-    count_macs,
-    macs_of,
-    meta_model,
-    model_inputs,
-    params_of,
-    predict_seconds,
-    training_flops,
-)
-from .data.files import source_sum
 from torch.utils._python_dispatch import TorchDispatchMode
 from uvit_repro.config import (
     CONFIGS,
@@ -43,9 +40,21 @@ from uvit_repro.config import (
     project_root,
     resolve_name,
 )
-from .runs.execution import set_attention
-from .data.files import write_json
-from .runs.execution import AUTOCAST
+from .data.files import source_sum, write_json
+from uvit_repro.runs.counting import (
+    count_macs,
+    evaluations,
+    experiment_flops,
+    flop_counter,
+    hollow,
+    macs_of,
+    meta_model,
+    model_inputs,
+    params_of,
+    predict_seconds,
+    training_flops,
+)
+from .runs.execution import AUTOCAST, set_attention
 
 # %% ../nbs/06_scaling.ipynb #06-count_training_macs
 def count_training_macs(
@@ -139,8 +148,8 @@ def random_sizes(
     condition = rng.choice(
         [
             {},
-            dict(num_classes=rng.randint(2, 9)),
-            dict(clip_dim=rng.randint(3, 9), num_clip_token=rng.randint(1, 7)),
+            {"num_classes": rng.randint(2, 9)},
+            {"clip_dim": rng.randint(3, 9), "num_clip_token": rng.randint(1, 7)},
         ]
     )
     return dict(
@@ -166,7 +175,17 @@ def random_sizes(
 def constructor(exp: Experiment) -> dict:
     "The sizes of an experiment's U-ViT, as `macs_parts` takes them."
     m, d = exp.model, exp.data
-    names = "patch_size embed_dim depth mlp_ratio skip time conv patch_embed mlp_time_embed".split()
+    names = [
+        "patch_size",
+        "embed_dim",
+        "depth",
+        "mlp_ratio",
+        "skip",
+        "time",
+        "conv",
+        "patch_embed",
+        "mlp_time_embed",
+    ]
     classes = (
         d.num_classes + (exp.train.p_uncond > 0) if m.condition == "class" else None
     )
@@ -176,7 +195,7 @@ def constructor(exp: Experiment) -> dict:
         in_chans=d.in_chans,
         num_classes=classes,
         **(
-            dict(clip_dim=d.text_dim, num_clip_token=d.text_tokens)
+            {"clip_dim": d.text_dim, "num_clip_token": d.text_tokens}
             if m.condition == "text"
             else {}
         ),
@@ -217,7 +236,8 @@ def plot_parts(
     ax=None,  # where to draw
 ):
     "Shares of the multiply-accumulates, one bar per network, its total at the end."
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
 
     ax = ax or plt.subplots(figsize=(9, 0.5 * len(parts) + 1.2))[1]
     keys, left = list(next(iter(parts.values()))), [0.0] * len(parts)
@@ -259,12 +279,12 @@ def figure3(
         raise ParameterError(f"panel = {panel!r}: allowed are {', '.join(FIGURE3)}")
     m, rows = base.model, []
     head = m.embed_dim // m.num_heads
-    fields = dict(
-        depth=lambda v: dict(depth=v),
-        width=lambda v: dict(embed_dim=v, num_heads=v // head),
-        patch=lambda v: dict(patch_size=v),
-    )
-    now = dict(depth=m.depth, width=m.embed_dim, patch=m.patch_size)
+    fields = {
+        "depth": lambda v: {"depth": v},
+        "width": lambda v: {"embed_dim": v, "num_heads": v // head},
+        "patch": lambda v: {"patch_size": v},
+    }
+    now = {"depth": m.depth, "width": m.embed_dim, "patch": m.patch_size}
     for p in FIGURE3 if panel is None else [panel]:
         for v in FIGURE3[p][1](now[p]):
             if (
@@ -281,7 +301,12 @@ def figure3(
 def figure3_overrides(protocol: str) -> dict:
     "What Figure 3 asks of a protocol: at `paper` 50,000 iterations and 10,000 samples of 50 evaluations, else the protocol as it is."
     return (
-        dict(n_steps=50_000, num_samples=10_000, sampler="dpm_solver_fast", nfe=50)
+        {
+            "n_steps": 50_000,
+            "num_samples": 10_000,
+            "sampler": "dpm_solver_fast",
+            "nfe": 50,
+        }
         if protocol == "paper"
         else {}
     )
@@ -317,16 +342,16 @@ def figure3_costs(base: Experiment):
 
     return pd.DataFrame(
         [
-            dict(
-                panel=p,
-                value=v,
-                adopted=not kw,
-                parameters=params_of(e),
-                macs=macs_of(e),
-                relative_parameters=params_of(e) / params_of(base),
-                relative_macs=macs_of(e) / macs_of(base),
-                run_id=e.run_id,
-            )
+            {
+                "panel": p,
+                "value": v,
+                "adopted": not kw,
+                "parameters": params_of(e),
+                "macs": macs_of(e),
+                "relative_parameters": params_of(e) / params_of(base),
+                "relative_macs": macs_of(e) / macs_of(base),
+                "run_id": e.run_id,
+            }
             for p, v, kw, e in figure3(base)
         ]
     )
@@ -348,13 +373,13 @@ def collect_figure3(
         [],
     )
     for p, v, kw, e in figure3(base):
-        cost = dict(
-            panel=p,
-            field_value=v,
-            adopted=not kw,
-            relative_macs=macs_of(e) / macs_of(base),
-            relative_parameters=params_of(e) / params_of(base),
-        )
+        cost = {
+            "panel": p,
+            "field_value": v,
+            "adopted": not kw,
+            "relative_macs": macs_of(e) / macs_of(base),
+            "relative_parameters": params_of(e) / params_of(base),
+        }
         frames.append(
             df[df.run_id.isin({replace(e, seed=s).run_id for s in seeds})].assign(
                 **cost
@@ -371,7 +396,7 @@ def figure3_paper():
     pts[["panel", "value"]] = pts.method.str.split(expand=True)
     pts["value"] = pts.value.astype(int)
     return figure3_costs(figure3_base("paper")).merge(
-        pts[["panel", "value", "number"]].rename(columns=dict(number="fid")),
+        pts[["panel", "value", "number"]].rename(columns={"number": "fid"}),
         on=["panel", "value"],
     )
 
@@ -442,7 +467,8 @@ def plot_figure3(
     protocol: str,  # whose networks
 ):  # matplotlib figure
     "Quality against cost: three panels, over relative multiply-accumulates (above) and parameters (below); ours in colour, the notes' points in grey."
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
 
     steps, paper, colours = (
         figure3_base(protocol).train.n_steps,
@@ -462,9 +488,10 @@ def plot_figure3(
     for i, (row, (key, name)) in enumerate(
         zip(
             axes,
-            dict(
-                relative_macs="multiply-accumulates", relative_parameters="parameters"
-            ).items(),
+            {
+                "relative_macs": "multiply-accumulates",
+                "relative_parameters": "parameters",
+            }.items(),
         )
     ):
         for ax, (p, (title, _)), c in zip(row, FIGURE3.items(), colours):
@@ -589,7 +616,7 @@ def pass_bytes(
             loss = forward_loss(net, batch, device, precision)
             kept = live.now
             loss.backward()
-    return dict(kept=kept, peak=live.peak, gradients=live.gradients)
+    return {"kept": kept, "peak": live.peak, "gradients": live.gradients}
 
 # %% ../nbs/06_scaling.ipynb #06-saved_bytes
 def saved_bytes(
@@ -665,13 +692,13 @@ def memory_parts(
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in params)
     run = pass_bytes(model, batch or 1, precision or "bf16", attention, device)
-    parts = dict(
-        weights=weights,
-        optimizer=2 * trained,
-        ema=trained * (1 if averages is None else averages),
-        gradients=run["gradients"],
-        activations=run["peak"] - run["gradients"],
-    )
+    parts = {
+        "weights": weights,
+        "optimizer": 2 * trained,
+        "ema": trained * (1 if averages is None else averages),
+        "gradients": run["gradients"],
+        "activations": run["peak"] - run["gradients"],
+    }
     return dict(parts, total=sum(parts.values()), kept=run["kept"])
 
 # %% ../nbs/06_scaling.ipynb #06-attention_path
@@ -732,7 +759,7 @@ def training_step(
             x0,
             t,
             eps,
-            **model_inputs(net, batch, device, **(dict(y=y) if classes else {}))[2],
+            **model_inputs(net, batch, device, **({"y": y} if classes else {}))[2],
         )
 
     return tr, step
@@ -760,11 +787,11 @@ def measured_memory(
         for v in s.values()
         if isinstance(v, Tensor) and v.dim()
     ]
-    parts = dict(
-        weights=storage_bytes(tr.net.parameters()),
-        optimizer=storage_bytes(moments),
-        ema=storage_bytes(v for e in tr.emas.values() for v in e.values),
-    )
+    parts = {
+        "weights": storage_bytes(tr.net.parameters()),
+        "optimizer": storage_bytes(moments),
+        "ema": storage_bytes(v for e in tr.emas.values() for v in e.values),
+    }
     return dict(parts, total=sum(parts.values()) + peak)
 
 # %% ../nbs/06_scaling.ipynb #06-plot_memory
@@ -774,17 +801,18 @@ def plot_memory(
     ax=None,  # where to draw
 ):
     "Memory of an update, one stacked bar per case."
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
 
     ax = ax or plt.subplots(figsize=(9, 0.45 * len(parts) + 1.2))[1]
     names, left = (
-        dict(
-            weights="weights",
-            optimizer="optimiser",
-            ema="moving averages",
-            gradients="gradients at the peak",
-            activations="activations and working tensors at the peak",
-        ),
+        {
+            "weights": "weights",
+            "optimizer": "optimiser",
+            "ema": "moving averages",
+            "gradients": "gradients at the peak",
+            "activations": "activations and working tensors at the peak",
+        },
         [0.0] * len(parts),
     )
     for (k, label), colour in zip(names.items(), sns.color_palette("colorblind")):
@@ -851,12 +879,12 @@ def checkpoint_sweep(
     macs, plain = macs_of(exp), count_training_macs(nets[-1][1])
     return pd.DataFrame(
         [
-            dict(
-                keep=k,
-                GB=(m := memory_parts(net, batch, precision))["total"] / 1e9,
-                kept_GB=m["kept"] / 1e9,
-                repeated=(count_training_macs(net) - plain) / macs,
-            )
+            {
+                "keep": k,
+                "GB": (m := memory_parts(net, batch, precision))["total"] / 1e9,
+                "kept_GB": m["kept"] / 1e9,
+                "repeated": (count_training_macs(net) - plain) / macs,
+            }
             for k, net in nets
         ]
     )
@@ -864,7 +892,8 @@ def checkpoint_sweep(
 
 def plot_sweep(sweep, title: str, ax=None):
     "Memory of an update against the share of a forward pass that is repeated, one point per budget."
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
 
     ax, c = ax or plt.subplots(figsize=(6, 3.4))[1], sns.color_palette("colorblind")[0]
     ax.plot(100 * sweep.repeated, sweep.GB, "-o", color=c)
@@ -983,14 +1012,14 @@ def throughput(
         secs = time_calls(lambda: step(b), device, repeats, warmup)
         mid = statistics.median(secs)
         rows.append(
-            dict(
-                batch=b,
-                seconds=mid,
-                low=min(secs),
-                high=max(secs),
-                images_per_second=b / mid,
-                flops=b / mid * training_flops(macs),
-            )
+            {
+                "batch": b,
+                "seconds": mid,
+                "low": min(secs),
+                "high": max(secs),
+                "images_per_second": b / mid,
+                "flops": b / mid * training_flops(macs),
+            }
         )
     return pd.DataFrame(rows)
 
@@ -1001,7 +1030,8 @@ def plot_throughput(
     title="",  # of the figure
 ):
     "Images per second against batch size with the spread of the repeats, and the share of the matrix rate."
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
 
     fig, (a, b) = plt.subplots(1, 2, figsize=(10, 3.4))
     c = sns.color_palette("colorblind")
@@ -1080,7 +1110,8 @@ def plot_profile(
     ax=None,  # where to draw
 ):
     "Shares of an update's time, one bar per case."
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
 
     ax = ax or plt.subplots(figsize=(9, 0.45 * len(profiles) + 1.3))[1]
     left = [0.0] * len(profiles)
@@ -1113,9 +1144,10 @@ def predict_cost(
     devices: int = 1,  # that share the work without loss
 ) -> dict:  # EFLOP in all, GPU-hours of training and of sampling, days on `devices`, images per second in training
     "What an experiment costs: operations counted, speed given."
-    for name, v in dict(
-        utilisation=utilisation, sampling_utilisation=sampling_utilisation
-    ).items():
+    for name, v in {
+        "utilisation": utilisation,
+        "sampling_utilisation": sampling_utilisation,
+    }.items():
         if v is not None and not 0 < v <= 1:
             raise ParameterError(
                 f"{name} = {v}: a share of the matrix rate, above 0 and at most 1"
@@ -1123,13 +1155,16 @@ def predict_cost(
     s = predict_seconds(
         exp, rate * utilisation, rate * (sampling_utilisation or utilisation)
     )
-    return dict(
-        EFLOP=sum(experiment_flops(exp).values()) / 1e18,
-        train_hours=s["train"] / 3600,
-        sample_hours=(s["sample"] + s["loss"]) / 3600,
-        days=s["total"] / 86400 / devices,
-        images_per_second=rate * utilisation / training_flops(macs_of(exp)) * devices,
-    )
+    return {
+        "EFLOP": sum(experiment_flops(exp).values()) / 1e18,
+        "train_hours": s["train"] / 3600,
+        "sample_hours": (s["sample"] + s["loss"]) / 3600,
+        "days": s["total"] / 86400 / devices,
+        "images_per_second": rate
+        * utilisation
+        / training_flops(macs_of(exp))
+        * devices,
+    }
 
 # %% ../nbs/06_scaling.ipynb #06-probe_utilisation
 def probe_utilisation(
@@ -1211,15 +1246,15 @@ def paper_hours():
         n, kind = int(devices.split("x")[0]), devices.split("x ")[1]
         flops = experiment_flops(e)["train"]
         rows.append(
-            dict(
-                configuration=name,
-                devices=devices,
-                hours=hours,
-                gpu_hours=n * hours,
-                EFLOP=flops / 1e18,
-                flops_per_device=flops / (n * hours * 3600),
-                share_of_nominal=flops / (n * hours * 3600) / NOMINAL[kind],
-            )
+            {
+                "configuration": name,
+                "devices": devices,
+                "hours": hours,
+                "gpu_hours": n * hours,
+                "EFLOP": flops / 1e18,
+                "flops_per_device": flops / (n * hours * 3600),
+                "share_of_nominal": flops / (n * hours * 3600) / NOMINAL[kind],
+            }
         )
     return pd.DataFrame(rows)
 
@@ -1242,13 +1277,13 @@ def paper_sampling():
     ]
     return pd.DataFrame(
         [
-            dict(
-                model=m,
-                seconds=s,
-                PFLOP=f / 1e15,
-                flops=f / s,
-                share_of_nominal=f / s / NOMINAL["A100"],
-            )
+            {
+                "model": m,
+                "seconds": s,
+                "PFLOP": f / 1e15,
+                "flops": f / s,
+                "share_of_nominal": f / s / NOMINAL["A100"],
+            }
             for m, s, f in rows
         ]
     )
@@ -1256,7 +1291,8 @@ def paper_sampling():
 # %% ../nbs/06_scaling.ipynb #06-plot_paper_costs
 def plot_paper_costs(hours, sampling):
     "Table 6 and Appendix A as operations per second of one device, with the published times."
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
 
     fig, (a, b) = plt.subplots(1, 2, figsize=(13, 4.2), width_ratios=(3, 2))
     c = sns.color_palette("colorblind")
@@ -1328,12 +1364,12 @@ def plan_step(
         exp.train.batch_size / devices * training_flops(macs_of(exp)) / flops_per_second
     )
     talk = allreduce_bytes(params_of(exp), devices, bytes_each) / link
-    return dict(
-        compute=compute,
-        backward=compute * 2 / 3,
-        communicate=talk,
-        update=compute + max(0.0, talk - compute * 2 / 3),
-    )
+    return {
+        "compute": compute,
+        "backward": compute * 2 / 3,
+        "communicate": talk,
+        "update": compute + max(0.0, talk - compute * 2 / 3),
+    }
 
 # %% ../nbs/06_scaling.ipynb #06-plot_plan
 PLANNED = (
@@ -1350,7 +1386,8 @@ def plot_plan(
     configs=PLANNED,  # keys of CONFIGS
 ):  # matplotlib figure
     "Communication beside computation per update against the number of devices, the global batch fixed. Planned, not measured."
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
 
     fig, axes = plt.subplots(
         1, len(configs), figsize=(3.4 * len(configs), 4.2), sharey=True

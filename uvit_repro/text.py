@@ -15,11 +15,19 @@ __all__ = ['CLIP_MODEL', 'CLIP_FILES', 'N_PROMPTS', 'N_HELD_OUT', 'FORMAT', 'VER
            'paper_table4', 'write_contexts', 'main']
 
 # %% ../nbs/08_mscoco.ipynb #08-da123102
-import gzip, hashlib, itertools, json, os, random, sys, time
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import random
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,8 +36,18 @@ from uvit_repro.config import (
     CONTENT,
     DataConfig,
     ParameterError,
-    data_root as data_folder,
     key_seed,
+)
+from uvit_repro.config import (
+    data_root as data_folder,
+)
+from uvit_repro.data.files import (
+    load_tensors,
+    run_lock,
+    sha256_file,
+    sweep_unfinished,
+    write_atomic,
+    write_json,
 )
 from .data.images import Data, _sum
 from uvit_repro.latents import (
@@ -45,14 +63,6 @@ from uvit_repro.latents import (
     store_index,
     verify_store,
     weights_sum,
-)
-from uvit_repro.data.files import (
-    load_tensors,
-    run_lock,
-    sha256_file,
-    sweep_unfinished,
-    write_atomic,
-    write_json,
 )
 
 # %% ../nbs/08_mscoco.ipynb #08-clip_command
@@ -316,13 +326,13 @@ class Coco:
         ]
         self.sha256 = hashlib.sha256(repr(said).encode()).hexdigest()
         self.name = f"mscoco 2014, captions {self.sha256}"
-        self.key = dict(
-            kind="mscoco",
-            sha256=self.sha256,
-            images=len(self.files),
-            held_out=self.held_out,
-            shape=list(self.image_shape),
-        )
+        self.key = {
+            "kind": "mscoco",
+            "sha256": self.sha256,
+            "images": len(self.files),
+            "held_out": self.held_out,
+            "shape": list(self.image_shape),
+        }
 
     def __len__(self):
         return len(self.files)
@@ -409,15 +419,15 @@ def encode_texts(
             f"dtype = {dtype!r}, batch = {batch}, shard_rows = {shard_rows}: float32 or float16, whole batches in a shard, and the empty text in front"
         )
     path, start, last = Path(path), time.perf_counter(), time.perf_counter()
-    job = dict(
-        texts=hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
-        count=len(texts),
-        encoder=encoder.sha256,
-        shape=[encoder.length, encoder.width],
-        dtype=dtype,
-        batch=batch,
-        shard_rows=shard_rows,
-    )
+    job = {
+        "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+        "count": len(texts),
+        "encoder": encoder.sha256,
+        "shape": [encoder.length, encoder.width],
+        "dtype": dtype,
+        "batch": batch,
+        "shard_rows": shard_rows,
+    }
     spans = [
         (a, min(a + shard_rows, len(texts))) for a in range(0, len(texts), shard_rows)
     ]
@@ -445,7 +455,7 @@ def encode_texts(
                     f"contexts that are not finite as {dtype}: use dtype = float32"
                 )
             f = write_atomic(path / _shard(k), lambda p: np.save(p, x))
-            notes[k] = dict(rows=b - a, sha256=sha256_file(f))
+            notes[k] = {"rows": b - a, "sha256": sha256_file(f)}
             write_json(path / _shard(k, "json"), notes[k])
         if todo or not all(
             (path / f).exists() for f in ("index.json", "captions.json")
@@ -453,15 +463,15 @@ def encode_texts(
             f = write_json(path / "captions.json", texts)
             write_json(
                 path / "index.json",
-                dict(
-                    format=FORMAT,
-                    version=VERSION,
-                    job=job,
-                    extra=extra or {},
-                    encoder=dict(name=encoder.name, sha256=encoder.sha256),
-                    captions=sha256_file(f),
-                    shards=notes,
-                ),
+                {
+                    "format": FORMAT,
+                    "version": VERSION,
+                    "job": job,
+                    "extra": extra or {},
+                    "encoder": {"name": encoder.name, "sha256": encoder.sha256},
+                    "captions": sha256_file(f),
+                    "shards": notes,
+                },
             )
     return TextStore(path)
 
@@ -601,12 +611,12 @@ def encode_coco(
 ):
     "Encode MS-COCO: each store resumes where it stopped."
     latents, texts = coco_paths(root)
-    extra = dict(
-        coco=coco.name,
-        counts=[len(c.captions) for c in coco.train],
-        prompts=len(coco.prompts),
-        held_out=coco.held_out,
-    )
+    extra = {
+        "coco": coco.name,
+        "counts": [len(c.captions) for c in coco.train],
+        "prompts": len(coco.prompts),
+        "held_out": coco.held_out,
+    }
     if clip:
         encode_texts(coco.texts(), clip, texts, extra, dtype, batch, shard_rows, say)
     if autoencoder:
@@ -650,14 +660,20 @@ def load_mscoco256(
     )
 
 # %% ../nbs/08_mscoco.ipynb #08-group
-COLOURS = dict(
-    red=(214, 39, 40), green=(44, 160, 44), blue=(31, 90, 214), yellow=(240, 190, 20)
-)
+COLOURS = {
+    "red": (214, 39, 40),
+    "green": (44, 160, 44),
+    "blue": (31, 90, 214),
+    "yellow": (240, 190, 20),
+}
 FORMS = ("circle", "square", "triangle", "cross")
-HALVES = dict(
-    top=(0, 1), bottom=(2, 3), left=(0, 2), right=(1, 3)
-)  # cells: 0 1 above 2 3
-OPPOSITE = dict(top="bottom", bottom="top", left="right", right="left")
+HALVES = {
+    "top": (0, 1),
+    "bottom": (2, 3),
+    "left": (0, 2),
+    "right": (1, 3),
+}  # cells: 0 1 above 2 3
+OPPOSITE = {"top": "bottom", "bottom": "top", "left": "right", "right": "left"}
 UNSEEN = (
     ("red", "cross"),
     ("green", "triangle"),
@@ -721,7 +737,7 @@ def draw_scene(
     )
 
 # %% ../nbs/08_mscoco.ipynb #08-caption
-RELATIONS = dict(top="above", bottom="below", left="left of", right="right of")
+RELATIONS = {"top": "above", "bottom": "below", "left": "left of", "right": "right of"}
 
 
 def caption(
@@ -753,7 +769,7 @@ def parse_caption(text: str) -> Scene:
     "The scene that a caption describes. Raises `ParameterError` for a text that is none."
     words, counts, halves = (
         text.lower().split(),
-        dict(a=1, one=1, two=2),
+        {"a": 1, "one": 1, "two": 2},
         {v.split()[0]: k for k, v in RELATIONS.items()},
     )
 
@@ -790,12 +806,12 @@ def parse_caption(text: str) -> Scene:
 def form_mask(form: str) -> np.ndarray:  # bool (7, 7)
     "The pixels of a form."
     y, x = np.mgrid[:SIZE, :SIZE] - SIZE // 2
-    return dict(
-        square=x == x,
-        circle=x**2 + y**2 <= 12,
-        triangle=2 * abs(x) <= y + 4,
-        cross=(abs(x - y) <= 1) | (abs(x + y) <= 1),
-    )[form]
+    return {
+        "square": x == x,
+        "circle": x**2 + y**2 <= 12,
+        "triangle": 2 * abs(x) <= y + 4,
+        "cross": (abs(x - y) <= 1) | (abs(x + y) <= 1),
+    }[form]
 
 
 def object_cell(kind: int, dy: int, dx: int) -> np.ndarray:  # uint8 (8, 8, 3)
@@ -1083,21 +1099,21 @@ def draw_captions(
     "Draw captions of one's own with a trained network."
     from uvit_repro.data.images import to_uint8
     from uvit_repro.diffusion import Diffusion
-    from uvit_repro.sample import sample
     from uvit_repro.runs.execution import pick_device
+    from uvit_repro.sample import sample
     from uvit_repro.train import load_weights
 
     e, device = run.exp, pick_device(run.exp.execution.device)
     net = load_weights(e, run.folder, step or e.train.n_steps).to(device)
-    how = dict(
-        shape=(e.data.in_chans, e.data.img_size, e.data.img_size),
-        n=n,
-        start=start,
-        null_context=null,
-        device=device,
-        batch=e.execution.sample_batch,
-        finish=decode or to_uint8,
-    )
+    how = {
+        "shape": (e.data.in_chans, e.data.img_size, e.data.img_size),
+        "n": n,
+        "start": start,
+        "null_context": null,
+        "device": device,
+        "batch": e.execution.sample_batch,
+        "finish": decode or to_uint8,
+    }
     return torch.stack(
         [
             sample(
@@ -1130,7 +1146,7 @@ def paper_table4():
     )
     return (
         fid[["number", "condition"]]
-        .rename(columns=dict(number="FID", condition="how"))
+        .rename(columns={"number": "FID", "condition": "how"})
         .assign(params_M=size)[["FID", "params_M", "how"]]
     )
 
@@ -1165,16 +1181,20 @@ def write_contexts(
     L, D, n, last = encoder.length, encoder.width, len(prompts), time.perf_counter()
     one, kind = (
         L * D * np.dtype(dtype).itemsize,
-        dict(float32="F32", float16="F16")[dtype],
+        {"float32": "F32", "float16": "F16"}[dtype],
     )
-    head = dict(
-        contexts=dict(dtype=kind, shape=[n, L, D], data_offsets=[0, n * one]),
-        null=dict(dtype=kind, shape=[L, D], data_offsets=[n * one, (n + 1) * one]),
-        __metadata__=dict(
-            encoder=encoder.sha256,
-            prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-        ),
-    )
+    head = {
+        "contexts": {"dtype": kind, "shape": [n, L, D], "data_offsets": [0, n * one]},
+        "null": {
+            "dtype": kind,
+            "shape": [L, D],
+            "data_offsets": [n * one, (n + 1) * one],
+        },
+        "__metadata__": {
+            "encoder": encoder.sha256,
+            "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        },
+    }
     raw = json.dumps(head).encode()
     raw += b" " * (-len(raw) % 8)
 
@@ -1211,20 +1231,21 @@ encode resumes where it stopped, and makes files again that were deleted; verify
 def main(args=None) -> int:
     "`python -m uvit_repro.text encode | prompts | verify`."
     import argparse
+
     from uvit_repro.runs.execution import pick_device
 
-    how = dict(epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    how = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
     ap = argparse.ArgumentParser(
         prog="python -m uvit_repro.text",
         description="Encode MS-COCO once, check what was encoded.",
         **how,
     )
     sub = ap.add_subparsers(dest="command", required=True)
-    what = dict(
-        encode="encode images and captions of MS-COCO",
-        prompts="encode prompts into one file",
-        verify="read both stores and compare all sums",
-    )
+    what = {
+        "encode": "encode images and captions of MS-COCO",
+        "prompts": "encode prompts into one file",
+        "verify": "read both stores and compare all sums",
+    }
     enc, pro, ver = (
         sub.add_parser(n, help=h, description=h, **how) for n, h in what.items()
     )

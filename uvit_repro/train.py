@@ -9,19 +9,19 @@ __all__ = ['lr_at', 'EMA', 'make_accelerator', 'Trainer', 'golden_file', 'golden
            'plot_loss']
 
 # %% ../nbs/03_training.ipynb #03b-d4968657
-import contextlib, csv, json, math, os, shutil, sys, time
+import contextlib
+import csv
+import json
+import math
+import os
+import shutil
+import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+
 import torch
 from torch import Tensor, nn
-from .config.durations import format_duration
-from uvit_repro.runs.execution import (
-    DistributedContext,
-    choose_attention,
-    graph_pass,
-    pick_device,
-    wants_compile,
-)
 from uvit_repro.config import (
     MODELS,
     Experiment,
@@ -31,16 +31,26 @@ from uvit_repro.config import (
     project_root,
     resolve_name,
 )
-from .data.images import Batches, Data
-from .diffusion import Diffusion
-from .layers import init_weights
-from .runs.execution import compile_blocks, set_attention, time_attention
+from .config.durations import format_duration
 from uvit_repro.data.files import (
     CheckpointError,
     load_tensors,
     set_aside,
     write_atomic,
     write_json,
+)
+from .data.images import Batches, Data
+from .diffusion import Diffusion
+from .layers import init_weights
+from uvit_repro.runs.execution import (
+    DistributedContext,
+    choose_attention,
+    compile_blocks,
+    graph_pass,
+    pick_device,
+    set_attention,
+    time_attention,
+    wants_compile,
 )
 
 # %% ../nbs/03_training.ipynb #03b-lr_at
@@ -174,13 +184,13 @@ class Trainer:
     def state_dict(self) -> dict:
         "Everything that the next update depends on."
         scaler = self.acc.scaler.state_dict() if self.acc.scaler else {}
-        return dict(
-            step=self.step,
-            net=self.net.state_dict(),
-            emas={n: e.state_dict() for n, e in self.emas.items()},
-            optimizer=self.optimizer.optimizer.state_dict(),
-            scaler=scaler,
-        )
+        return {
+            "step": self.step,
+            "net": self.net.state_dict(),
+            "emas": {n: e.state_dict() for n, e in self.emas.items()},
+            "optimizer": self.optimizer.optimizer.state_dict(),
+            "scaler": scaler,
+        }
 
     def load_state_dict(self, sd: dict):
         self.net.load_state_dict(sd["net"])
@@ -198,8 +208,9 @@ def golden_file(
     tuple
 ):  # (its arrays, a function of a prefix that gives the tensors under it by name)
     "Recorded outputs of the released code."
-    import numpy as np
     from importlib.resources import files
+
+    import numpy as np
 
     d = np.load(files("uvit_repro") / "_assets" / "golden" / f"{name}.npz")
     return d, lambda p: {
@@ -242,7 +253,7 @@ def golden_training(
     for s in range(train.n_steps):
         t = torch.tensor(d["t"][s])
         t = t.double() / 1000 if discrete else t
-        cond = dict(y=torch.tensor(d["y"][s]).to(device)) if discrete else {}
+        cond = {"y": torch.tensor(d["y"][s]).to(device)} if discrete else {}
         losses.append(
             tr.update(
                 torch.tensor(d["x0"][s]).to(device),
@@ -253,12 +264,12 @@ def golden_training(
         )
         lrs.append(lr_at(train, s))
     worst = lambda sd, want: max(rel(sd[k], v) for k, v in want.items())
-    return dict(
-        loss=rel(torch.stack(losses), torch.tensor(d["loss"])),
-        lr=rel(torch.tensor(lrs, dtype=torch.float64), torch.tensor(d["lr"])),
-        final=worst(tr.net.state_dict(), part("final")),
-        ema=worst(next(iter(tr.emas.values())).state_dict(), part("ema")),
-    )
+    return {
+        "loss": rel(torch.stack(losses), torch.tensor(d["loss"])),
+        "lr": rel(torch.tensor(lrs, dtype=torch.float64), torch.tensor(d["lr"])),
+        "final": worst(tr.net.state_dict(), part("final")),
+        "ema": worst(next(iter(tr.emas.values())).state_dict(), part("ema")),
+    }
 
 # %% ../nbs/03_training.ipynb #03b-step_randomness
 def sample_times_and_noise(
@@ -518,9 +529,11 @@ class LossLog:
         )
 
     def state_dict(self):
-        return dict(
-            rows=self.rows, pending=self.values().tolist(), seconds=self.seconds()
-        )
+        return {
+            "rows": self.rows,
+            "pending": self.values().tolist(),
+            "seconds": self.seconds(),
+        }
 
     def load_state_dict(self, sd):
         self.rows, self.earlier, self.start = (
@@ -569,7 +582,7 @@ def train(
     )
     if team.first(lambda: (folder / f"weights-{cfg.n_steps:07d}.safetensors").exists()):
         drop_checkpoints()
-        return dict(steps=0)
+        return {"steps": 0}
     folder.mkdir(parents=True, exist_ok=True)
     net, diffusion, log = (
         build_model(exp),
@@ -584,7 +597,7 @@ def train(
     if state is None and (shorter := team.first(lambda: find_shorter_run(exp, folder))):
         state = load_tensors(shorter)
         check_checkpoint(shorter, state, shorter.parent.name, net)
-        continued = dict(run_id=shorter.parent.name, step=state["step"])
+        continued = {"run_id": shorter.parent.name, "step": state["step"]}
     elif state:
         continued = state.get("continued_from")
     path = (
@@ -673,25 +686,25 @@ def train(
         )
     drop_checkpoints()
     team.gather(None)  # the final weights stand; nothing is left to resume
-    return dict(
-        steps=tr.step - first,
-        seconds=log.seconds(),
-        images_per_second=(tr.step - first)
+    return {
+        "steps": tr.step - first,
+        "seconds": log.seconds(),
+        "images_per_second": (tr.step - first)
         * cfg.batch_size
         / (time.perf_counter() - start),
-        attention=path,
-        compile=compiled,
-        cuda_graph=ex.cuda_graph,
-        processes=team.size,
-        continued_from=continued,
-        use_checkpoint=ex.use_checkpoint,
-        activation_budget=ex.activation_budget,
-        device=str(device),
-        threads=torch.get_num_threads(),
-        peak_memory_bytes=torch.cuda.max_memory_allocated(device)
+        "attention": path,
+        "compile": compiled,
+        "cuda_graph": ex.cuda_graph,
+        "processes": team.size,
+        "continued_from": continued,
+        "use_checkpoint": ex.use_checkpoint,
+        "activation_budget": ex.activation_budget,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device)
         if device.type == "cuda"
         else None,
-    )
+    }
 
 # %% ../nbs/03_training.ipynb #03b-read_log
 def read_log(folder: Path):

@@ -9,8 +9,10 @@ __all__ = ['PRESETS', 'SMALL', 'check_unet', 'fitting_levels', 'auto_groups', 'a
            'match_experiment', 'unet_fields', 'matched_unets', 'appendix']
 
 # %% ../nbs/10_unets.ipynb #10-f766190f
-import bisect, math
+import bisect
+import math
 from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from uvit_repro.config import (
@@ -188,26 +190,26 @@ class LatentUNet(UNet):
         )
         super().__init__(
             net,
-            dict(
-                img_size=img_size,
-                in_chans=in_chans,
-                out_chans=out,
-                channels=channels,
-                mult=tuple(mult),
-                res_blocks=res_blocks,
-                attention=tuple(attention),
-                num_classes=num_classes,
-                clip_dim=clip_dim,
-                num_clip_token=num_clip_token,
-                transformer=True,
-                scale_shift=False,
-                resblock_updown=False,
-            ),
+            {
+                "img_size": img_size,
+                "in_chans": in_chans,
+                "out_chans": out,
+                "channels": channels,
+                "mult": tuple(mult),
+                "res_blocks": res_blocks,
+                "attention": tuple(attention),
+                "num_classes": num_classes,
+                "clip_dim": clip_dim,
+                "num_clip_token": num_clip_token,
+                "transformer": True,
+                "scale_shift": False,
+                "resblock_updown": False,
+            },
             use_checkpoint,
         )
 
     def told(self, y, context):
-        return dict(encoder_hidden_states=context, class_labels=y)
+        return {"encoder_hidden_states": context, "class_labels": y}
 
 # %% ../nbs/10_unets.ipynb #10-admunet
 class ADMUNet(UNet):
@@ -268,26 +270,26 @@ class ADMUNet(UNet):
         )
         super().__init__(
             net,
-            dict(
-                img_size=img_size,
-                in_chans=in_chans,
-                out_chans=out,
-                channels=channels,
-                mult=tuple(mult),
-                res_blocks=res_blocks,
-                attention=tuple(attention),
-                num_classes=num_classes,
-                clip_dim=None,
-                num_clip_token=0,
-                transformer=False,
-                scale_shift=scale_shift,
-                resblock_updown=resblock_updown,
-            ),
+            {
+                "img_size": img_size,
+                "in_chans": in_chans,
+                "out_chans": out,
+                "channels": channels,
+                "mult": tuple(mult),
+                "res_blocks": res_blocks,
+                "attention": tuple(attention),
+                "num_classes": num_classes,
+                "clip_dim": None,
+                "num_clip_token": 0,
+                "transformer": False,
+                "scale_shift": scale_shift,
+                "resblock_updown": resblock_updown,
+            },
             use_checkpoint,
         )
 
     def told(self, y, context):
-        return dict(class_labels=y)
+        return {"class_labels": y}
 
 # %% ../nbs/10_unets.ipynb #10-unet_parts
 def unet_parts(
@@ -392,7 +394,8 @@ def plot_parts(
     axes=None,  # two axes
 ):
     "Shares of parameters and of multiply-accumulates, one bar per network."
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
 
     axes = (
         plt.subplots(1, 2, figsize=(12, 0.6 * len(nets) + 1.9), sharey=True)[1]
@@ -454,7 +457,7 @@ def draw_unet(
             ha="center",
             va="center",
             fontsize=9,
-            bbox=dict(boxstyle="round,pad=0.45", fc=colour, ec="0.4"),
+            bbox={"boxstyle": "round,pad=0.45", "fc": colour, "ec": "0.4"},
         )
 
     arrow = lambda a, b, **kw: ax.annotate(
@@ -554,14 +557,14 @@ def draw_blocks(
                 ha="center",
                 va="center",
                 fontsize=9,
-                bbox=dict(boxstyle="round,pad=0.35", fc=told, ec="0.4"),
+                bbox={"boxstyle": "round,pad=0.35", "fc": told, "ec": "0.4"},
             )
         for a, b in zip([0, *ys], [*ys, end]):
             ax.annotate(
                 "",
                 (0, b + 0.14),
                 (0, a - 0.14),
-                arrowprops=dict(arrowstyle="-|>", color="0.3"),
+                arrowprops={"arrowstyle": "-|>", "color": "0.3"},
             )
         ax.text(0, 0, "h", ha="center", va="center")
         ax.text(0, end, "+", ha="center", va="center", fontsize=14)
@@ -569,11 +572,11 @@ def draw_blocks(
             "",
             (0.12, end),
             (0.1, 0),
-            arrowprops=dict(
-                arrowstyle="-|>",
-                color="#2a7f3f",
-                connectionstyle="bar,fraction=%.3f" % (-1.55 / abs(end)),
-            ),
+            arrowprops={
+                "arrowstyle": "-|>",
+                "color": "#2a7f3f",
+                "connectionstyle": "bar,fraction=%.3f" % (-1.55 / abs(end)),
+            },
         )
         ax.set(xlim=(-1.9, 1.9), ylim=(-6.3, 0.4))
         ax.set_axis_off()
@@ -582,10 +585,13 @@ def draw_blocks(
 
 # %% ../nbs/10_unets.ipynb #10-factors
 PRESETS = {
-    "UNet-latent": dict(
-        model="UNet-latent", embed_dim=128, num_heads=8, condition="text"
-    ),  # as printed; fields that are U-ViT's alone are not read
-    "ADM": dict(model="ADM", embed_dim=320, condition="class"),
+    "UNet-latent": {
+        "model": "UNet-latent",
+        "embed_dim": 128,
+        "num_heads": 8,
+        "condition": "text",
+    },  # as printed; fields that are U-ViT's alone are not read
+    "ADM": {"model": "ADM", "embed_dim": 320, "condition": "class"},
 }
 
 
@@ -657,9 +663,9 @@ def latent_from_config(
 ) -> LatentUNet:
     "The latent U-Net of an experiment: told nothing, a class, or a text."
     text = (
-        dict(clip_dim=data.text_dim, num_clip_token=data.text_tokens)
+        {"clip_dim": data.text_dim, "num_clip_token": data.text_tokens}
         if model.condition == "text"
-        else dict(clip_dim=None)
+        else {"clip_dim": None}
     )
     kw = common_sizes(
         model,
@@ -728,7 +734,7 @@ def measure_of(
         raise ParameterError(
             f"measure = {measure!r}: allowed are params, macs, or a function of the network"
         )
-    return dict(params=count_parameters, macs=net_macs)[measure]
+    return {"params": count_parameters, "macs": net_macs}[measure]
 
 
 def match_width(
@@ -804,7 +810,7 @@ def unet_fields(side: int) -> dict:
     "The shape of a small U-Net on images of this side, as fields of an experiment."
     return dict(
         options=SMALL.get(side, "res_blocks=2"),
-        **(dict(num_heads=2) if side < 32 else {}),
+        **({"num_heads": 2} if side < 32 else {}),
     )
 
 

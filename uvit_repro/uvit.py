@@ -7,10 +7,11 @@ __all__ = ['compute_type', 'merge_skip', 'Block', 'check_variant', 'check_input'
            'official_shape', 'count_parameters', 'matched_none']
 
 # %% ../nbs/02b_architecture.ipynb #02b-92149bc2
-import functools, math
+import functools
+import math
+
 import torch
 from torch import Tensor, nn
-from .runs.execution import set_checkpoint
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -25,6 +26,7 @@ from uvit_repro.config import (
     check_geometry,
     preset,
 )
+from .data.files import CheckpointError, load_tensors
 from uvit_repro.layers import (
     AdaLN,
     Attention,
@@ -35,7 +37,7 @@ from uvit_repro.layers import (
     timestep_embedding,
     unpatchify,
 )
-from .data.files import CheckpointError, load_tensors
+from .runs.execution import set_checkpoint
 
 # %% ../nbs/02b_architecture.ipynb #02b-compute_type
 def compute_type(x: Tensor) -> Tensor:
@@ -113,13 +115,13 @@ class Block(nn.Module):
 # %% ../nbs/02b_architecture.ipynb #02b-check_variant
 def check_variant(**given):
     "Choices of Figure 2 that exist, or `ParameterError` with those that do."
-    allowed = dict(
-        skip=SKIPS,
-        time=TIMES,
-        conv=CONVS,
-        patch_embed=("linear", "conv"),
-        pos_embed=("learned", "sincos2d", "none"),
-    )
+    allowed = {
+        "skip": SKIPS,
+        "time": TIMES,
+        "conv": CONVS,
+        "patch_embed": ("linear", "conv"),
+        "pos_embed": ("learned", "sincos2d", "none"),
+    }
     for name, v in given.items():
         if v not in allowed[name]:
             raise ParameterError(
@@ -287,7 +289,7 @@ class UViT(nn.Module):
     def from_preset(cls, name: str, img_size: int, in_chans: int, **kwargs) -> "UViT":
         "A model by its name in Table 2, `U-ViT-S/2`; keyword arguments override."
         return cls(
-            **{**dict(img_size=img_size, in_chans=in_chans), **preset(name), **kwargs}
+            **{**{"img_size": img_size, "in_chans": in_chans}, **preset(name), **kwargs}
         )
 
 # %% ../nbs/02b_architecture.ipynb #02b-from_config
@@ -299,7 +301,20 @@ def from_config(
     activation_budget=0.0,  # but keep this much of each block
 ) -> UViT:  # with initial weights from the global generator
     "A U-ViT from the sections of an experiment."
-    names = "patch_size embed_dim depth num_heads mlp_ratio qkv_bias mlp_time_embed skip time conv patch_embed pos_embed".split()
+    names = [
+        "patch_size",
+        "embed_dim",
+        "depth",
+        "num_heads",
+        "mlp_ratio",
+        "qkv_bias",
+        "mlp_time_embed",
+        "skip",
+        "time",
+        "conv",
+        "patch_embed",
+        "pos_embed",
+    ]
     kw = {k: getattr(model, k) for k in names}
     if model.condition == "class":
         kw["num_classes"] = data.num_classes + (p_uncond > 0)
@@ -379,7 +394,7 @@ def official_shape(
         if "label_emb.weight" in sd
         else None,
         **(
-            dict(clip_dim=sd["context_embed.weight"].shape[1], num_clip_token=text)
+            {"clip_dim": sd["context_embed.weight"].shape[1], "num_clip_token": text}
             if text
             else {}
         ),

@@ -1,11 +1,32 @@
 """Every speed is a ratio of times that were taken in turn in one process, beside the machine's own ceiling, and the released code is timed only after its outputs were found equal."""
 
-import contextlib, copy, csv, gc, hashlib, importlib, importlib.util, io, json, logging, math, os, re, shutil, subprocess, sys, tempfile, time, types, warnings
+import contextlib
+import copy
+import csv
+import gc
+import hashlib
+import importlib
+import importlib.util
+import io
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import types
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
 import numpy as np
 import torch
 from torch import nn
+
 from uvit_repro.config import (
     CONFIGS,
     DataConfig,
@@ -18,19 +39,24 @@ from uvit_repro.config import (
     key_seed,
     preset,
 )
+from uvit_repro.data.files import write_atomic, write_json
 from uvit_repro.data.images import Batches, Data, load_folder, save_png
 from uvit_repro.diffusion import Diffusion
-from uvit_repro.runs.execution import compile_blocks, set_attention
 from uvit_repro.metrics import build_network, extract, feature_status, network
-from uvit_repro.data.files import write_atomic, write_json
-from uvit_repro.runs.records import conditions, published_root, runs_root
-from uvit_repro.runs.execution import AUTOCAST
-from uvit_repro.sample import initial_noise, sample
 from uvit_repro.runs.counting import macs_of, training_flops
+from uvit_repro.runs.execution import (
+    AUTOCAST,
+    choose_attention,
+    compile_blocks,
+    pick_device,
+    set_attention,
+    set_checkpoint,
+    wants_compile,
+)
+from uvit_repro.runs.records import conditions, published_root, runs_root
+from uvit_repro.sample import initial_noise, sample
 from uvit_repro.scaling import matmul_rate, memory_bandwidth, time_calls
-from uvit_repro.runs.execution import choose_attention, pick_device, wants_compile
 from uvit_repro.train import EMA, Trainer, build_model, sample_times_and_noise
-from uvit_repro.runs.execution import set_checkpoint
 
 
 @dataclass(frozen=True)
@@ -342,18 +368,18 @@ class Training:
             d.num_classes,
             self.device if kind == "device" else "cpu",
         )
-        put = dict(
-            device=lambda v: v,
-            pinned=lambda v: v.pin_memory().to(self.device, non_blocking=True),
-            blocking=lambda v: v.to(self.device),
-        )[kind]
+        put = {
+            "device": lambda v: v,
+            "pinned": lambda v: v.pin_memory().to(self.device, non_blocking=True),
+            "blocking": lambda v: v.to(self.device),
+        }[kind]
         return lambda step: tuple(put(v) for v in b.at(step))
 
     def __call__(self):
         x0, cond, tr = self.x0, self.cond, self.tr
         if self.batches:
             x0, y = self.batches(tr.step)
-            cond = dict(cond, **(dict(y=y) if "y" in cond else {}))
+            cond = dict(cond, **({"y": y} if "y" in cond else {}))
         t, eps = sample_times_and_noise(
             self.exp.seed, tr.step, x0.shape, self.diffusion, self.device
         )
@@ -394,9 +420,10 @@ class Sampling:
         if not how.inference:
             self.net = NoInferenceMode(self.net)
         context = bench_inputs(exp, "cpu", n)[1].get("context")
-        self.cond = dict(
-            context=context, null_context=None if context is None else torch.zeros(77, 768)
-        )
+        self.cond = {
+            "context": context,
+            "null_context": None if context is None else torch.zeros(77, 768),
+        }
 
     def __call__(self):
         d, K = (
@@ -515,19 +542,19 @@ class Peer:
             "learned",
         ) or m.conv == "before":
             raise ParameterError("the released code has the adopted variant only")
-        sizes = dict(
-            img_size=d.img_size,
-            patch_size=m.patch_size,
-            in_chans=d.in_chans,
-            embed_dim=m.embed_dim,
-            depth=m.depth - 1,
-            num_heads=m.num_heads,
-            mlp_ratio=m.mlp_ratio,
-            qkv_bias=m.qkv_bias,
-            mlp_time_embed=m.mlp_time_embed,
-            use_checkpoint=checkpoint,
-            conv=m.conv == "after",
-        )
+        sizes = {
+            "img_size": d.img_size,
+            "patch_size": m.patch_size,
+            "in_chans": d.in_chans,
+            "embed_dim": m.embed_dim,
+            "depth": m.depth - 1,
+            "num_heads": m.num_heads,
+            "mlp_ratio": m.mlp_ratio,
+            "qkv_bias": m.qkv_bias,
+            "mlp_time_embed": m.mlp_time_embed,
+            "use_checkpoint": checkpoint,
+            "conv": m.conv == "after",
+        }
         if m.condition == "text":
             build = lambda: self.modules["libs.uvit_t2i"].UViT(
                 **sizes, clip_dim=768, num_clip_token=77
@@ -645,9 +672,9 @@ class PeerSampling:
 
         def with_guidance(x, t, **cond):  # their scale s is w - 1; two calls, as released
             null = (
-                dict(y=torch.full_like(cond["y"], K))
+                {"y": torch.full_like(cond["y"], K)}
                 if C == "class"
-                else dict(context=torch.zeros_like(cond["context"]))
+                else {"context": torch.zeros_like(cond["context"])}
             )
             out = net(x, t, **cond)
             return out + s * (out - net(x, t, **null))
@@ -657,7 +684,7 @@ class PeerSampling:
             exp.sampling.sample_seed, 0, n, (d.in_chans, d.img_size, d.img_size), device
         )
         self.cond = (
-            dict(y=(torch.arange(n) % K).to(device))
+            {"y": (torch.arange(n) % K).to(device)}
             if C == "class"
             else bench_inputs(exp, device, n)[1]
         )
@@ -730,10 +757,10 @@ def check_outputs(
             f"the images differ by {images:.2g} of their largest value after {nfe} evaluations in float32 (allowed: {SAME_IMAGES:g}); "
             f"nothing was timed against {peer.folder}"
         )
-    return dict(output=diff, images=images)
+    return {"output": diff, "images": images}
 
 
-DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def ceilings(
@@ -742,7 +769,7 @@ def ceilings(
     quick=False,  # where; which types; small and rough
 ) -> dict:  # floating-point operations per second by precision, bytes per second
     "What this machine can do at all, measured now."
-    more = dict(sizes=(256,), repeats=2) if quick else {}
+    more = {"sizes": (256,), "repeats": 2} if quick else {}
     return dict(
         {p: float(matmul_rate(device, DTYPES[p], **more)) for p in precisions},
         bandwidth=memory_bandwidth(device, *((4, 2) if quick else ())),
@@ -752,7 +779,7 @@ def ceilings(
 def ceiling_line(rates: dict) -> str:
     "What the machine's rates allow, in words."
     names, flops = (
-        dict(fp32="float32", bf16="bfloat16", fp16="float16"),
+        {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"},
         {p: r for p, r in rates.items() if p != "bandwidth"},
     )
     line = "matrix products here: " + ", ".join(
@@ -764,7 +791,27 @@ def ceiling_line(rates: dict) -> str:
     return line + f"; memory {rates['bandwidth'] / 1e9:.3g} GB/s"
 
 
-BENCH_COLUMNS = "what model img_size in_chans batch precision attention compile impl option metric value unit low high min max repeats note".split()
+BENCH_COLUMNS = [
+    "what",
+    "model",
+    "img_size",
+    "in_chans",
+    "batch",
+    "precision",
+    "attention",
+    "compile",
+    "impl",
+    "option",
+    "metric",
+    "value",
+    "unit",
+    "low",
+    "high",
+    "min",
+    "max",
+    "repeats",
+    "note",
+]
 
 
 def bench_row(
@@ -782,7 +829,7 @@ def bench_row(
         raise ValueError(
             f"{what} {metric}: a measurement is a number, or None with the reason in `note`"
         )
-    row = dict(what=what, metric=metric, unit=unit, impl=impl)
+    row = {"what": what, "metric": metric, "unit": unit, "impl": impl}
     if exp:
         row.update(
             model=more.pop("model", ""),
@@ -862,7 +909,7 @@ def load_bench(
         raise ValueError(f"origin = {origin!r}: allowed are runs, published, all")
     numeric = ("value", "low", "high", "min", "max", "repeats", "img_size", "in_chans", "batch")
     text, frames = {c: str for c in BENCH_COLUMNS if c not in numeric}, {}
-    for name, root in dict(runs=runs_root(out_dir), published=published_root()).items():
+    for name, root in {"runs": runs_root(out_dir), "published": published_root()}.items():
         for p in sorted(root.glob("bench-*/bench.csv")) if origin in (name, "all") else ():
             if p.parent.name in frames:
                 continue
@@ -1062,14 +1109,14 @@ def released_columns(peer, exp, device, model) -> dict:
     notes += ["continuous loss in place of its script's discrete one: same network cost"] * (
         exp.data.in_chans == 4
     )
-    return dict(
-        model=model,
-        impl="released",
-        precision="fp16" if device.type == "cuda" else "fp32",
-        attention=peer.attention,
-        compile="off",
-        note="; ".join(notes),
-    )
+    return {
+        "model": model,
+        "impl": "released",
+        "precision": "fp16" if device.type == "cuda" else "fp32",
+        "attention": peer.attention,
+        "compile": "off",
+        "note": "; ".join(notes),
+    }
 
 
 def measure_train(
@@ -1100,7 +1147,7 @@ def measure_train(
             flops,
             rates.get(p),
             device,
-            dict(model=model, how=h, note="checkpointing" * h.checkpoint),
+            {"model": model, "how": h, "note": "checkpointing" * h.checkpoint},
         )
     if peer:
         theirs = released_columns(peer, exp, device, model)
@@ -1149,7 +1196,7 @@ def measure_sample(
             make["released"] = lambda: PeerSampling(peer, exp, device, n, nfe, guided)
         outcome = contest(make, s, device, sampling=True)
         secs, flops = outcome[1], 2 * macs * n * nfe * (1 + guided)
-        more = dict(model=model, option="guided" if guided else "", note=note)
+        more = {"model": model, "option": "guided" if guided else "", "note": note}
         for p in exps:
             rows += judge(
                 "sample",
@@ -1218,14 +1265,14 @@ def measure_features(s, device) -> tuple:
         net, (ok, message) = network(name), feature_status(name)
         size = net.size or 32
         n = 64 if s.quick else 5000 if device.type == "cuda" else 16 if name == "inception" else 500
-        more = dict(
-            model=name,
-            batch=n,
-            img_size=size,
-            in_chans=net.channels,
-            precision="fp32",
-            note="" if ok else "random weights: the file is not here",
-        )
+        more = {
+            "model": name,
+            "batch": n,
+            "img_size": size,
+            "in_chans": net.channels,
+            "precision": "fp32",
+            "note": "" if ok else "random weights: the file is not here",
+        }
         if not ok and name == "inception":
             rows.append(
                 bench_row(
@@ -1283,22 +1330,22 @@ def measure_data(s, device) -> tuple:
         for i in range(batch):
             (tmp / f"{i % 2}").mkdir(exist_ok=True)
             save_png(u8[i].permute(1, 2, 0).numpy(), tmp / f"{i % 2}" / f"{i}.png")
-        sets = dict(
-            resident=Data("random", u8, y, u8[:1], y[:1], 10, [], ""),
-            streamed=load_folder(
+        sets = {
+            "resident": Data("random", u8, y, u8[:1], y[:1], 10, [], ""),
+            "streamed": load_folder(
                 DataConfig(dataset=f"folder:{tmp}", img_size=32, in_chans=3), tmp, 0
             ),
-        )
+        }
         for k, d in sets.items():
             b, steps = Batches(d, batch, 0, True, 0.1, d.num_classes, device), iter(range(10**9))
             fns[k] = lambda b=b, steps=steps: b.at(next(steps))
         secs = interleaved(fns, s.repeats, s.warmup, device, 0 if s.quick else 0.05)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
-    note = dict(
-        resident="random flips and dropped labels",
-        streamed="the same from PNG files, read in the calling process",
-    )
+    note = {
+        "resident": "random flips and dropped labels",
+        "streamed": "the same from PNG files, read in the calling process",
+    }
     rows = [
         bench_row(
             "data",
@@ -1411,7 +1458,7 @@ def measure_start(model: str, batch: int, s, device) -> tuple:
 def train_options(exp: Experiment, how: How, device, keep: float, quick=False) -> list:
     "(name, experiment, how) with one thing changed, or (name, None, reason)."
     other, gpu, keeps = (
-        dict(sdpa="math", math="sdpa")[how.attention],
+        {"sdpa": "math", "math": "sdpa"}[how.attention],
         device.type == "cuda",
         f"checkpointing, {keep:g} widths of each block kept",
     )
@@ -1499,7 +1546,7 @@ def ablate(
     "One thing off at a time, each pair built, timed and freed."
     rows, times = [], {}
     for name, e, h in options:
-        more = dict(model=model, option=name)
+        more = {"model": model, "option": name}
         if e is None:
             rows.append(bench_row(what, exp, "worth", None, "x", how, **more, note=h))
             continue
@@ -1576,17 +1623,17 @@ def make_target(
         precision=precision,
         option=option,
         impl="ours",
-        **(dict(batch=batch) if batch else {}),
+        **({"batch": batch} if batch else {}),
     )
-    return dict(
-        target=text,
-        device=device,
-        wanted=bound,
-        at_least=bound[:2] == ">=",
-        bound=float(bound[2:]),
-        scale=scale,
-        row=row,
-    )
+    return {
+        "target": text,
+        "device": device,
+        "wanted": bound,
+        "at_least": bound[:2] == ">=",
+        "bound": float(bound[2:]),
+        "scale": scale,
+        "row": row,
+    }
 
 
 TARGETS = [
@@ -1830,14 +1877,14 @@ def check_targets(
                 if left
                 else "not run: not among what was measured"
             )
-        entry = dict(
-            target=t["target"],
-            device=t["device"],
-            wanted=t["wanted"],
-            measured=None,
-            met=None,
-            note=why,
-        )
+        entry = {
+            "target": t["target"],
+            "device": t["device"],
+            "wanted": t["wanted"],
+            "measured": None,
+            "met": None,
+            "note": why,
+        }
         if ok:
             best_ = (max if t["at_least"] else min)(ok, key=lambda r: r["value"])
             v = best_["value"] / t["scale"]
@@ -1930,20 +1977,23 @@ def check_settings(
         images=s.images or (500 if gpu else 8),
         nfe=s.nfe or (50 if gpu else 10),
     )
-    known = dict(
-        what=WHAT,
-        precision=tuple(DTYPES),
-        compile=("auto", "on", "off"),
-        checkpoint=("off", "full", "selective"),
-    )
+    known = {
+        "what": WHAT,
+        "precision": tuple(DTYPES),
+        "compile": ("auto", "on", "off"),
+        "checkpoint": ("off", "full", "selective"),
+    }
     for name, known in known.items():
         given = getattr(s, name)
         given = (given,) if isinstance(given, str) else given
         if not given or (bad := [g for g in given if g not in known]):
             raise ParameterError(f"{name} = {','.join(given)!r}: allowed are {', '.join(known)}")
-    for name, given in dict(
-        batch=s.batch, images=(s.images,), nfe=(s.nfe,), repeats=(s.repeats,)
-    ).items():
+    for name, given in {
+        "batch": s.batch,
+        "images": (s.images,),
+        "nfe": (s.nfe,),
+        "repeats": (s.repeats,),
+    }.items():
         if not given or min(given) < 1:
             raise ParameterError(f"{name} = {','.join(map(str, given))}: at least 1")
     if s.warmup < 0 or s.keep < 0 or s.budget < 0:
@@ -2071,14 +2121,14 @@ def run_bench(
         rec = Record(
             machine,
             device.type,
-            dict(
-                command=" ".join(
+            {
+                "command": " ".join(
                     Path(a).name if Path(a).is_absolute() else a for a in command.split()
                 ),
-                settings=asdict(s),
-                conditions=where,
-                peer=peer and dict(version=peer.version, attention=peer.attention),
-            ),
+                "settings": asdict(s),
+                "conditions": where,
+                "peer": peer and {"version": peer.version, "attention": peer.attention},
+            },
             out_dir,
         )
         kinds = (

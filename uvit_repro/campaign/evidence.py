@@ -1,11 +1,25 @@
 """A queue of runs at protocol `gpu` is predicted, started only as far as a time budget allows, measured while its weights exist, packed after every step into small files, and read back as sealed evidence."""
 
-import argparse, contextlib, importlib.util, json, math, os, shutil, subprocess, sys, tarfile, tempfile, threading, time, traceback
+import argparse
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
+
 import numpy as np
+
 from uvit_repro.bench.bench import free, many_variants
-from uvit_repro.config import Experiment, ParameterError, experiment, with_overrides
 from uvit_repro.campaign.plan import (
     committed,
     held,
@@ -16,7 +30,11 @@ from uvit_repro.campaign.plan import (
     timed_updates,
     verify,
 )
+from uvit_repro.config import Experiment, ParameterError, experiment, with_overrides
+from uvit_repro.config.durations import format_duration
 from uvit_repro.data.files import run_lock, write_atomic, write_json
+from uvit_repro.runs.counting import macs_of, params_of, predict_seconds, training_flops
+from uvit_repro.runs.execution import pick_device
 from uvit_repro.runs.records import (
     EVIDENCE,
     conditions,
@@ -33,10 +51,7 @@ from uvit_repro.runs.run import (
     run_experiment,
     samples_folder,
 )
-from uvit_repro.runs.counting import macs_of, params_of, predict_seconds, training_flops
 from uvit_repro.scaling import matmul_rate
-from uvit_repro.config.durations import format_duration
-from uvit_repro.runs.execution import pick_device
 
 
 @dataclass(frozen=True)
@@ -58,25 +73,25 @@ def _variants(point: int, names: dict, seed=0, extras=("look",)) -> list:
     return [Entry(f"{n}-s{seed}", point, kw, seed, extras) for n, kw in names.items()]
 
 
-_skip, _time = {"none": dict(skip="none")}, {"adaln": dict(time="adaln")}
+_skip, _time = {"none": {"skip": "none"}}, {"adaln": {"time": "adaln"}}
 _sizes = {
-    "patch-8": dict(patch_size=8),
-    "patch-4": dict(patch_size=4),
-    "width-256": dict(embed_dim=256, num_heads=4),
-    "depth-9": dict(depth=9),
+    "patch-8": {"patch_size": 8},
+    "patch-4": {"patch_size": 4},
+    "width-256": {"embed_dim": 256, "num_heads": 4},
+    "depth-9": {"depth": 9},
 }
 _parts = {
-    "conv-none": dict(conv="none"),
-    "add": dict(skip="add"),
-    "add-linear": dict(skip="add_linear"),
-    "sincos2d": dict(pos_embed="sincos2d"),
-    "patch-embed-conv": dict(patch_embed="conv"),
+    "conv-none": {"conv": "none"},
+    "add": {"skip": "add"},
+    "add-linear": {"skip": "add_linear"},
+    "sincos2d": {"pos_embed": "sincos2d"},
+    "patch-embed-conv": {"patch_embed": "conv"},
 }
 _large = {
-    "linear-add": dict(skip="linear_add"),
-    "depth-17": dict(depth=17),
-    "width-768": dict(embed_dim=768, num_heads=12),
-    "patch-1": dict(patch_size=1),
+    "linear-add": {"skip": "linear_add"},
+    "depth-17": {"depth": 17},
+    "width-768": {"embed_dim": 768, "num_heads": 12},
+    "patch-1": {"patch_size": 1},
 }
 _first = ("look", "cka", "fewer", "raw", "solver", "centre")
 QUEUE = (
@@ -87,7 +102,7 @@ QUEUE = (
     Entry("adopted-s0-repeat", 1, {}, repeat=True),
     *_variants(2, _time),
     *_variants(2, _time, 1),
-    Entry("adaln-zero-s0", 2, dict(time="adaln_zero"), later=("U06",)),
+    Entry("adaln-zero-s0", 2, {"time": "adaln_zero"}, later=("U06",)),
     *_variants(3, _sizes),
     *[
         replace(e, extras=("look", "cka")) if e.name == "add-s0" else e
@@ -97,26 +112,26 @@ QUEUE = (
     Entry(
         "class-s0",
         6,
-        dict(condition="class", p_uncond=0.1, cfg_scale=1.4),
+        {"condition": "class", "p_uncond": 0.1, "cfg_scale": 1.4},
         0,
         ("look", "unguided", "guidance", "centre"),
     ),
     *_variants(7, {**_sizes, **_parts, **_large}, 1),
     *_variants(7, {"adopted": {}}, 2, _first[:4]),
     *_variants(7, {**_skip, **_time, **_sizes}, 2),
-    Entry("genvit-s0", 8, dict(model="GenViT"), later=("G01",)),
-    Entry("unet-s0", 8, dict(model="ADM"), later=("U44",)),  # the U-Net that claim U44 names
+    Entry("genvit-s0", 8, {"model": "GenViT"}, later=("G01",)),
+    Entry("unet-s0", 8, {"model": "ADM"}, later=("U44",)),  # the U-Net that claim U44 names
 )
 
-REHEARSED = dict(
-    condition="none",
-    p_uncond=0.0,
-    cfg_scale=1.0,
-    sampler="dpm_solver_fast",
-    nfe=6,
-    clip=False,
-    checkpoint_seconds=0.5,
-)  # what smoke has in common with gpu
+REHEARSED = {
+    "condition": "none",
+    "p_uncond": 0.0,
+    "cfg_scale": 1.0,
+    "sampler": "dpm_solver_fast",
+    "nfe": 6,
+    "clip": False,
+    "checkpoint_seconds": 0.5,
+}  # what smoke has in common with gpu
 TINY = {
     ("depth", 9): 1,
     ("depth", 17): 5,
@@ -194,23 +209,29 @@ def claims_of(
     return {n: tuple(sorted(set(c), key=lambda i: ("UDAG".index(i[0]), i))) for n, c in out.items()}
 
 
-SIZES = dict(  # of what is measured on the weights
-    gpu=dict(
-        images=2000,
-        fewer=2500,
-        nfe=(5, 10, 20, 50, 100),
-        scales=(1.0, 1.2, 1.4, 1.7, 2.0, 3.0),
-        levels="-6,-3,0,3,6,training",
-        centre=16,
-        pairs=2000,
-    ),
-    smoke=dict(
-        images=70, fewer=75, nfe=(4, 6), scales=(1.0, 1.5), levels="0,training", centre=2, pairs=60
-    ),
-)
+SIZES = {  # of what is measured on the weights
+    "gpu": {
+        "images": 2000,
+        "fewer": 2500,
+        "nfe": (5, 10, 20, 50, 100),
+        "scales": (1.0, 1.2, 1.4, 1.7, 2.0, 3.0),
+        "levels": "-6,-3,0,3,6,training",
+        "centre": 16,
+        "pairs": 2000,
+    },
+    "smoke": {
+        "images": 70,
+        "fewer": 75,
+        "nfe": (4, 6),
+        "scales": (1.0, 1.5),
+        "levels": "0,training",
+        "centre": 2,
+        "pairs": 60,
+    },
+}
 ASSUMED_MINUTES, FIXED, OTHER = (
     6.0,
-    dict(gpu=90.0, smoke=3.0),
+    {"gpu": 90.0, "smoke": 3.0},
     0.5,
 )  # training of the adopted model; seconds of a run beside its counted work; rate of an unseen backbone over the known
 
@@ -219,16 +240,16 @@ def extra_passes(exp: Experiment, extras: tuple) -> int:
     "Forward passes of one image that the extra measurements make."
     s, z = exp.sampling, SIZES[exp.protocol]
     twice = 2 if s.cfg_scale != 1 else 1
-    n = dict(
-        look=0,
-        cka=z["images"] * len(z["levels"].split(",")),
-        fewer=z["fewer"] * s.nfe,
-        raw=exp.evaluation.num_samples * s.nfe,
-        solver=z["images"] * sum(z["nfe"]),
-        centre=z["centre"] * s.nfe * twice,
-        unguided=exp.evaluation.num_samples * s.nfe,
-        guidance=z["images"] * s.nfe * sum(1 if w == 1 else 2 for w in z["scales"]),
-    )
+    n = {
+        "look": 0,
+        "cka": z["images"] * len(z["levels"].split(",")),
+        "fewer": z["fewer"] * s.nfe,
+        "raw": exp.evaluation.num_samples * s.nfe,
+        "solver": z["images"] * sum(z["nfe"]),
+        "centre": z["centre"] * s.nfe * twice,
+        "unguided": exp.evaluation.num_samples * s.nfe,
+        "guidance": z["images"] * s.nfe * sum(1 if w == 1 else 2 for w in z["scales"]),
+    }
     return sum(n[x] for x in extras)
 
 
@@ -251,20 +272,20 @@ def rates_for(
     use = mine or seen
     mid = lambda k: float(np.median([r[k] for r in use]))
     if not use:
-        return dict(
-            train=first * (1 if model == "UViT" else OTHER),
-            sample=first * (1 if model == "UViT" else OTHER),
-            fixed=fixed,
-            basis="no finished run yet",
-        )
+        return {
+            "train": first * (1 if model == "UViT" else OTHER),
+            "sample": first * (1 if model == "UViT" else OTHER),
+            "fixed": fixed,
+            "basis": "no finished run yet",
+        }
     share = 1 if mine else OTHER
-    return dict(
-        train=mid("train") * share,
-        sample=mid("sample") * share,
-        fixed=mid("fixed"),
-        basis=f"median of {len(use)} runs"
+    return {
+        "train": mid("train") * share,
+        "sample": mid("sample") * share,
+        "fixed": mid("fixed"),
+        "basis": f"median of {len(use)} runs"
         + ("" if mine else f", times {OTHER:g} for a backbone not seen"),
-    )
+    }
 
 
 def predict_entry(entry: Entry, exp: Experiment, rates: dict) -> dict:
@@ -275,12 +296,12 @@ def predict_entry(entry: Entry, exp: Experiment, rates: dict) -> dict:
         + p["loss"]
         + 2 * macs_of(exp) * extra_passes(exp, entry.extras) / rates["sample"]
     )
-    return dict(
-        train=p["train"],
-        sample=sample,
-        fixed=rates["fixed"],
-        total=p["train"] + sample + rates["fixed"],
-    )
+    return {
+        "train": p["train"],
+        "sample": sample,
+        "fixed": rates["fixed"],
+        "total": p["train"] + sample + rates["fixed"],
+    }
 
 
 def rates_seen(
@@ -304,15 +325,15 @@ def rates_seen(
         for v in ev
     )
     drawing = sum(v["sampling_seconds"] for v in ev)
-    return dict(
-        model=exp.model.model,
-        train=exp.train.n_steps
+    return {
+        "model": exp.model.model,
+        "train": exp.train.n_steps
         * exp.train.batch_size
         * training_flops(macs_of(exp))
         / t["seconds"],
-        sample=ops / drawing,
-        fixed=max(0.0, seconds - t["seconds"] - drawing),
-    )
+        "sample": ops / drawing,
+        "fixed": max(0.0, seconds - t["seconds"] - drawing),
+    }
 
 
 def plan_table(
@@ -330,16 +351,16 @@ def plan_table(
             e, x, rates_for(x.model.model, [], rate or assumed_rate(), FIXED[protocol])
         )
         rows.append(
-            dict(
-                entry=e.name,
-                point=e.point,
-                claims=" ".join(bears[e.name]),
-                parameters=params_of(x),
-                extras=" ".join(e.extras),
-                train=p["train"],
-                sample=p["sample"],
-                seconds=p["total"],
-            )
+            {
+                "entry": e.name,
+                "point": e.point,
+                "claims": " ".join(bears[e.name]),
+                "parameters": params_of(x),
+                "extras": " ".join(e.extras),
+                "train": p["train"],
+                "sample": p["sample"],
+                "seconds": p["total"],
+            }
         )
     return pd.DataFrame(rows)
 
@@ -415,12 +436,12 @@ def repetitions(
     near = lambda x: nearest_training(x, x, 2, device)[1][:, 1].numpy()
     made, other = near(images), near(real)
     n = len(np.unique(images.flatten(1).numpy(), axis=0))
-    return dict(
-        made=made,
-        real=other,
-        share=float((made < np.quantile(other, 0.001)).mean()),
-        identical=len(images) - n,
-    )
+    return {
+        "made": made,
+        "real": other,
+        "share": float((made < np.quantile(other, 0.001)).mean()),
+        "identical": len(images) - n,
+    }
 
 
 def border_ratio(images, real, patch_size: int) -> float:
@@ -437,6 +458,7 @@ def border_ratio(images, real, patch_size: int) -> float:
 def measure_look(run, z: dict, say) -> str:
     "look.png and stats/look-STEP.npz: 16 samples with their nearest training images, repetitions, patch borders."
     import torch
+
     from uvit_repro.data.images import image_grid, save_png
     from uvit_repro.metrics import nearest_training
 
@@ -473,24 +495,24 @@ def measure_look(run, z: dict, say) -> str:
     return f"nearest training image {float(d[:, 0].min()):.3g} away at least, {rep['share']:.2%} repetitions, {rep['identical']} identical of {n}, border {border:.3g}"
 
 
-EXTRAS = dict(  # name -> function of (run, sizes, say): in words what was found
-    look=measure_look,
-    cka=measure_cka,
-    centre=measure_centre,
-    fewer=lambda run, z, say: measure_more(run, z["fewer"], [{}], say, "GenViT"),
-    raw=lambda run, z, say: measure_more(
-        run, run.exp.evaluation.num_samples, [dict(weights="raw")], say, "Section 5.1"
+EXTRAS = {  # name -> function of (run, sizes, say): in words what was found
+    "look": measure_look,
+    "cka": measure_cka,
+    "centre": measure_centre,
+    "fewer": lambda run, z, say: measure_more(run, z["fewer"], [{}], say, "GenViT"),
+    "raw": lambda run, z, say: measure_more(
+        run, run.exp.evaluation.num_samples, [{"weights": "raw"}], say, "Section 5.1"
     ),
-    solver=lambda run, z, say: measure_more(
-        run, z["images"], [dict(nfe=n) for n in z["nfe"]], say, "Table 3"
+    "solver": lambda run, z, say: measure_more(
+        run, z["images"], [{"nfe": n} for n in z["nfe"]], say, "Table 3"
     ),
-    unguided=lambda run, z, say: measure_more(
-        run, run.exp.evaluation.num_samples, [dict(cfg_scale=1.0)], say, "guidance"
+    "unguided": lambda run, z, say: measure_more(
+        run, run.exp.evaluation.num_samples, [{"cfg_scale": 1.0}], say, "guidance"
     ),
-    guidance=lambda run, z, say: measure_more(
-        run, z["images"], [dict(cfg_scale=w) for w in z["scales"]], say, "guidance"
+    "guidance": lambda run, z, say: measure_more(
+        run, z["images"], [{"cfg_scale": w} for w in z["scales"]], say, "guidance"
     ),
-)
+}
 
 LIMIT = 8 * 2**20  # bytes of one record
 
@@ -552,7 +574,7 @@ def pack(
     for n, b in rest.items():
         k = n.rpartition("/")[0] + "/*" if "/" in n else n
         left[k] = left.get(k, 0) + b
-    return dict(bytes=path.stat().st_size, files=len(keep), left_out=left)
+    return {"bytes": path.stat().st_size, "files": len(keep), "left_out": left}
 
 
 def unpack(path: Path, target: Path) -> list:  # folders of runs
@@ -663,13 +685,13 @@ def note_machine(folder: Path, exp: Experiment, readings: list, matrix_rate: flo
             else None
         )
         if known or "utilisation" not in info:
-            info["utilisation"] = dict(
-                busy_percent=float(np.median(known)) if known else None,
-                readings=len(known),
-                training_flops_per_second=reached,
-                matrix_flops_per_second=matrix_rate,
-                share=reached and reached / matrix_rate,
-            )
+            info["utilisation"] = {
+                "busy_percent": float(np.median(known)) if known else None,
+                "readings": len(known),
+                "training_flops_per_second": reached,
+                "matrix_flops_per_second": matrix_rate,
+                "share": reached and reached / matrix_rate,
+            }
         write_json(folder / "run.json", info)
 
 
@@ -781,7 +803,12 @@ class Queue:
         for e in self.entries:
             r = rows.setdefault(
                 e.name,
-                dict(name=e.name, state="queued", run_id=self.exps[e.name].run_id, extras={}),
+                {
+                    "name": e.name,
+                    "state": "queued",
+                    "run_id": self.exps[e.name].run_id,
+                    "extras": {},
+                },
             )
             r.update(point=e.point, claims=bears[e.name])
             if r["state"] == "running" or (r["state"] == "failed" and retry):
@@ -1127,7 +1154,7 @@ def collect(
 ) -> dict:  # lists of folders: published; records: refused (with reasons)
     "Unpack records, compute every number again, and publish what holds."
     target = Path(target or published_root())
-    out = dict(published=[], refused=[])
+    out = {"published": [], "refused": []}
     files = [
         f for s in map(Path, sources) for f in (sorted(s.glob("*.tar")) if s.is_dir() else [s])
     ]
@@ -1178,7 +1205,7 @@ def repeat_difference(
         )
     x, y = (np.load(Path(f) / "first.npz")["images"].astype(float) for f in (first, second))
     d.loc[len(d)] = ["", "pixels", int(d.step.max()), 0.0, float(np.abs(x - y).mean()), np.nan]
-    return d.rename(columns=dict(value_1="first", value_2="second"))[
+    return d.rename(columns={"value_1": "first", "value_2": "second"})[
         ["metric", "step", "first", "second", "log_ratio"]
     ]
 
@@ -1190,8 +1217,8 @@ def reading(
 ):  # DataFrame: entry, claims, ours and the paper's, state
     "Every entry of the queue with what is recorded of it."
     import pandas as pd
-    from uvit_repro.config import main_metric
-    from uvit_repro.config import eval_id
+
+    from uvit_repro.config import eval_id, main_metric
     from uvit_repro.paper.numbers import FIGURE2, figure2
 
     runs, df, bears, rows = (
@@ -1226,17 +1253,19 @@ def reading(
         )
         theirs = curves.get(tuple(sorted(e.fields.items())))
         rows.append(
-            dict(
-                entry=e.name,
-                state=(r["origin"] + ", " + r["status"]) if r else "not run",
-                claims=" ".join(bears[e.name]),
-                metric=main_metric(x),
-                ours=mine.get(main_metric(x)),
-                heldout_loss=mine.get("heldout_loss"),
-                paper_fid=None if theirs is None or at not in theirs.index else float(theirs[at]),
-                paper_steps=int(at),
-                run_id=x.run_id,
-            )
+            {
+                "entry": e.name,
+                "state": (r["origin"] + ", " + r["status"]) if r else "not run",
+                "claims": " ".join(bears[e.name]),
+                "metric": main_metric(x),
+                "ours": mine.get(main_metric(x)),
+                "heldout_loss": mine.get("heldout_loss"),
+                "paper_fid": None
+                if theirs is None or at not in theirs.index
+                else float(theirs[at]),
+                "paper_steps": int(at),
+                "run_id": x.run_id,
+            }
         )
     return pd.DataFrame(rows)
 
@@ -1256,20 +1285,20 @@ def parser() -> argparse.ArgumentParser:
     "The options of `python -m uvit_repro.campaign.evidence`."
     from uvit_repro.cli import duration
 
-    how = dict(epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    how = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
     ap = argparse.ArgumentParser(
         prog="python -m uvit_repro.campaign.evidence",
         description="Runs at protocol gpu under a time budget, packed as small records.",
         **how,
     )
     sub = ap.add_subparsers(dest="command", required=True)
-    commands = dict(
-        plan="the queue with claims and predicted seconds",
-        run="work on the queue",
-        status="what became of it",
-        bundle="records in few files",
-        collect="verify records and publish them",
-    )
+    commands = {
+        "plan": "the queue with claims and predicted seconds",
+        "run": "work on the queue",
+        "status": "what became of it",
+        "bundle": "records in few files",
+        "collect": "verify records and publish them",
+    }
     p = {n: sub.add_parser(n, help=h, description=h, **how) for n, h in commands.items()}
     for n in ("plan", "run"):
         p[n].add_argument(

@@ -1,16 +1,29 @@
 """Every number of the paper is a cell with an experiment or a reason, what is missing is planned with its cost, run inside a budget, and what is recorded can be recomputed."""
 
-import contextlib, functools, importlib, importlib.util, json, math, os, re, shlex, shutil, sys, threading, time
+import contextlib
+import functools
+import importlib
+import importlib.util
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import sys
+import threading
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+
 import numpy as np
+
 from uvit_repro.ablations import variants
-from uvit_repro.config import main_metric
 from uvit_repro.config import (
     CONFIGS,
-    DATASETS,
     DATASET_DEFAULTS,
+    DATASETS,
     MODELS,
     PARAMETERS,
     PATHS,
@@ -23,26 +36,27 @@ from uvit_repro.config import (
     eval_id,
     experiment,
     from_dict,
+    main_metric,
     project_root,
     variant_name,
     with_overrides,
 )
-from uvit_repro.paper.fixed_list import queued_experiments
-from uvit_repro.metrics import NETWORKS, feature_status, recompute
-from uvit_repro.paper.numbers import FIGURE2, all_numbers, as_table5, read_table
+from uvit_repro.config.durations import format_duration
 from uvit_repro.data.files import sha256_file, write_atomic, write_json
+from uvit_repro.metrics import NETWORKS, feature_status, recompute
+from uvit_repro.paper.fixed_list import queued_experiments
+from uvit_repro.paper.numbers import FIGURE2, all_numbers, as_table5, read_table
+from uvit_repro.runs.execution import pick_device
 from uvit_repro.runs.records import SEAL, load_runs, published_root, runs_root
 from uvit_repro.runs.run import (
-    measurements_of,
-    missing_measurements,
     cached_certificate,
     chapter_parameters,
     default_workers,
+    measurements_of,
+    missing_measurements,
     repeat_command,
     run_chapter,
 )
-from uvit_repro.config.durations import format_duration
-from uvit_repro.runs.execution import pick_device
 from uvit_repro.train import Trainer, build_model, lr_at, sample_times_and_noise
 
 KINDS = {  # kind: what it means
@@ -56,13 +70,13 @@ KINDS = {  # kind: what it means
     "part": "an autoencoder or a text encoder that is taken, not built",
     "other model": "another network's number for which no run is prepared here; the reason stands beside it",
 }
-QUALITY = dict(
-    FID="fid",
-    sFID="sfid",
-    IS="inception_score",
-    precision="precision_inception",
-    recall="recall_inception",
-)  # paper's metric: ours, over Inception features
+QUALITY = {
+    "FID": "fid",
+    "sFID": "sfid",
+    "IS": "inception_score",
+    "precision": "precision_inception",
+    "recall": "recall_inception",
+}  # paper's metric: ours, over Inception features
 COUNTS = (
     "layers",
     "hidden_size",
@@ -73,15 +87,15 @@ COUNTS = (
     "gflops",
     "tokens",
 )
-TIMES_AND_BYTES = dict(
-    training_hours="time",
-    devices="time",
-    seconds_per_500_samples="time",
-    steps_per_second="time",
-    memory_GB="memory",
-    memory_MB="memory",
-    memory_saving_pct="memory",
-)
+TIMES_AND_BYTES = {
+    "training_hours": "time",
+    "devices": "time",
+    "seconds_per_500_samples": "time",
+    "steps_per_second": "time",
+    "memory_GB": "memory",
+    "memory_MB": "memory",
+    "memory_saving_pct": "memory",
+}
 PARTS = ("autoencoder", "text encoder", "super-resolution module", "classifier")
 CIFAR = "CIFAR10 U-ViT-S/2"
 TABLE2_ON = {
@@ -105,17 +119,17 @@ def spec(
     curve=None,  # further steps at which it is measured: "all" (every 50K), a tuple, or None
 ) -> dict:
     "What is known about a cell beyond its row of the record."
-    return dict(
-        kind=kind,
-        reason=reason,
-        base=base,
-        fields=tuple(fields) if base else (),
-        measure=measure,
-        step=step,
-        num_samples=num_samples,
-        sampling=sampling or {},
-        curve=curve,
-    )
+    return {
+        "kind": kind,
+        "reason": reason,
+        "base": base,
+        "fields": tuple(fields) if base else (),
+        "measure": measure,
+        "step": step,
+        "num_samples": num_samples,
+        "sampling": sampling or {},
+        "curve": curve,
+    }
 
 
 @functools.lru_cache(None)
@@ -137,8 +151,8 @@ def configurations() -> dict:
     }
 
 
-_fast = dict(sampler="dpm_solver_fast", nfe=50)
-_figure7 = {"concatenation": {}, "addition": dict(skip="add"), "no long skip": dict(skip="none")}
+_fast = {"sampler": "dpm_solver_fast", "nfe": 50}
+_figure7 = {"concatenation": {}, "addition": {"skip": "add"}, "no long skip": {"skip": "none"}}
 
 
 def scaled(
@@ -147,9 +161,9 @@ def scaled(
 ) -> dict:  # fields of the model
     "One point of Figure 3: U-ViT-S/2 with one size changed."
     return {
-        "depth": dict(depth=v),
-        "width": dict(embed_dim=v, num_heads=v // 64),
-        "patch": dict(patch_size=v),
+        "depth": {"depth": v},
+        "width": {"embed_dim": v, "num_heads": v // 64},
+        "patch": {"patch_size": v},
     }[what]
 
 
@@ -160,7 +174,7 @@ def figure_spec(r) -> dict:
         return spec(
             "computed",
             base=CIFAR,
-            fields=[scaled(m[1], int(m[2])) if m else dict(skip="none")],
+            fields=[scaled(m[1], int(m[2])) if m else {"skip": "none"}],
             measure=r.metric,
         )
     if r.source.startswith("Figure 2"):
@@ -195,17 +209,18 @@ def figure_spec(r) -> dict:
             "reproducible",
             "read off the plot; L/2 assumed, the paper does not say which configuration",
             "ImageNet 256x256 U-ViT-L/2",
-            [dict(n_steps=650_000, **({} if r.method.startswith("with ") else dict(skip="none")))],
+            [dict(n_steps=650_000, **({} if r.method.startswith("with ") else {"skip": "none"}))],
             "fid",
             int(r.steps),
             10_000,
-            dict(cfg_scale=1.0),
+            {"cfg_scale": 1.0},
             "all",
         )
     if r.source == "Figure 7":
-        measure = dict(
-            CKA_adjacent_mean="cka_neighbours", CKA_offdiagonal_mean="cka_all_pairs"
-        ).get(r.metric, r.metric.lower().replace("_adjacent", ""))  # as chapter 09 calls them
+        measure = {
+            "CKA_adjacent_mean": "cka_neighbours",
+            "CKA_offdiagonal_mean": "cka_all_pairs",
+        }.get(r.metric, r.metric.lower().replace("_adjacent", ""))  # as chapter 09 calls them
         return spec(
             "reproducible",
             "read off the heat map; noise levels and samples are not stated",
@@ -246,7 +261,7 @@ def uvit_spec(r) -> dict:
             "statement",
             "judged by the metric of Figure 2",
             CIFAR,
-            [dict(pos_embed="none")],
+            [{"pos_embed": "none"}],
             "fid",
             500_000,
             10_000,
@@ -283,7 +298,7 @@ def uvit_spec(r) -> dict:
 def quality_spec(r, own: str) -> dict:
     "A quality of samples of a released configuration: Tables 1, 3, 4, 7, Appendix E, README."
     sampling = (
-        dict(cfg_scale=1.0)
+        {"cfg_scale": 1.0}
         if _gone.search(r.condition) and CONFIGS[own].sampling.cfg_scale != 1
         else {}
     )
@@ -300,7 +315,7 @@ def quality_spec(r, own: str) -> dict:
         "fid",
         int(r.steps),
         50_000,
-        dict(nfe=int(r.nfe)),
+        {"nfe": int(r.nfe)},
         (200_000,),
     )
 
@@ -318,7 +333,7 @@ def unet_spec(r) -> dict:
         open_,
         base,
         measure=QUALITY[r.metric],
-        sampling=dict(cfg_scale=1.0) if _gone.search(r.condition) else {},
+        sampling={"cfg_scale": 1.0} if _gone.search(r.condition) else {},
     )
 
 
@@ -346,14 +361,14 @@ def diffit_spec(r) -> dict:
         or r.method.startswith(("E:", "H:", "mixed", "positional"))
         or r.condition.startswith("row 3")
     )
-    time = dict(F="bias", G="mlp").get(r.method[0] if r.source == "Table 6" else "")
+    time = {"F": "bias", "G": "mlp"}.get(r.method[0] if r.source == "Table 6" else "")
     if not adopted and not time:
         return spec("other model", "a variant that chapter 12 does not have")
     return spec(
         "reproducible",
         "our reading of the image model; without the paper's augmentation",
         base,
-        [dict(options=f"window=4,time={time}") if time else {}],
+        [{"options": f"window=4,time={time}"} if time else {}],
         QUALITY[r.metric],
     )
 
@@ -393,14 +408,14 @@ def other_spec(r) -> dict:
     )
     if not theirs:
         return spec("quoted", "taken by that paper from elsewhere")
-    chapter = dict(DiffiT="12", GenViT="11a")[r.paper]
+    chapter = {"DiffiT": "12", "GenViT": "11a"}[r.paper]
     if r.metric.endswith(("_direction", "_pct")) and r.metric != "accuracy_pct":
         return spec(
             "statement",
             f"a relation of other cells of {r.paper}; chapter {chapter} has its commands",
         )
     if r.metric in QUALITY or r.metric in COUNTS or r.metric == "accuracy_pct":
-        return dict(DiffiT=diffit_spec, GenViT=genvit_spec)[r.paper](r)
+        return {"DiffiT": diffit_spec, "GenViT": genvit_spec}[r.paper](r)
     return spec("setting", f"{r.paper}'s own; chapter {chapter} has its configuration")
 
 
@@ -408,7 +423,7 @@ def slug(text: str) -> str:
     "`Figure 2a` becomes `fig2a`, `Table 2 (exact)` `table2-exact`, `Appendix H-I` `appendix-h-i`."
     text = re.sub(
         r"\b(figure|table|section) (?=\d)",
-        lambda m: dict(figure="fig").get(m[1], m[1]),
+        lambda m: {"figure": "fig"}.get(m[1], m[1]),
         text.lower(),
     )
     return re.sub(r"[^a-z0-9.]+", "-", text).strip("-")
@@ -664,16 +679,16 @@ def measurement(
         )
     )
     metric = main_metric(exp) if c.measure == "fid" else c.measure
-    return dict(
-        run_id=exp.run_id,
-        step=p[0],
-        num_samples=p[1],
-        sampler=at.sampling.sampler,
-        nfe=at.sampling.nfe,
-        cfg_scale=at.sampling.cfg_scale,
-        metric=metric,
-        eval_id="" if metric.startswith("cka") else eval_id(at, *p),
-    )
+    return {
+        "run_id": exp.run_id,
+        "step": p[0],
+        "num_samples": p[1],
+        "sampler": at.sampling.sampler,
+        "nfe": at.sampling.nfe,
+        "cfg_scale": at.sampling.cfg_scale,
+        "metric": metric,
+        "eval_id": "" if metric.startswith("cka") else eval_id(at, *p),
+    }
 
 
 NOT_RUN, SEEDS = "not run", tuple(range(10)) + (1234,)
@@ -702,23 +717,24 @@ def computed(c):
             macs_of(e) - sum(v for k, v in parts.items() if k != "linear layers of tokens")
         ) / 1e9
 
-    return dict(
-        layers=lambda: m.depth,
-        hidden_size=lambda: m.embed_dim,
-        mlp_size=lambda: round(m.embed_dim * m.mlp_ratio),
-        heads=lambda: m.num_heads,
-        tokens=lambda: tokens,
-        params_exact=lambda: params_of(e),
-        params_M=lambda: params_of(e) / 1e6,
-        gflops=lambda: macs_of(e) / 1e9,
-        gflops_linear=linear,
-    )[c.measure]()
+    return {
+        "layers": lambda: m.depth,
+        "hidden_size": lambda: m.embed_dim,
+        "mlp_size": lambda: round(m.embed_dim * m.mlp_ratio),
+        "heads": lambda: m.num_heads,
+        "tokens": lambda: tokens,
+        "params_exact": lambda: params_of(e),
+        "params_M": lambda: params_of(e) / 1e6,
+        "gflops": lambda: macs_of(e) / 1e9,
+        "gflops_linear": linear,
+    }[c.measure]()
 
 
 @functools.lru_cache(None)
 def genvit_parameters(dataset: str) -> int:
     "Trainable numbers of a published GenViT, with its classifier."
     import torch
+
     from uvit_repro.genvit import IMAGES, PRESETS, GenViT
 
     name, (side, classes) = {
@@ -744,7 +760,7 @@ def genvit_parameters(dataset: str) -> int:
 
 def chosen(c):
     "What our configuration says about a setting of the paper."
-    fixed = dict(optimizer="AdamW", dropout="0.0")  # not fields: this package has no other
+    fixed = {"optimizer": "AdamW", "dropout": "0.0"}  # not fields: this package has no other
     return (
         {**as_table5(configurations()[c.base]), **fixed}.get(c.measure, "not a field of ours")
         if c.base
@@ -816,8 +832,10 @@ def ours(
 
 def machine_key(device, threads: int, precision: str) -> str:
     "What a measured rate depends on."
-    import torch
     from importlib import metadata
+
+    import torch
+
     from uvit_repro.runs.records import _cpu_name
 
     name = (
@@ -842,17 +860,17 @@ def timed_updates(
 ) -> float:  # operations per second that real updates achieve
     "Time `Trainer` updates, after three that are not timed."
     import torch
+
     from uvit_repro.diffusion import Diffusion
-    from uvit_repro.runs.execution import set_attention
     from uvit_repro.runs.counting import macs_of, training_flops
-    from uvit_repro.runs.execution import choose_attention
+    from uvit_repro.runs.execution import choose_attention, set_attention
 
     net, diffusion, B = build_model(exp), Diffusion(exp.diffusion), exp.train.batch_size
     set_attention(net, choose_attention(exp, device))
     tr = Trainer(net, diffusion, exp.train, device)
     x = torch.randn(B, exp.data.in_chans, exp.data.img_size, exp.data.img_size, device=device)
     y = (
-        dict(y=torch.zeros(B, dtype=torch.long, device=device))
+        {"y": torch.zeros(B, dtype=torch.long, device=device)}
         if exp.model.condition == "class"
         else {}
     )
@@ -955,7 +973,7 @@ def predict(
 
     d = predict_seconds(exp, flops_per_second)
     train, sample = d["train"] * (1 - done), d["sample"] + d["loss"]
-    return dict(train=train, sample=sample, total=train + sample)
+    return {"train": train, "sample": sample, "total": train + sample}
 
 
 @dataclass(frozen=True)
@@ -1077,11 +1095,11 @@ def jobs(
     return out
 
 
-EMBEDDED = dict(
-    digits="inside scikit-learn",
-    digits_latents="made from scikit-learn's digits",
-    shapes="drawn by the package",
-)
+EMBEDDED = {
+    "digits": "inside scikit-learn",
+    "digits_latents": "made from scikit-learn's digits",
+    "shapes": "drawn by the package",
+}
 
 
 def data_status(
@@ -1200,7 +1218,9 @@ def plan(
     say=None,  # told the table, line by line
 ):  # DataFrame, one row per command; totals and cells in `.attrs`
     "Every run behind some cells: what there is of it, what it will cost, and how to start it."
-    import pandas as pd, torch
+    import pandas as pd
+    import torch
+
     from uvit_repro.config import default_protocol
 
     protocol = protocol or default_protocol()
@@ -1223,28 +1243,28 @@ def plan(
         share = 1.0 if e.run_id in trained else progress(runs_root(out_dir) / e.run_id, e)
         trained.add(e.run_id)
         here, there = (
-            ({k: 0.0 for k in ("train", "sample", "total")},) * 2
+            (dict.fromkeys(("train", "sample", "total"), 0.0),) * 2
             if st == "done"
             else (predict(e, r, share) for r in (rate, big))
         )
         rows.append(
-            dict(
-                run_id=e.run_id,
-                state=st,
-                why=why,
-                protocol=protocol,
-                seed=e.seed,
-                variant=variant_name(e.model),
-                steps=e.train.n_steps,
-                sampler=f"{e.sampling.sampler} {e.sampling.nfe}",
-                places=", ".join(j.places),
-                cells=len(j.cells),
-                train_seconds=here["train"],
-                sample_seconds=here["sample"],
-                seconds=here["total"],
-                gpu_hours=there["total"] / 3600,
-                command=repeat_command(e),
-            )
+            {
+                "run_id": e.run_id,
+                "state": st,
+                "why": why,
+                "protocol": protocol,
+                "seed": e.seed,
+                "variant": variant_name(e.model),
+                "steps": e.train.n_steps,
+                "sampler": f"{e.sampling.sampler} {e.sampling.nfe}",
+                "places": ", ".join(j.places),
+                "cells": len(j.cells),
+                "train_seconds": here["train"],
+                "sample_seconds": here["sample"],
+                "seconds": here["total"],
+                "gpu_hours": there["total"] / 3600,
+                "command": repeat_command(e),
+            }
         )
         for c in j.cells:
             run_of.setdefault(c, []).append(e.run_id)
@@ -1269,30 +1289,30 @@ def plan(
         ],
     )
     cells = [
-        dict(
-            cell=c.cell,
-            kind=c.kind,
-            runs=run_of.get(c.cell, []),
-            reason=""
+        {
+            "cell": c.cell,
+            "kind": c.kind,
+            "runs": run_of.get(c.cell, []),
+            "reason": ""
             if c.cell in run_of
             else no_experiment(c, protocol)
             or f"protocol {protocol} has no measurement at this fraction of the run",
-        )
+        }
         for c in select(what).itertuples()
     ]
     ready = df[df.state.isin(OPEN)]
-    df.attrs = dict(
-        what=what,
-        protocol=protocol,
-        flops_per_second=rate,
-        gpu=name,
-        gpu_flops_per_second=big,
-        cells=cells,
-        gpu_hours=float(df.gpu_hours.sum()),
-        gpu_hours_ready=float(ready.gpu_hours.sum()),
-        seconds_ready=float(ready.seconds.sum()),
-        states=df.state.value_counts().to_dict(),
-    )
+    df.attrs = {
+        "what": what,
+        "protocol": protocol,
+        "flops_per_second": rate,
+        "gpu": name,
+        "gpu_flops_per_second": big,
+        "cells": cells,
+        "gpu_hours": float(df.gpu_hours.sum()),
+        "gpu_hours_ready": float(ready.gpu_hours.sum()),
+        "seconds_ready": float(ready.seconds.sum()),
+        "states": df.state.value_counts().to_dict(),
+    }
     for line in plan_lines(df) if say else ():
         say(line)
     return df
@@ -1495,7 +1515,7 @@ class Campaign:
         )
         self.reasons, self.state, self.lock, self.stop, self.waited = (
             {},
-            dict(done=[], ran=[], failed=[], left=[]),
+            {"done": [], "ran": [], "failed": [], "left": []},
             threading.Lock(),
             threading.Event(),
             False,
@@ -1595,8 +1615,8 @@ def run_one(c: Campaign, job: Job) -> str:  # ran, failed or left
     c.live(name, f"starts; predicted {hours(predicted['total'])}")
     extra = dict(
         out_dir=str(c.out_dir) if c.out_dir else None,
-        **(dict(threads=c.threads) if c.threads else {}),
-        **(dict(processes=c.processes) if c.processes > 1 else {}),
+        **({"threads": c.threads} if c.threads else {}),
+        **({"processes": c.processes} if c.processes > 1 else {}),
     )
     try:
         run_chapter(c.nb, say=say, **chapter_parameters(e), **extra)
@@ -1622,7 +1642,7 @@ def run_one(c: Campaign, job: Job) -> str:  # ran, failed or left
         )
     c.live(
         name,
-        f"{dict(ran='done', failed='failed', left='stopped')[outcome]} in {format_duration(took)}, predicted {hours(predicted['total'])}"
+        f"{ {'ran': 'done', 'failed': 'failed', 'left': 'stopped'}[outcome] } in {format_duration(took)}, predicted {hours(predicted['total'])}"
         + (f": {why}" if why else ""),
         final=True,
     )
@@ -1656,13 +1676,13 @@ def run_jobs(
     gpu, cores = torch.cuda.is_available(), os.cpu_count() or 1
     states = [state(j.exp, out_dir) for j in todo]
     ready = [j for j, (s, _) in zip(todo, states) if s in OPEN]
-    result = dict(
-        done=[j for j, (s, _) in zip(todo, states) if s == "done"],
-        ran=[],
-        failed=[],
-        left=[],
-        blocked=[j for j, (s, _) in zip(todo, states) if s == "blocked"],
-    )
+    result = {
+        "done": [j for j, (s, _) in zip(todo, states) if s == "done"],
+        "ran": [],
+        "failed": [],
+        "left": [],
+        "blocked": [j for j, (s, _) in zip(todo, states) if s == "blocked"],
+    }
     for why in dict.fromkeys(w for s, w in states if s == "blocked"):
         say(f"blocked: {why}")
     extra = {}
@@ -1671,8 +1691,8 @@ def run_jobs(
         0 if gpu else max(1, cores // (n * processes))
     )  # the same threads for every run, however many are left: the same bits
     if executor != "local":
-        extra = dict(
-            jobs=submit(
+        extra = {
+            "jobs": submit(
                 ready,
                 executor,
                 out_dir,
@@ -1682,7 +1702,7 @@ def run_jobs(
                 processes=processes,
                 **slurm,
             )
-        )
+        }
     elif ready:
         precision, device = ready[0].exp.train.precision, pick_device()
         rate = flops_per_second or probe_throughput(
@@ -1709,7 +1729,7 @@ def run_jobs(
         )
         for k, v in c.run().items():
             result[k] += v
-        extra = dict(interrupted=c.stop.is_set(), reasons=c.reasons)
+        extra = {"interrupted": c.stop.is_set(), "reasons": c.reasons}
         if result["left"] and given is not None:
             say(
                 f"{len(result['left'])} runs left; the next one needs about {hours(min(c.expected(j) for j in result['left']))}, the same command goes on"
@@ -1735,6 +1755,7 @@ def run(
 ) -> dict:  # as of `run_jobs`
     "Do what a plan has left, inside a budget."
     import tempfile
+
     from uvit_repro.config import default_protocol
 
     protocol = protocol or default_protocol()
@@ -1812,12 +1833,12 @@ def submit(
         )  # three times the A100's time; a small model at 5 GFLOP/s
         ex.update_parameters(
             **{
-                **dict(
-                    name=j.exp.run_id[:60],
-                    timeout_min=minutes,
-                    cpus_per_task=(4 if big else 1) * processes,
-                    gpus_per_node=processes if big else 0,
-                ),
+                **{
+                    "name": j.exp.run_id[:60],
+                    "timeout_min": minutes,
+                    "cpus_per_task": (4 if big else 1) * processes,
+                    "gpus_per_node": processes if big else 0,
+                },
                 **by_hand,
             }
         )
@@ -1826,8 +1847,8 @@ def submit(
                 submitted_run,
                 dict(
                     chapter_parameters(j.exp),
-                    **(dict(threads=threads) if threads else {}),
-                    **(dict(processes=processes) if processes > 1 else {}),
+                    **({"threads": threads} if threads else {}),
+                    **({"processes": processes} if processes > 1 else {}),
                 ),
                 j.exp.run_id,
                 str(out_dir) if out_dir else None,
@@ -1838,7 +1859,7 @@ def submit(
         say(f"submitted {j.exp.run_id} as job {handles[-1].job_id}")
     wait = executor != "slurm" if wait is None else wait
     return [
-        dict(run_id=j.exp.run_id, job=h.job_id, outcome=h.result() if wait else None)
+        {"run_id": j.exp.run_id, "job": h.job_id, "outcome": h.result() if wait else None}
         for j, h in zip(todo, handles)
     ]
 
@@ -1850,6 +1871,7 @@ def prediction_report(
 ):  # DataFrame: run_id, origin, machine, predicted and true seconds (train, sample, total), their ratio, achieved GFLOP/s
     "Predicted against true cost of the recorded runs."
     import pandas as pd
+
     from uvit_repro.runs.counting import macs_of, training_flops
 
     cache, known, kept, rows = (
@@ -1875,23 +1897,23 @@ def prediction_report(
         p = predict(e, rate) if rate else dict.fromkeys(("train", "sample", "total"), float("nan"))
         sample = sum(v["seconds"] for v in r.get("evaluations", {}).values())
         rows.append(
-            dict(
-                run_id=r["folder"].name,
-                origin=r["origin"],
-                machine=key,
-                predicted_train=p["train"],
-                true_train=t["seconds"],
-                predicted_sample=p["sample"],
-                true_sample=sample,
-                predicted=p["total"],
-                true=r["wall_seconds"],
-                ratio=r["wall_seconds"] / p["total"] if rate else float("nan"),
-                gflops_per_second=training_flops(macs_of(e))
+            {
+                "run_id": r["folder"].name,
+                "origin": r["origin"],
+                "machine": key,
+                "predicted_train": p["train"],
+                "true_train": t["seconds"],
+                "predicted_sample": p["sample"],
+                "true_sample": sample,
+                "predicted": p["total"],
+                "true": r["wall_seconds"],
+                "ratio": r["wall_seconds"] / p["total"] if rate else float("nan"),
+                "gflops_per_second": training_flops(macs_of(e))
                 * e.train.batch_size
                 * e.train.n_steps
                 / t["seconds"]
                 / 1e9,
-            )
+            }
         )
     return pd.DataFrame(
         rows,
@@ -1932,7 +1954,7 @@ def plot_predictions(
             ylim=(lo, hi),
             xlabel="predicted (s)",
             ylabel="true (s)",
-            title=dict(train="training", sample="sampling and measuring")[part],
+            title={"train": "training", "sample": "sampling and measuring"}[part],
         )
         for a in (ax.xaxis, ax.yaxis):
             a.set_major_formatter("{x:g}")
@@ -1958,7 +1980,15 @@ def check(
         if number(recorded) and number(recomputed)
         else recorded == recomputed
     )
-    rows.append(dict(what=what, where=where, recorded=recorded, recomputed=recomputed, ok=bool(ok)))
+    rows.append(
+        {
+            "what": what,
+            "where": where,
+            "recorded": recorded,
+            "recomputed": recomputed,
+            "ok": bool(ok),
+        }
+    )
 
 
 def verify_seal(rows: list, folder: Path) -> bool:
@@ -2059,11 +2089,11 @@ def statistics_values(path: Path) -> dict:
     with np.load(path) as d:
         s = dict(d)
     if "loss" in s:
-        return dict(heldout_loss=float(s["loss"].mean()))
+        return {"heldout_loss": float(s["loss"].mean())}
     return (
         {r["metric"]: r["value"] for r in recompute(s)}
         if "features" in s
-        else dict(heldout_loss=None)
+        else {"heldout_loss": None}
     )
 
 
@@ -2105,16 +2135,16 @@ def verify_measurements(rows: list, folder: Path, expected: dict):
             rel=1e-7 if m.startswith(("fd_", "fid", "sfid", "kid")) else 1e-12,
             low=1e-12,
         )
-        fixed = dict(
-            run_id=folder.name,
-            seed=str(x.seed),
-            step=str(step),
-            protocol=x.protocol,
-            variant=variant_name(x.model),
-            model=x.model.model,
-            dataset=content_name(x.data)[0],
-            weights=x.sampling.weights,
-        )
+        fixed = {
+            "run_id": folder.name,
+            "seed": str(x.seed),
+            "step": str(step),
+            "protocol": x.protocol,
+            "variant": variant_name(x.model),
+            "model": x.model.model,
+            "dataset": content_name(x.data)[0],
+            "weights": x.sampling.weights,
+        }
         if n:
             fixed.update(
                 sampler=x.sampling.sampler,
@@ -2270,7 +2300,12 @@ def doctor(
 
     def found(what, state, detail, cure=""):
         out.append(
-            dict(what=what, state=state, detail=str(detail), cure="" if state == "ok" else cure)
+            {
+                "what": what,
+                "state": state,
+                "detail": str(detail),
+                "cure": "" if state == "ok" else cure,
+            }
         )
         if say:
             say(
@@ -2284,9 +2319,10 @@ def doctor(
 
     for name, v, ok, cure in doctor_versions():
         found(name, "ok" if ok else "problem", v, cure)
-    for name, why in dict(
-        submitit="submits runs to a cluster", jupyterlab="opens the chapters"
-    ).items():
+    for name, why in {
+        "submitit": "submits runs to a cluster",
+        "jupyterlab": "opens the chapters",
+    }.items():
         found(
             name,
             "ok" if importlib.util.find_spec(name) else "missing",

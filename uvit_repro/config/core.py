@@ -1,15 +1,21 @@
 """One experiment is one frozen object: what is trained, on what, how it is sampled and measured, and under which name it is found again."""
 
-import dataclasses, hashlib, importlib, json, math, os, typing
+import dataclasses
+import hashlib
+import importlib
+import json
+import math
+import os
+import typing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 TABLE2 = {
-    "U-ViT-S": dict(embed_dim=512, depth=13, num_heads=8, conv="after"),
-    "U-ViT-S (Deep)": dict(embed_dim=512, depth=17, num_heads=8, conv="after"),
-    "U-ViT-M": dict(embed_dim=768, depth=17, num_heads=12, conv="after"),
-    "U-ViT-L": dict(embed_dim=1024, depth=21, num_heads=16, conv="after"),
-    "U-ViT-H": dict(embed_dim=1152, depth=29, num_heads=16, conv="none"),
+    "U-ViT-S": {"embed_dim": 512, "depth": 13, "num_heads": 8, "conv": "after"},
+    "U-ViT-S (Deep)": {"embed_dim": 512, "depth": 17, "num_heads": 8, "conv": "after"},
+    "U-ViT-M": {"embed_dim": 768, "depth": 17, "num_heads": 12, "conv": "after"},
+    "U-ViT-L": {"embed_dim": 1024, "depth": 21, "num_heads": 16, "conv": "after"},
+    "U-ViT-H": {"embed_dim": 1152, "depth": 29, "num_heads": 16, "conv": "none"},
 }
 HEADS = {
     v["embed_dim"]: v["num_heads"] for v in TABLE2.values()
@@ -37,7 +43,7 @@ def F(
     low: float = None,  # smallest allowed value (of each element)
 ):  # a dataclass field
     "A documented, checked field."
-    return field(default=default, metadata=dict(doc=doc, choices=choices, low=low))
+    return field(default=default, metadata={"doc": doc, "choices": choices, "low": low})
 
 
 class ParameterError(ValueError):
@@ -377,13 +383,13 @@ def read_options(
 
 def check_geometry(img_size, patch_size, embed_dim, depth, num_heads):
     "Sizes that fit together, or `ParameterError` with what would (before any tensor exists)."
-    for n, v in dict(
-        img_size=img_size,
-        patch_size=patch_size,
-        embed_dim=embed_dim,
-        depth=depth,
-        num_heads=num_heads,
-    ).items():
+    for n, v in {
+        "img_size": img_size,
+        "patch_size": patch_size,
+        "embed_dim": embed_dim,
+        "depth": depth,
+        "num_heads": num_heads,
+    }.items():
         if isinstance(v, bool) or not isinstance(v, int) or v < 1:
             raise ParameterError(f"{n} = {v!r}: must be a whole number of at least 1")
     divisors = lambda n: [d for d in range(1, n + 1) if n % d == 0]
@@ -466,15 +472,15 @@ def check_experiment(e):
         raise ParameterError(f"weights = {s.weights!r}: this run keeps {', '.join(known)}")
 
 
-SECTIONS = dict(
-    model=ModelConfig,
-    data=DataConfig,
-    diffusion=DiffusionConfig,
-    train=TrainConfig,
-    sampling=SamplingConfig,
-    evaluation=EvalConfig,
-    execution=ExecConfig,
-)
+SECTIONS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "diffusion": DiffusionConfig,
+    "train": TrainConfig,
+    "sampling": SamplingConfig,
+    "evaluation": EvalConfig,
+    "execution": ExecConfig,
+}
 IDENTITY_SECTIONS = (
     "model",
     "data",
@@ -544,82 +550,114 @@ def with_overrides(
     return replace(
         exp,
         **{s: replace(getattr(exp, s), **kw) for s, kw in parts.items()},
-        **({} if seed is None else dict(seed=seed)),
+        **({} if seed is None else {"seed": seed}),
     )
 
 
 DATASET_DEFAULTS = {
-    "digits": dict(
-        img_size=8, in_chans=1, num_classes=10, holdout=297, flip=False, features="digits_cnn"
-    ),
-    "cifar10": dict(
-        img_size=32, in_chans=3, num_classes=10, holdout=0, flip=True, features="resnet20_cifar10"
-    ),
-    "celeba64": dict(
-        img_size=64, in_chans=3, num_classes=0, holdout=0, flip=True, features="inception"
-    ),
-    "imagenet64": dict(
-        img_size=64, in_chans=3, num_classes=1000, holdout=0, flip=True, features="inception"
-    ),
-    "imagenet256": dict(
-        img_size=32,
-        in_chans=4,
-        num_classes=1000,
-        holdout=0,
-        flip=True,
-        features="inception",
-        latent_scale=0.18215,
-    ),
-    "imagenet512": dict(
-        img_size=64,
-        in_chans=4,
-        num_classes=1000,
-        holdout=0,
-        flip=True,
-        features="inception",
-        latent_scale=0.18215,
-    ),
-    "mscoco256": dict(
-        img_size=32,
-        in_chans=4,
-        num_classes=0,
-        holdout=0,
-        flip=False,
-        features="inception",
-        latent_scale=0.23010,
-    ),
-    "digits_latents": dict(
-        img_size=8,
-        in_chans=4,
-        num_classes=10,
-        holdout=297,
-        flip=False,
-        features="digits_cnn",
-        latent_scale=0.74,
-    ),
-    "shapes": dict(
-        img_size=16,
-        in_chans=3,
-        num_classes=0,
-        holdout=0,
-        flip=False,
-        features="none",
-        text_tokens=8,
-        text_dim=96,
-    ),
-    "latents": dict(
-        img_size=32,
-        in_chans=4,
-        num_classes=0,
-        holdout=0,
-        flip=True,
-        features="inception",
-        latent_scale=0.18215,
-    ),
-    "folder": dict(
-        img_size=32, in_chans=3, num_classes=0, holdout=0, flip=True, features="inception"
-    ),
-    "npz": dict(img_size=32, in_chans=3, num_classes=0, holdout=0, flip=True, features="inception"),
+    "digits": {
+        "img_size": 8,
+        "in_chans": 1,
+        "num_classes": 10,
+        "holdout": 297,
+        "flip": False,
+        "features": "digits_cnn",
+    },
+    "cifar10": {
+        "img_size": 32,
+        "in_chans": 3,
+        "num_classes": 10,
+        "holdout": 0,
+        "flip": True,
+        "features": "resnet20_cifar10",
+    },
+    "celeba64": {
+        "img_size": 64,
+        "in_chans": 3,
+        "num_classes": 0,
+        "holdout": 0,
+        "flip": True,
+        "features": "inception",
+    },
+    "imagenet64": {
+        "img_size": 64,
+        "in_chans": 3,
+        "num_classes": 1000,
+        "holdout": 0,
+        "flip": True,
+        "features": "inception",
+    },
+    "imagenet256": {
+        "img_size": 32,
+        "in_chans": 4,
+        "num_classes": 1000,
+        "holdout": 0,
+        "flip": True,
+        "features": "inception",
+        "latent_scale": 0.18215,
+    },
+    "imagenet512": {
+        "img_size": 64,
+        "in_chans": 4,
+        "num_classes": 1000,
+        "holdout": 0,
+        "flip": True,
+        "features": "inception",
+        "latent_scale": 0.18215,
+    },
+    "mscoco256": {
+        "img_size": 32,
+        "in_chans": 4,
+        "num_classes": 0,
+        "holdout": 0,
+        "flip": False,
+        "features": "inception",
+        "latent_scale": 0.23010,
+    },
+    "digits_latents": {
+        "img_size": 8,
+        "in_chans": 4,
+        "num_classes": 10,
+        "holdout": 297,
+        "flip": False,
+        "features": "digits_cnn",
+        "latent_scale": 0.74,
+    },
+    "shapes": {
+        "img_size": 16,
+        "in_chans": 3,
+        "num_classes": 0,
+        "holdout": 0,
+        "flip": False,
+        "features": "none",
+        "text_tokens": 8,
+        "text_dim": 96,
+    },
+    "latents": {
+        "img_size": 32,
+        "in_chans": 4,
+        "num_classes": 0,
+        "holdout": 0,
+        "flip": True,
+        "features": "inception",
+        "latent_scale": 0.18215,
+    },
+    "folder": {
+        "img_size": 32,
+        "in_chans": 3,
+        "num_classes": 0,
+        "holdout": 0,
+        "flip": True,
+        "features": "inception",
+    },
+    "npz": {
+        "img_size": 32,
+        "in_chans": 3,
+        "num_classes": 0,
+        "holdout": 0,
+        "flip": True,
+        "features": "inception",
+    },
 }
 PATHS = ("folder", "npz", "latents")  # a path follows: folder:PATH
 CONTENT = {  # sums of the sets whose content is known beforehand
@@ -680,26 +718,26 @@ def released(
     )
 
 
-_em = dict(sampler="euler_maruyama", nfe=1000, curve_nfe=50)
-_latent = dict(condition="class", use_checkpoint=True, decoder="original", p_uncond=0.15)
-_huge = dict(
-    condition="class",
-    use_checkpoint=True,
-    decoder="ema",
-    p_uncond=0.10,
-    process="sd",
-    sampler="dpm_solver_pp_fast",
-)
-_text = dict(
-    condition="text",
-    decoder="original",
-    p_uncond=0.10,
-    process="sd",
-    sampler="dpm_solver_pp_fast",
-    betas=(0.9, 0.9),
-    cfg_scale=2.0,
-    num_samples=30_000,
-)
+_em = {"sampler": "euler_maruyama", "nfe": 1000, "curve_nfe": 50}
+_latent = {"condition": "class", "use_checkpoint": True, "decoder": "original", "p_uncond": 0.15}
+_huge = {
+    "condition": "class",
+    "use_checkpoint": True,
+    "decoder": "ema",
+    "p_uncond": 0.10,
+    "process": "sd",
+    "sampler": "dpm_solver_pp_fast",
+}
+_text = {
+    "condition": "text",
+    "decoder": "original",
+    "p_uncond": 0.10,
+    "process": "sd",
+    "sampler": "dpm_solver_pp_fast",
+    "betas": (0.9, 0.9),
+    "cfg_scale": 2.0,
+    "num_samples": 30_000,
+}
 CONFIGS = {
     "CIFAR10 U-ViT-S/2": released(
         "cifar10", "U-ViT-S/2", 500_000, 128, betas=(0.99, 0.999), warmup_steps=2500, **_em
@@ -841,28 +879,40 @@ CPU = replace(
     ),
     execution=ExecConfig(threads=1, attention="math", keep_checkpoint=True),
 )
-PROTOCOLS = dict(smoke=SMOKE, laptop=LAPTOP, cpu=CPU, gpu=GPU, paper=_cifar)
+PROTOCOLS = {"smoke": SMOKE, "laptop": LAPTOP, "cpu": CPU, "gpu": GPU, "paper": _cifar}
 
 RECIPES = {  # (protocol, data set): fields that differ from the protocol's
-    ("smoke", "shapes"): dict(condition="text", patch_size=4, prediction="x0", cfg_scale=2.0),
-    ("smoke", "digits_latents"): dict(clip=False),  # a latent is not an image in [-1, 1]
-    ("laptop", "digits_latents"): dict(
-        clip=False, n_steps=3000, curve_steps=(1000, 2000), cfg_scale=1.5
-    ),
-    ("gpu", "digits_latents"): dict(condition="class", p_uncond=0.1),
-    ("laptop", "shapes"): dict(
-        condition="text",
-        patch_size=4,
-        prediction="x0",
-        n_steps=1800,
-        cfg_scale=2.0,
-        curve_steps=(300, 600, 1200),
-        curve_samples=200,
-        loss_images=500,
-    ),
-    ("gpu", "shapes"): dict(
-        condition="text", patch_size=4, prediction="x0", p_uncond=0.1, cfg_scale=2.0
-    ),
+    ("smoke", "shapes"): {
+        "condition": "text",
+        "patch_size": 4,
+        "prediction": "x0",
+        "cfg_scale": 2.0,
+    },
+    ("smoke", "digits_latents"): {"clip": False},  # a latent is not an image in [-1, 1]
+    ("laptop", "digits_latents"): {
+        "clip": False,
+        "n_steps": 3000,
+        "curve_steps": (1000, 2000),
+        "cfg_scale": 1.5,
+    },
+    ("gpu", "digits_latents"): {"condition": "class", "p_uncond": 0.1},
+    ("laptop", "shapes"): {
+        "condition": "text",
+        "patch_size": 4,
+        "prediction": "x0",
+        "n_steps": 1800,
+        "cfg_scale": 2.0,
+        "curve_steps": (300, 600, 1200),
+        "curve_samples": 200,
+        "loss_images": 500,
+    },
+    ("gpu", "shapes"): {
+        "condition": "text",
+        "patch_size": 4,
+        "prediction": "x0",
+        "p_uncond": 0.1,
+        "cfg_scale": 2.0,
+    },
 }
 
 
@@ -1034,7 +1084,7 @@ def eval_id(
     "Step, sampler and a hash of sampling and evaluation; curve settings are not part of it."
     s, e = exp.sampling, exp.evaluation
     if not num_samples:
-        return f"{step:07d}-loss-{digest(dict(weights=s.weights, images=e.loss_images, levels=e.loss_levels), 8)}"
+        return f"{step:07d}-loss-{digest({'weights': s.weights, 'images': e.loss_images, 'levels': e.loss_levels}, 8)}"
     what = dict(
         dataclasses.asdict(s),
         features=e.features,

@@ -1,13 +1,24 @@
 """Images become one canonical uint8 set with a sum of its content; batches are a function of (seed, step); damaged files are named, and they do not stop a run."""
 
-import hashlib, io, itertools, math, os, sys, time, warnings, zipfile, zlib
-from concurrent.futures import ThreadPoolExecutor
+import hashlib
+import io
+import itertools
+import math
+import os
+import sys
+import time
+import warnings
+import zipfile
+import zlib
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
+
 from uvit_repro.config import (
     CONTENT,
     DATASETS,
@@ -403,7 +414,7 @@ def load_npz(
     images, labels, notes = _read_npz(path)
     _fits(str(path), *images.shape[1:], cfg)
     K = int(labels.max()) + 1 if labels is not None else 0
-    if K > max(len(images), cfg.num_classes):
+    if max(len(images), cfg.num_classes) < K:
         raise ValueError(
             f"{path}: labels up to {K - 1} for {len(images)} images; number them 0..K-1, or set num_classes"
         )

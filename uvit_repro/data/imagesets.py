@@ -1,12 +1,20 @@
 """The paper's two 64x64 sets from their usual layouts on disk: the released crop and resizing, a check of what lies there, and an index that reads every file once."""
 
-import hashlib, json, os, re, sys, time
+import hashlib
+import json
+import os
+import re
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
+
 from uvit_repro.config import DataConfig, ParameterError, digest, project_root
+from uvit_repro.data.files import run_lock, write_atomic
 from uvit_repro.data.images import (
     Data,
     FolderStream,
@@ -18,7 +26,6 @@ from uvit_repro.data.images import (
     hold_out,
     list_folder,
 )
-from uvit_repro.data.files import run_lock, write_atomic
 
 
 def celeba_crop(
@@ -283,7 +290,7 @@ def load_celeba64(
     )
 
 
-IMAGENET = dict(classes=1000, train=1_281_167, val=50_000)
+IMAGENET = {"classes": 1000, "train": 1_281_167, "val": 50_000}
 WNID = re.compile(r"n\d{8}")
 
 

@@ -1,8 +1,11 @@
 """Every published number is a row of a table that ships with the package: with its source, its condition, where it was seen, and how far to trust it."""
 
-import functools, re
+import functools
+import re
 from importlib import resources
+
 import pandas as pd
+
 from uvit_repro.config import Experiment
 
 
@@ -34,9 +37,11 @@ def all_numbers() -> pd.DataFrame:
     ours = read_table("uvit_tables.csv")
     ours.insert(0, "paper", "U-ViT")
     df = pd.concat([ours, read_table("other_tables.csv")], ignore_index=True)
-    counts = dict(
-        num_samples="samples|validation prompts", steps="iterations", nfe=r"(?:[\w-]+ )?steps"
-    )
+    counts = {
+        "num_samples": "samples|validation prompts",
+        "steps": "iterations",
+        "nfe": r"(?:[\w-]+ )?steps",
+    }
     df["number"] = pd.to_numeric(df["value"], errors="coerce")
     for col, unit in counts.items():
         df[col] = pd.array([parse_count(c, unit) for c in df["condition"]], dtype="Int64")
@@ -54,7 +59,12 @@ def load_paper(
 ) -> pd.DataFrame:  # rows; `value` as printed, `number`, `num_samples`, `steps` (iterations), `nfe`, `reading_error` where there are any
     "Published numbers, one per row. `ValueError` with the known values for a name that is not there."
     df = all_numbers()
-    for col, want in dict(paper=paper, source=source, dataset=dataset, metric=metric).items():
+    for col, want in {
+        "paper": paper,
+        "source": source,
+        "dataset": dataset,
+        "metric": metric,
+    }.items():
         if want is None:
             continue
         known = list(dict.fromkeys(df[col]))
@@ -113,31 +123,31 @@ FIGURE2 = {  # panel: (title, [(label, fields of ModelConfig), ...]), the adopte
         "Long skip",
         [
             ("(1) Linear(Concat(h_m, h_s))", {}),
-            ("(2) h_m + h_s", dict(skip="add")),
-            ("(3) h_m + Linear(h_s)", dict(skip="add_linear")),
-            ("(4) Linear(h_m + h_s)", dict(skip="linear_add")),
-            ("(5) No long skip", dict(skip="none")),
+            ("(2) h_m + h_s", {"skip": "add"}),
+            ("(3) h_m + Linear(h_s)", {"skip": "add_linear"}),
+            ("(4) Linear(h_m + h_s)", {"skip": "linear_add"}),
+            ("(5) No long skip", {"skip": "none"}),
         ],
     ),
-    "b": ("Time", [("(1) Time as a token", {}), ("(2) AdaLN", dict(time="adaln"))]),
+    "b": ("Time", [("(1) Time as a token", {}), ("(2) AdaLN", {"time": "adaln"})]),
     "c": (
         "Extra convolution",
         [
             ("(1) After the linear layer", {}),
-            ("(2) Before the linear layer", dict(conv="before")),
-            ("(3) None", dict(conv="none")),
+            ("(2) Before the linear layer", {"conv": "before"}),
+            ("(3) None", {"conv": "none"}),
         ],
     ),
     "d": (
         "Patch embedding",
-        [("(1) Linear", {}), ("(2) Stack of convolutions", dict(patch_embed="conv"))],
+        [("(1) Linear", {}), ("(2) Stack of convolutions", {"patch_embed": "conv"})],
     ),
     "e": (
         "Position embedding",
         [
             ("(1) 1-D learnable", {}),
-            ("(2) 2-D sinusoidal", dict(pos_embed="sincos2d")),
-            ("(3) None", dict(pos_embed="none")),
+            ("(2) 2-D sinusoidal", {"pos_embed": "sincos2d"}),
+            ("(3) None", {"pos_embed": "none"}),
         ],
     ),
 }
@@ -157,15 +167,15 @@ def figure2(
                 curves["method"].str.contains(label[:3], regex=False)
             ]  # "(2)": the paper's numbering is in both
             rows += [
-                dict(
-                    panel=p,
-                    variant=label,
-                    overrides=dict(overrides),
-                    steps=int(r.steps),
-                    fid=r.number,
-                    error=r.reading_error,
-                    confidence=r.confidence,
-                )
+                {
+                    "panel": p,
+                    "variant": label,
+                    "overrides": dict(overrides),
+                    "steps": int(r.steps),
+                    "fid": r.number,
+                    "error": r.reading_error,
+                    "confidence": r.confidence,
+                }
                 for r in mine.itertuples()
             ]
     return pd.DataFrame(rows)
@@ -205,40 +215,38 @@ def as_table5(
 ) -> dict:  # setting of Table 5 -> value, without those that do not apply
     "The row of Table 5 that an experiment amounts to."
     m, d, t, s = exp.model, exp.data, exp.train, exp.sampling
-    process = dict(vp="VP-SDE continuous", sd="Stable Diffusion discrete (1000 steps)").get(
+    process = {"vp": "VP-SDE continuous", "sd": "Stable Diffusion discrete (1000 steps)"}.get(
         exp.diffusion.process, exp.diffusion.process
     )
-    sampler = dict(
-        euler_maruyama="Euler-Maruyama SDE",
-        dpm_solver_fast="DPM-Solver-fast",
-        dpm_solver_pp_fast="DPM-Solver++ (fast, order 3)",
-    ).get(s.sampler, s.sampler)
-    row = dict(
-        weight_decay=t.weight_decay,
-        lr_schedule=("linear warm-up then " if t.warmup_steps else "") + t.lr_schedule,
-        ema_rate=t.ema_rates[0],
-        prediction=exp.diffusion.prediction,
-        grad_clip=t.grad_clip or "none",
-        mixed_precision=t.precision,
-        patch_size=m.patch_size,
-        batch_size=t.batch_size,
-        iterations=t.n_steps,
-        lr=t.lr,
-        beta1=t.betas[0],
-        beta2=t.betas[1],
-        warmup_steps=t.warmup_steps,
-        noise_schedule=process,
-        sampler=sampler,
-        sampling_steps=s.nfe,
-        n_eval_samples=exp.evaluation.num_samples,
-        horizontal_flip="yes" if d.flip else "no",
-        final_conv3x3="yes" if m.conv == "after" else "no",
-    )
+    sampler = {
+        "euler_maruyama": "Euler-Maruyama SDE",
+        "dpm_solver_fast": "DPM-Solver-fast",
+        "dpm_solver_pp_fast": "DPM-Solver++ (fast, order 3)",
+    }.get(s.sampler, s.sampler)
+    row = {
+        "weight_decay": t.weight_decay,
+        "lr_schedule": ("linear warm-up then " if t.warmup_steps else "") + t.lr_schedule,
+        "ema_rate": t.ema_rates[0],
+        "prediction": exp.diffusion.prediction,
+        "grad_clip": t.grad_clip or "none",
+        "mixed_precision": t.precision,
+        "patch_size": m.patch_size,
+        "batch_size": t.batch_size,
+        "iterations": t.n_steps,
+        "lr": t.lr,
+        "beta1": t.betas[0],
+        "beta2": t.betas[1],
+        "warmup_steps": t.warmup_steps,
+        "noise_schedule": process,
+        "sampler": sampler,
+        "sampling_steps": s.nfe,
+        "n_eval_samples": exp.evaluation.num_samples,
+        "horizontal_flip": "yes" if d.flip else "no",
+        "final_conv3x3": "yes" if m.conv == "after" else "no",
+    }
     row["latent_shape" if s.decoder else "image_shape"] = f"{d.in_chans}x{d.img_size}x{d.img_size}"
     if s.decoder:
-        row.update(
-            decoder=dict(ema="ft-EMA").get(s.decoder, s.decoder), latent_scale=d.latent_scale
-        )
+        row.update(decoder={"ema": "ft-EMA"}.get(s.decoder, s.decoder), latent_scale=d.latent_scale)
     if t.p_uncond:
         row.update(p_uncond=t.p_uncond, cfg_scale=round(s.cfg_scale - 1, 10))
     return row
@@ -252,7 +260,7 @@ def figure7(
     known = list(dict.fromkeys(df["setting"]))
     if setting not in known:
         raise ValueError(f"setting = {setting!r}: known are {', '.join(map(repr, known))}")
-    df = df[df["setting"] == setting].astype(dict(block_i=int, block_j=int, cka=float))
+    df = df[df["setting"] == setting].astype({"block_i": int, "block_j": int, "cka": float})
     return df.pivot(index="block_i", columns="block_j", values="cka")
 
 

@@ -1,19 +1,30 @@
 """Every number that the papers print has a cell of its own, ours stands beside it in another with a link to the run that made it, and what was not run says so with the command that would run it."""
 
-import argparse, base64, functools, hashlib, html, io, json, math, os, re, sys, tempfile, time
+import argparse
+import base64
+import functools
+import hashlib
+import html
+import io
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+
 import numpy as np
+
 from uvit_repro.ablations import figure2_cells
-from uvit_repro.config import main_metric
-from uvit_repro.config import PROTOCOLS, ParameterError, experiment, project_root, variant_name
-from uvit_repro.paper.numbers import figure2, figure7, load_claims, read_table
 from uvit_repro.campaign.plan import (
     KINDS,
     PARTS,
-    chosen,
     cell_experiments,
+    chosen,
     computed,
     hours,
     jobs,
@@ -23,28 +34,39 @@ from uvit_repro.campaign.plan import (
     registry,
     slug,
 )
-from uvit_repro.data.files import write_atomic
-from uvit_repro.runs.records import load_runs, publish, published_root
-from uvit_repro.runs.run import (
-    cell_seconds,
-    format_duration,
-    default_workers,
-    execute,
-    is_done,
-    repeat_command,
-    run_chapter,
-    run_folder,
-    run_sweep,
+from uvit_repro.config import (
+    PROTOCOLS,
+    ParameterError,
+    experiment,
+    main_metric,
+    project_root,
+    variant_name,
 )
-from uvit_repro.runs.counting import experiment_flops
+from uvit_repro.data.files import write_atomic
+from uvit_repro.paper.numbers import figure2, figure7, load_claims, read_table
 from uvit_repro.report.verdicts import (
     NOT_RUN as NEEDS,
+)
+from uvit_repro.report.verdicts import (
     VERDICTS,
     all_records,
     all_verdicts,
     effects,
     load_tests,
     plot_forest,
+)
+from uvit_repro.runs.counting import experiment_flops
+from uvit_repro.runs.records import load_runs, publish, published_root
+from uvit_repro.runs.run import (
+    cell_seconds,
+    default_workers,
+    execute,
+    format_duration,
+    is_done,
+    repeat_command,
+    run_chapter,
+    run_folder,
+    run_sweep,
 )
 
 ORDER = ("paper", "gpu", "laptop")  # protocols whose numbers are shown, the paper's own first
@@ -243,7 +265,7 @@ def cost_model(
     name, known = paper_gpu()
     rates, words = (
         {"paper": known, "gpu": known, "laptop": math.nan},
-        dict(paper=name, gpu=name, laptop="no rate is recorded"),
+        {"paper": name, "gpu": name, "laptop": "no rate is recorded"},
     )
     for p in ORDER:
         mine = [
@@ -274,33 +296,33 @@ def claims_frame(
         w, p = words.loc[v.claim], v.plan
         decided = v.verdict in ("supported", "contradicted")
         rows.append(
-            dict(
-                id=v.claim,
-                paper=w.paper,
-                claim=w.claim,
-                source=w.source,
-                papers_numbers=w.paper_numbers,
-                protocol=v.protocol,
-                verdict=v.verdict,
-                label=v.label,
-                exploratory=v.exploratory,
-                effect=v.effect,
-                low=v.low,
-                high=v.high,
-                margin=v.margin,
-                degrees_of_freedom=v.df,
-                seeds=v.seeds,
-                reason=v.reason,
-                runs=" ".join(v.run_ids),
-                needs="" if decided or p else need(v.claim),
-                decide_seeds=p.seeds if p else None,
-                decide_steps=p.steps if p else None,
-                decide_protocol=p.protocol if p else "",
-                decide_runs=p.runs if p else None,
-                decide_hours=p.hours if p else None,
-                basis=p.basis if p else "",
-                command=p.command if p else "",
-            )
+            {
+                "id": v.claim,
+                "paper": w.paper,
+                "claim": w.claim,
+                "source": w.source,
+                "papers_numbers": w.paper_numbers,
+                "protocol": v.protocol,
+                "verdict": v.verdict,
+                "label": v.label,
+                "exploratory": v.exploratory,
+                "effect": v.effect,
+                "low": v.low,
+                "high": v.high,
+                "margin": v.margin,
+                "degrees_of_freedom": v.df,
+                "seeds": v.seeds,
+                "reason": v.reason,
+                "runs": " ".join(v.run_ids),
+                "needs": "" if decided or p else need(v.claim),
+                "decide_seeds": p.seeds if p else None,
+                "decide_steps": p.steps if p else None,
+                "decide_protocol": p.protocol if p else "",
+                "decide_runs": p.runs if p else None,
+                "decide_hours": p.hours if p else None,
+                "basis": p.basis if p else "",
+                "command": p.command if p else "",
+            }
         )
     return pd.DataFrame(rows)
 
@@ -484,7 +506,7 @@ def seen_in(
 
 def legend() -> str:
     "What the marks of the tables mean."
-    words = {k: w for k, w in SEEN.values()}
+    words = dict(SEEN.values())
     letters = ", ".join(f'<span class="v p-{k}">{w}</span>' for k, w in words.items())
     return (
         f'<p class="legend">Seen in: {letters}. Confidence: <span class="v">high</span>, <span class="v medium">medium</span>, <span class="v low">low</span> (kept so that it is recognised, no target). '
@@ -730,7 +752,7 @@ def place_table(cells, filled: dict, ev: Evidence) -> str:
         )
         last = why
     head = (
-        f'<tr><th rowspan="2"></th>'
+        '<tr><th rowspan="2"></th>'
         + ('<th rowspan="2">condition</th>' if told else "")
         + top
         + ('<th rowspan="2">how, or why not</th>' if how else "")
@@ -883,7 +905,7 @@ def figure2_points(results, protocol: str):
     base = PROTOCOLS[protocol]
     theirs = (
         figure2()[["panel", "variant", "steps", "fid"]]
-        .rename(columns=dict(steps="step", fid="value"))
+        .rename(columns={"steps": "step", "fid": "value"})
         .assign(who="paper", measure="FID, 10K samples")
     )
     if not len(results):
@@ -893,16 +915,16 @@ def figure2_points(results, protocol: str):
         [
             theirs,
             pd.DataFrame(
-                dict(
-                    panel=r.panel,
-                    variant=r.label,
-                    step=r.step,
-                    value=r.value,
-                    who=f"ours, {protocol}",
-                    measure=r.metric,
-                    seed=r.seed,
-                    run_id=r.run_id,
-                )
+                {
+                    "panel": r.panel,
+                    "variant": r.label,
+                    "step": r.step,
+                    "value": r.value,
+                    "who": f"ours, {protocol}",
+                    "measure": r.metric,
+                    "seed": r.seed,
+                    "run_id": r.run_id,
+                }
             ),
         ],
         ignore_index=True,
@@ -911,7 +933,8 @@ def figure2_points(results, protocol: str):
 
 def plot_cells(cells, filled: dict, ylabel: str):
     "A curve of the record: the paper's points dashed, ours at protocol paper solid where there are any."
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
 
     fig, ax = plt.subplots(figsize=(7, 3.6))
     run = False
@@ -965,6 +988,7 @@ def draw_place(
 ) -> list:  # (name, figure, data), drawn when asked for
     "The pictures that belong above a place's table."
     import pandas as pd
+
     from uvit_repro.ablations import collect, plot_figure2
     from uvit_repro.cka import plot_cka
     from uvit_repro.scaling import collect_figure3, figure3_paper, plot_figure3
@@ -1002,7 +1026,7 @@ def draw_place(
     if place == "Figure 7":
         rows, names = cka_rows(ev)
         long = [
-            dict(panel=t, layer=i, other=j, cka=m[i, j])
+            {"panel": t, "layer": i, "other": j, "cka": m[i, j]}
             for r in rows
             for t, m in r
             if m is not None
@@ -1067,6 +1091,7 @@ def headline_frame(results, protocol: str):
 def plot_pairs(run: dict, k: int = 20):
     "The first samples of a run and their nearest training images, in pairs of rows of ten."
     import matplotlib.pyplot as plt
+
     from uvit_repro.data.images import image_grid
 
     with np.load(run["folder"] / "first.npz") as d:
@@ -1196,20 +1221,20 @@ def conditions_frame(runs: list):
     for r in runs:
         c, e, t = r.get("conditions", {}), r["experiment"], r.get("training", {})
         rows.append(
-            dict(
-                run=r["folder"].name,
-                where="here" if r["origin"] == "runs" else "published",
-                protocol=e.protocol,
-                variant=variant_name(e.model),
-                seed=e.seed,
-                precision=e.train.precision,
-                steps=e.train.n_steps,
-                machine=machine(r),
-                threads=c.get("threads"),
-                code=(c.get("commit") or "")[:8] + ("+changes" if c.get("dirty") else ""),
-                images_per_s=t.get("images_per_second"),
-                minutes=r.get("wall_seconds", 0) / 60,
-            )
+            {
+                "run": r["folder"].name,
+                "where": "here" if r["origin"] == "runs" else "published",
+                "protocol": e.protocol,
+                "variant": variant_name(e.model),
+                "seed": e.seed,
+                "precision": e.train.precision,
+                "steps": e.train.n_steps,
+                "machine": machine(r),
+                "threads": c.get("threads"),
+                "code": (c.get("commit") or "")[:8] + ("+changes" if c.get("dirty") else ""),
+                "images_per_s": t.get("images_per_second"),
+                "minutes": r.get("wall_seconds", 0) / 60,
+            }
         )
     return pd.DataFrame(
         rows,
@@ -1239,7 +1264,7 @@ def provenance_frame(cells):
     "The record by where its numbers were seen and how far to trust them."
     import pandas as pd
 
-    words = {k: w for k, w in SEEN.values()}
+    words = dict(SEEN.values())
     d = cells.assign(seen=[words[seen_in(p)] for p in cells.provenance])
     t = pd.crosstab(d.seen, d.confidence).reindex(columns=["high", "medium", "low"], fill_value=0)
     return t.assign(all=t.sum(axis=1)).reset_index().rename_axis(columns=None)
@@ -1253,11 +1278,11 @@ def chapter_list() -> list:  # dicts name, title, line
             continue
         text = "".join(json.loads(p.read_text())["cells"][0]["source"])
         out.append(
-            dict(
-                name=p.stem,
-                title=re.search(r"^# (.*)", text, re.M)[1],
-                line=(re.search(r"^> (.*)", text, re.M) or ["", ""])[1],
-            )
+            {
+                "name": p.stem,
+                "title": re.search(r"^# (.*)", text, re.M)[1],
+                "line": (re.search(r"^> (.*)", text, re.M) or ["", ""])[1],
+            }
         )
     return out
 
@@ -1335,7 +1360,7 @@ def to_html(
         exclude_input=not code,
         exclude_input_prompt=True,
         exclude_output_prompt=True,
-        filters=dict(highlight_code=lambda source, **kw: part(highlight(source))),
+        filters={"highlight_code": lambda source, **kw: part(highlight(source))},
     ).from_notebook_node(nb)
     body = re.sub(r"<i>part (\d+)</i>", lambda m: parts[int(m[1])], body)
     body = re.sub(r'(href="[^":]+)\.ipynb', r"\1.html", body)
@@ -1368,7 +1393,7 @@ def seconds(
     m = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", str(text).strip())
     if not m:
         raise ParameterError(f"budget = {text!r}: a number with s, m or h, as in 10m")
-    return float(m[1]) * dict(s=1, m=60, h=3600).get(m[2], 1)
+    return float(m[1]) * {"s": 1, "m": 60, "h": 3600}.get(m[2], 1)
 
 
 def spent(
@@ -1386,7 +1411,9 @@ def smaller_png(
     png: str,  # base64
 ) -> str:  # base64, of 128 colours where that is smaller
     "A picture that costs a repository less and looks the same."
-    import base64, io
+    import base64
+    import io
+
     from PIL import Image
 
     raw, buf = base64.b64decode(png), io.BytesIO()
@@ -1446,7 +1473,7 @@ def write_chapters(say=print) -> list:
             out = execute(
                 nb,
                 Path(d) / nb.name,
-                dict(protocol="laptop") if nb.name.startswith("05") else {},
+                {"protocol": "laptop"} if nb.name.startswith("05") else {},
                 say,
             )
             done.append(
@@ -1618,7 +1645,7 @@ def md_place(cells, filled: dict, ev: Evidence) -> str:
     runnable = any(c.fields and c.kind in MEASURED for c in cells.itertuples())
     what = anchor(paper, place)
     lead = (
-        "All of it: `uvit-repro run {0} --protocol paper`, {1} runs, about {2} on one {3}.".format(
+        "All of it: `uvit-repro run {} --protocol paper`, {} runs, about {} on one {}.".format(
             what, *(lambda n, h, g: (n, hours(3600 * h), g.partition(",")[0]))(*place_cost(what))
         )
         if runnable
@@ -1638,7 +1665,7 @@ def published_figures(
     from uvit_repro.ablations import collect, plot_rows, sample_rows
     from uvit_repro.bench.bench import load_bench, newest, plot_speedup
 
-    out, at = {}, {k: g for k, g in cells[cells.paper == "U-ViT"].groupby("place")}
+    out, at = {}, dict(cells[cells.paper == "U-ViT"].groupby("place"))
     if len(found) and (found.n > 0).any():
         out["forest"] = (
             "Paired effects, every seed a dot, the paper's as a diamond",
@@ -1752,8 +1779,9 @@ def md_others(ev: Evidence, picture) -> list:
 
 def md_sections(ev: Evidence, cells, filled: dict, claims, figures: dict) -> list:
     "The report, part by part."
-    from uvit_repro.bench.bench import load_bench, newest, speed_table
     import pandas as pd
+
+    from uvit_repro.bench.bench import load_bench, newest, speed_table
 
     picture = lambda *names: "".join(
         f"![{figures[n][0]}](report/{n}.png)\n\n*{figures[n][0]}*\n\n"
@@ -1764,7 +1792,7 @@ def md_sections(ev: Evidence, cells, filled: dict, claims, figures: dict) -> lis
         summary_frame(cells, filled),
         speed_table(newest(load_bench("published", ev.out_dir))),
     )
-    whole, runs = {k: g for k, g in cells.groupby(["paper", "place"])}, conditions_frame(ev.runs)
+    whole, runs = dict(cells.groupby(["paper", "place"])), conditions_frame(ev.runs)
     parts = [
         "# U-ViT, reproduced: the report from published records\n\n> Every number of ours stands in a column of its own and leads to its run; what was not run says so. Made by `make publish` from the folders beside it, and from nothing else.\n",
         "## Equivalence certificate\n\nDifferences to the released code, as the published runs recorded them.\n\n"

@@ -1,23 +1,27 @@
 """A claim is supported only by runs that started after its test was written, with enough seeds, an interval that excludes the claim's margin after Holm's correction, and loss and distance of one sign; all else is called by its own name."""
 
-import functools, json, math
+import functools
+import json
+import math
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
+
 import numpy as np
-from uvit_repro.config import main_metric
+
 from uvit_repro.config import (
     CONFIGS,
     PROTOCOLS,
     ParameterError,
     eval_id,
     experiment,
+    main_metric,
     with_overrides,
 )
 from uvit_repro.paper.numbers import figure2, load_claims, published, table2
+from uvit_repro.runs.counting import macs_of, params_of
 from uvit_repro.runs.records import load_results
 from uvit_repro.runs.run import repeat_command
-from uvit_repro.runs.counting import macs_of, params_of
 
 
 def all_records(
@@ -26,6 +30,7 @@ def all_records(
 ):  # DataFrame, one row per measurement
     "Everything that verdicts are made from: the ledger, and what chapter 09 reads off the matrices of Figure 7."
     import pandas as pd
+
     from uvit_repro.cka import cka_results
 
     frames = [load_results(origin, out_dir), cka_results(origin, out_dir)]
@@ -187,7 +192,14 @@ def no_gain_test(
     mean = lambda w: (
         np.einsum("a,...an->...", w[used], x) / n if n else np.full(x.shape[:-2], np.nan)[()]
     )
-    res = dict(gain=mean(this), before=mean(before), n=n, p=np.nan, p_gain=np.nan, nearest=np.nan)
+    res = {
+        "gain": mean(this),
+        "before": mean(before),
+        "n": n,
+        "p": np.nan,
+        "p_gain": np.nan,
+        "nearest": np.nan,
+    }
     if df < 1 or n < 2:
         return res
     sizes = [
@@ -314,7 +326,7 @@ def _arm(protocol: str, text: str, n_steps, seed: int):
     e = experiment(
         protocol,
         seed=seed,
-        **{**json.loads(text), **({} if n_steps is None else dict(n_steps=n_steps))},
+        **{**json.loads(text), **({} if n_steps is None else {"n_steps": n_steps})},
     )
     return e, e.run_id
 
@@ -354,14 +366,14 @@ def arms_of(
 ) -> list:  # lists of arms, one list per comparison
     "The comparisons of a claim: (better, worse); for no_gain (from, to, from, to); for level one run."
     t = {**test, **test.get(protocol, {})}
-    return dict(
-        paired_difference=lambda: [[t["better"], t["worse"]]],
-        best_of=lambda: [[t["best"], o] for o in t["others"]],
-        order=lambda: [list(p) for p in zip(t["chain"], t["chain"][1:])],
-        no_gain=lambda: [t["gain"] + t["no_gain"]],
-        threshold_speed=lambda: [[t["fast"], t["slow"]]],
-        level=lambda: [[t["arm"]]],
-    )[t["kind"]]()
+    return {
+        "paired_difference": lambda: [[t["better"], t["worse"]]],
+        "best_of": lambda: [[t["best"], o] for o in t["others"]],
+        "order": lambda: [list(p) for p in zip(t["chain"], t["chain"][1:])],
+        "no_gain": lambda: [t["gain"] + t["no_gain"]],
+        "threshold_speed": lambda: [[t["fast"], t["slow"]]],
+        "level": lambda: [[t["arm"]]],
+    }[t["kind"]]()
 
 
 def arm_name(arm: dict) -> str:
@@ -452,34 +464,36 @@ def gather(
 
     names = [a.get("metric", test["metric"]) for a in arms]
     x, why = logs(names)
-    return dict(
-        claim=test["id"],
-        kind=test["kind"],
-        figure=test["figure"],
-        protocol=protocol,
-        comparison=comparison_name(test, arms),
-        arms=arms,
-        metric=metric_of(names[-1], at(arms[-1])),
-        second=test["second"] and metric_of(test["second"], e),
-        dataset=e.data.dataset,
-        n_steps=e.train.n_steps,
-        step=step,
-        margin=math.log(test["factor"]) if speed else float(test["margin"]),
-        value=test.get("value"),
-        needed=test["seeds"],
-        decides=step >= test["steps"] and e.data.dataset in test["datasets"],
-        seeds=seeds,
-        fresh=[s for s in seeds if all(w >= fixed_at(test) for w in started[s])],
-        old=[s for s, w in started.items() if any(x is not None and x < fixed_at(test) for x in w)],
-        logs=x,
-        extra=logs([test["second"]] * len(arms))[0] if test["second"] else None,
-        why="; ".join(why),
-        keys=[
+    return {
+        "claim": test["id"],
+        "kind": test["kind"],
+        "figure": test["figure"],
+        "protocol": protocol,
+        "comparison": comparison_name(test, arms),
+        "arms": arms,
+        "metric": metric_of(names[-1], at(arms[-1])),
+        "second": test["second"] and metric_of(test["second"], e),
+        "dataset": e.data.dataset,
+        "n_steps": e.train.n_steps,
+        "step": step,
+        "margin": math.log(test["factor"]) if speed else float(test["margin"]),
+        "value": test.get("value"),
+        "needed": test["seeds"],
+        "decides": step >= test["steps"] and e.data.dataset in test["datasets"],
+        "seeds": seeds,
+        "fresh": [s for s in seeds if all(w >= fixed_at(test) for w in started[s])],
+        "old": [
+            s for s, w in started.items() if any(x is not None and x < fixed_at(test) for x in w)
+        ],
+        "logs": x,
+        "extra": logs([test["second"]] * len(arms))[0] if test["second"] else None,
+        "why": "; ".join(why),
+        "keys": [
             (speed, at(a).run_id, *sorted(planned_evaluations(at(a), step)), metric_of(m, at(a)))
             for a, m in zip(arms, names)
         ],
-        run_ids=[at(a, s).run_id for s in seeds for a in arms],
-    )
+        "run_ids": [at(a, s).run_id for s in seeds for a in arms],
+    }
 
 
 def pool(
@@ -574,7 +588,7 @@ def judge_row(
             margin=float(r["before"]) / 2,
             nearest=float(r["nearest"]),
         )
-        r2 = test(row["extra"], second) if row["extra"] is not None else dict(n=0)
+        r2 = test(row["extra"], second) if row["extra"] is not None else {"n": 0}
         known = r2["n"] > 1
         out.update(
             agree=bool(r2["p"] < 0.05) if known else None,
@@ -925,12 +939,12 @@ def count_claim(claim: str) -> tuple:
     raise ParameterError(f"claim = {claim!r}: counted are U36, U37, D12, D13")
 
 
-NOT_RUN = dict(
-    checkpoint="needs {}; released weights are evaluated in chapter 07",
-    benchmark="needs {}",
-    later="needs {}",
-    not_testable="no test is possible without {}",
-)
+NOT_RUN = {
+    "checkpoint": "needs {}; released weights are evaluated in chapter 07",
+    "benchmark": "needs {}",
+    "later": "needs {}",
+    "not_testable": "no test is possible without {}",
+}
 
 
 def judge_claim(
@@ -1039,19 +1053,19 @@ def verdict_frame(
     )
     return pd.DataFrame(
         [
-            dict(
-                id=v.claim,
-                claim=claims[v.claim],
-                protocol=v.protocol,
-                verdict=v.label,
-                effect=interval(v),
-                df=v.df or "",
-                seeds=v.seeds or "",
-                reason=v.reason,
-                would_decide=plan(v.plan),
-                basis=v.plan.basis if v.plan else "",
-                command=v.plan.command if v.plan else "",
-            )
+            {
+                "id": v.claim,
+                "claim": claims[v.claim],
+                "protocol": v.protocol,
+                "verdict": v.label,
+                "effect": interval(v),
+                "df": v.df or "",
+                "seeds": v.seeds or "",
+                "reason": v.reason,
+                "would_decide": plan(v.plan),
+                "basis": v.plan.basis if v.plan else "",
+                "command": v.plan.command if v.plan else "",
+            }
             for v in verdicts
         ]
     )
@@ -1085,18 +1099,18 @@ def made_up_results(
                 if mean is None:
                     continue
                 rows.append(
-                    dict(
-                        run_id=e.run_id,
-                        eval_id=i,
-                        metric=m,
-                        step=at,
-                        seed=s,
-                        value=math.exp(mean + shift[s][k] + sd * rng.normal()),
-                        status="ok",
-                        note="",
-                        protocol=protocol,
-                        started=started,
-                    )
+                    {
+                        "run_id": e.run_id,
+                        "eval_id": i,
+                        "metric": m,
+                        "step": at,
+                        "seed": s,
+                        "value": math.exp(mean + shift[s][k] + sd * rng.normal()),
+                        "status": "ok",
+                        "note": "",
+                        "protocol": protocol,
+                        "started": started,
+                    }
                 )
     return pd.DataFrame(rows)
 
@@ -1136,7 +1150,8 @@ def plot_forest(
     ),  # log units that are drawn straight, of the two measures; beyond, the axis is logarithmic
 ):  # matplotlib figure
     "Paired effects: every seed a dot, mean and interval a line, the paper's effect a diamond, the claimed side shaded, one colour per protocol."
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
 
     d = frame[frame.n > 0]
     keys = list(dict.fromkeys(zip(d.claim, d.comparison)))
@@ -1147,7 +1162,7 @@ def plot_forest(
         for v in verdicts
     }
     fig, axes = plt.subplots(
-        1, 2, figsize=(11, 1.5 + 0.42 * len(keys)), sharey=True, gridspec_kw=dict(wspace=0.05)
+        1, 2, figsize=(11, 1.5 + 0.42 * len(keys)), sharey=True, gridspec_kw={"wspace": 0.05}
     )
     for r in d.itertuples():
         k = keys.index((r.claim, r.comparison))

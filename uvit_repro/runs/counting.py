@@ -186,11 +186,11 @@ def evaluations(
 def experiment_flops(exp: Experiment) -> dict:
     "Floating-point operations of an experiment: train, sample (curve and final), loss."
     macs, passes = macs_of(exp), dict(evaluations(exp))
-    return dict(
-        train=exp.train.n_steps * exp.train.batch_size * training_flops(macs),
-        sample=2 * macs * (passes["curve samples"] + passes["final samples"]),
-        loss=2 * macs * passes["held-out loss"],
-    )
+    return {
+        "train": exp.train.n_steps * exp.train.batch_size * training_flops(macs),
+        "sample": 2 * macs * (passes["curve samples"] + passes["final samples"]),
+        "loss": 2 * macs * passes["held-out loss"],
+    }
 
 
 def predict_seconds(
@@ -204,9 +204,9 @@ def predict_seconds(
             f"flops_per_second = {flops_per_second}, sampling = {sampling}: both must be above 0"
         )
     f = experiment_flops(exp)
-    secs = dict(
-        train=f["train"] / flops_per_second,
-        sample=f["sample"] / (sampling or flops_per_second),
-        loss=f["loss"] / (sampling or flops_per_second),
-    )
+    secs = {
+        "train": f["train"] / flops_per_second,
+        "sample": f["sample"] / (sampling or flops_per_second),
+        "loss": f["loss"] / (sampling or flops_per_second),
+    }
     return dict(secs, total=sum(secs.values()))

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from uvit_repro.config import Experiment, ParameterError, project_root
 from uvit_repro.data.files import write_json
 
-AUTOCAST = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _ops = torch.ops.aten
 PRODUCTS = (_ops.mm.default, _ops.addmm.default)
 FUSED = tuple(
@@ -136,7 +136,7 @@ def set_checkpoint(
                 use_reentrant=False,
                 preserve_rng_state=False,
                 **(
-                    dict(context_fn=functools.partial(create_selective_checkpoint_contexts, policy))
+                    {"context_fn": functools.partial(create_selective_checkpoint_contexts, policy)}
                     if names
                     else {}
                 ),
@@ -224,7 +224,7 @@ def choose_attention(
         return exp.execution.attention
     m, dtype = (
         exp.model,
-        dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[exp.train.precision],
+        {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[exp.train.precision],
     )
     length = (exp.data.img_size // m.patch_size) ** 2 + dict(
         none=1, **{"class": 2}, text=1 + exp.data.text_tokens
@@ -247,7 +247,7 @@ def choose_attention(
         known = json.loads(cache.read_text())
     if key not in known:
         secs = time_attention(*shape, device=device, dtype=dtype)
-        known[key] = dict(path=min(secs, key=secs.get), seconds=secs)
+        known[key] = {"path": min(secs, key=secs.get), "seconds": secs}
         with contextlib.suppress(OSError):
             write_json(cache, known)  # a folder that can't be written only costs the timing again
     return known[key]["path"]

@@ -1,10 +1,18 @@
 """A run leaves files that are whole or absent, one writer adds measurements, one reader collects them, and committed evidence is never mistaken for work done here."""
 
-import contextlib, csv, json, os, platform, shutil, subprocess, warnings
+import contextlib
+import csv
+import json
+import os
+import platform
+import shutil
+import subprocess
+import warnings
 from importlib import metadata
 from pathlib import Path
+
+from uvit_repro.config import Experiment, content_name, eval_id, from_dict, project_root
 from uvit_repro.data.files import sha256_file, write_atomic
-from uvit_repro.config import Experiment, eval_id, from_dict, content_name, project_root
 
 
 def runs_root(
@@ -54,14 +62,14 @@ def conditions(
             return None
 
     commit = _git("rev-parse", "HEAD") or os.environ.get("UVIT_REPRO_COMMIT", "")
-    d = dict(
-        commit=commit,
-        dirty=bool(
+    d = {
+        "commit": commit,
+        "dirty": bool(
             _git("status", "--porcelain", "--untracked-files=no", "--", "nbs", "uvit_repro")
         ),
-        python=platform.python_version(),
-        system=platform.system(),
-        versions={
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "versions": {
             p: version(p)
             for p in (
                 "uvit_repro",
@@ -74,13 +82,13 @@ def conditions(
                 "papermill",
             )
         },
-        device=str(device),
-        cpu=_cpu_name(),
-        cores=os.cpu_count(),
-        threads=torch.get_num_threads(),
-        tf32=bool(torch.backends.cuda.matmul.allow_tf32),
-        cuda=torch.version.cuda,
-    )
+        "device": str(device),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "tf32": bool(torch.backends.cuda.matmul.allow_tf32),
+        "cuda": torch.version.cuda,
+    }
     if str(device).startswith("cuda"):
         d.update(gpu=torch.cuda.get_device_name(device), gpu_count=torch.cuda.device_count())
     return d
@@ -121,6 +129,7 @@ def record(
 ):
     "Add measurements to the run's ledger: the only writer of measurements.csv."
     import math
+
     from uvit_repro.config import variant_name
 
     eid = eval_id(exp, step, num_samples)
@@ -137,11 +146,13 @@ def record(
         step=step,
         weights=exp.sampling.weights,
         **(
-            dict(
-                sampler=exp.sampling.sampler, nfe=exp.sampling.nfe, cfg_scale=exp.sampling.cfg_scale
-            )
+            {
+                "sampler": exp.sampling.sampler,
+                "nfe": exp.sampling.nfe,
+                "cfg_scale": exp.sampling.cfg_scale,
+            }
             if num_samples
-            else dict(sampler="", nfe="", cfg_scale="")
+            else {"sampler": "", "nfe": "", "cfg_scale": ""}
         ),
     )
     new = []
@@ -184,7 +195,7 @@ def load_results(
     "Every recorded measurement: the only reader. Where a run is in both places, this machine's rows come first."
     import pandas as pd
 
-    roots = dict(runs=runs_root(out_dir), published=published_root())
+    roots = {"runs": runs_root(out_dir), "published": published_root()}
     if origin not in ("runs", "published", "all"):
         raise ValueError(f"origin = {origin!r}: allowed are runs, published, all")
     frames = []
@@ -195,7 +206,7 @@ def load_results(
             try:
                 frames.append(
                     pd.read_csv(
-                        p, dtype=dict(note=str, eval_id=str, paper_ref=str, chapter=str)
+                        p, dtype={"note": str, "eval_id": str, "paper_ref": str, "chapter": str}
                     ).assign(origin=name, folder=str(p.parent))
                 )
             except Exception as e:
@@ -219,7 +230,7 @@ def load_run(
 
 def load_runs(origin="all", out_dir=None) -> list[dict]:
     "All runs that have a run.json, this machine's before committed ones; a run found twice is taken from this machine."
-    roots = dict(runs=runs_root(out_dir), published=published_root())
+    roots = {"runs": runs_root(out_dir), "published": published_root()}
     res = {}
     for name, root in roots.items():
         if origin in (name, "all"):

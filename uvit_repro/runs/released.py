@@ -1,17 +1,24 @@
 """Any of the ten released files is recognised by the shapes of its tensors and evaluated with its own process, solver, guidance, decoder and labels; a killed evaluation goes on where it stopped."""
 
-import ast, contextlib, json, os, shlex, sys, time
+import ast
+import contextlib
+import json
+import os
+import shlex
+import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
+
 from uvit_repro.config import (
     CONFIGS,
     Experiment,
     ParameterError,
     content_name,
-    data_root as data_folder,
     deviations,
     digest,
     eval_id,
@@ -20,9 +27,9 @@ from uvit_repro.config import (
     run_id,
     with_overrides,
 )
-from uvit_repro.data.images import Data, open_data, summary
-from uvit_repro.diffusion import Diffusion
-from uvit_repro.metrics import feature_status, read_reference
+from uvit_repro.config import (
+    data_root as data_folder,
+)
 from uvit_repro.data.files import (
     CheckpointError,
     load_tensors,
@@ -31,6 +38,10 @@ from uvit_repro.data.files import (
     sweep_unfinished,
     write_json,
 )
+from uvit_repro.data.images import Data, open_data, summary
+from uvit_repro.diffusion import Diffusion
+from uvit_repro.metrics import feature_status, read_reference
+from uvit_repro.runs.execution import join_processes, pick_device
 from uvit_repro.runs.records import conditions, runs_root
 from uvit_repro.runs.run import (
     Run,
@@ -43,7 +54,6 @@ from uvit_repro.runs.run import (
     recorded,
 )
 from uvit_repro.sample import check_sampler
-from uvit_repro.runs.execution import join_processes, pick_device
 from uvit_repro.uvit import load_official, official_shape
 
 SOURCE = "https://github.com/baofff/U-ViT#pretrained-models"
@@ -159,20 +169,20 @@ def shape_of_file(
         )
     dim, chans, patch, _ = sd["patch_embed.proj.weight"].shape
     s = official_shape(sd, text_tokens)
-    return dict(
-        img_size=s["img_size"],
-        in_chans=chans,
-        patch_size=patch,
-        embed_dim=dim,
-        depth=s["depth"],
-        mlp_ratio=s["mlp_ratio"],
-        qkv_bias=s["qkv_bias"],
-        mlp_time_embed=s["mlp_time_embed"],
-        conv=s["conv"],
-        skip=s["skip"],
-        num_classes=s["num_classes"],
-        text=(s["num_clip_token"], s["clip_dim"]) if s.get("clip_dim") else None,
-    )
+    return {
+        "img_size": s["img_size"],
+        "in_chans": chans,
+        "patch_size": patch,
+        "embed_dim": dim,
+        "depth": s["depth"],
+        "mlp_ratio": s["mlp_ratio"],
+        "qkv_bias": s["qkv_bias"],
+        "mlp_time_embed": s["mlp_time_embed"],
+        "conv": s["conv"],
+        "skip": s["skip"],
+        "num_classes": s["num_classes"],
+        "text": (s["num_clip_token"], s["clip_dim"]) if s.get("clip_dim") else None,
+    }
 
 
 def _differences(found: dict, wanted: dict) -> str:
@@ -485,13 +495,13 @@ def evaluate_released(
 ) -> Run:  # finished
     "Sample and measure a released checkpoint with its own settings. What is done is not done again."
     sd, path = load_tensors(path), Path(path)
-    settings = dict(
-        num_samples=num_samples,
-        reference=str(reference) if reference else None,
-        data_root=str(data_root) if data_root else None,
-        sample_batch=sample_batch,
-        device=device,
-    )
+    settings = {
+        "num_samples": num_samples,
+        "reference": str(reference) if reference else None,
+        "data_root": str(data_root) if data_root else None,
+        "sample_batch": sample_batch,
+        "device": device,
+    }
     command = typed_command(
         path,
         dict(name=name, out_dir=out_dir, autoencoder=autoencoder, contexts=contexts, **settings),
@@ -499,15 +509,15 @@ def evaluate_released(
         exp is not None,
     )
     exp = released_settings(sd, name, exp, **settings, **overrides)
-    exp, data = open_released(exp, dict(checkpoint=sha256_file(path)), autoencoder, contexts)
-    checkpoint = dict(file=path.name, bytes=path.stat().st_size, model=name_of(exp))
+    exp, data = open_released(exp, {"checkpoint": sha256_file(path)}, autoencoder, contexts)
+    checkpoint = {"file": path.name, "bytes": path.stat().st_size, "model": name_of(exp)}
     return _evaluate(
         sd,
         exp,
         data,
         runs_root(out_dir) / exp.run_id,
         say,
-        dict(chapter=chapter, paper_ref=paper_ref or ("README" if checkpoint["model"] else "")),
+        {"chapter": chapter, "paper_ref": paper_ref or ("README" if checkpoint["model"] else "")},
         checkpoint,
         command,
     )
@@ -581,9 +591,10 @@ def _evaluate(
             deviations=changed,
             checkpoint=checkpoint,
             files=dict(exp.files),
-            reference=dict(
-                file=Path(exp.execution.reference).name, sha256=exp.evaluation.reference_sha256
-            )
+            reference={
+                "file": Path(exp.execution.reference).name,
+                "sha256": exp.evaluation.reference_sha256,
+            }
             if exp.execution.reference
             else None,
         )
@@ -594,13 +605,13 @@ def _evaluate(
                 info["certificate"] = cached_certificate(device)
             info.update(
                 conditions=conditions(device),
-                data=dict(
-                    name=content_name(exp.data)[0],
-                    sha256=data.sha256,
-                    train=len(data),
-                    held_out=len(data.test_images),
-                    notes=data.notes[:50],
-                ),
+                data={
+                    "name": content_name(exp.data)[0],
+                    "sha256": data.sha256,
+                    "train": len(data),
+                    "held_out": len(data.test_images),
+                    "notes": data.notes[:50],
+                },
             )
             entry = measure_samples(
                 exp,

@@ -1,12 +1,24 @@
 """One call takes an experiment from images to recorded measurements, does nothing the second time, and never spoils what another process is doing."""
 
-import contextlib, hashlib, json, math, os, re, shlex, subprocess, sys, tempfile, threading, time, traceback
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
 import numpy as np
 import torch
-from uvit_repro.data.files import source_sum
-from uvit_repro.runs.execution import AUTOCAST
+
 from uvit_repro.config import (
     PARAMETERS,
     PROTOCOLS,
@@ -21,11 +33,28 @@ from uvit_repro.config import (
     project_root,
     resolve_name,
 )
+from uvit_repro.config.durations import format_duration
+from uvit_repro.data.files import (
+    run_lock,
+    sha256_file,
+    source_sum,
+    sweep_unfinished,
+    write_atomic,
+    write_json,
+)
 from uvit_repro.data.images import Data, image_grid, open_data, save_png, summary, to_uint8
 from uvit_repro.diffusion import Diffusion
-from uvit_repro.runs.execution import compile_blocks, set_attention
 from uvit_repro.metrics import feature_status, heldout_loss, measure_images, nearest_training
-from uvit_repro.data.files import run_lock, sha256_file, sweep_unfinished, write_atomic, write_json
+from uvit_repro.runs.execution import (
+    AUTOCAST,
+    DistributedContext,
+    choose_attention,
+    compile_blocks,
+    join_processes,
+    pick_device,
+    set_attention,
+    wants_compile,
+)
 from uvit_repro.runs.records import conditions, load_results, record, runs_root
 from uvit_repro.sample import (
     batch_bounds,
@@ -33,14 +62,6 @@ from uvit_repro.sample import (
     null_condition,
     sample_batches,
     sample_labels,
-)
-from uvit_repro.config.durations import format_duration
-from uvit_repro.runs.execution import (
-    DistributedContext,
-    choose_attention,
-    join_processes,
-    pick_device,
-    wants_compile,
 )
 from uvit_repro.train import golden_file, golden_training, load_weights, train
 
@@ -77,13 +98,13 @@ def golden_sampling(name: str, device="cpu") -> float:
         torch.tensor(d["x_init"]).to(device),
         0.0,
     )
-    cond = dict(y=torch.tensor(d["y"]).to(device)) if guided else {}
+    cond = {"y": torch.tensor(d["y"]).to(device)} if guided else {}
     den = lambda: (
         Denoiser(
             model,
             diffusion,
             1 + float(d["released_scale"]),
-            null=dict(y=torch.tensor(int(d["null_class"]))),
+            null={"y": torch.tensor(int(d["null_class"]))},
         )
         if guided
         else Denoiser(model, diffusion)
@@ -128,7 +149,13 @@ def certificate(
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
     return [
-        dict(what=w, file=n, difference=d, tolerance=TOLERANCES[w], ok=bool(d < TOLERANCES[w]))
+        {
+            "what": w,
+            "file": n,
+            "difference": d,
+            "tolerance": TOLERANCES[w],
+            "ok": bool(d < TOLERANCES[w]),
+        }
         for w, n, d in rows
     ]
 
@@ -198,9 +225,9 @@ def sample_conditions(
             C,
             data.train_labels.bincount(minlength=C) if s.labels == "frequency" else None,
         )
-        cond = dict(y=labels)
+        cond = {"y": labels}
     if exp.model.condition == "text":
-        cond = dict(context=data.texts.prompts(n))
+        cond = {"context": data.texts.prompts(n)}
     return (
         cond,
         null_condition(
@@ -304,11 +331,11 @@ def draw_samples(
     if team.rank == 0:
         write_json(
             where / "whole.json",
-            dict(
-                shape=[n, *np.load(where / "0000000.npy", mmap_mode="r").shape[1:]],
-                batch=B,
-                labels=labels if labels is None else labels.tolist(),
-            ),
+            {
+                "shape": [n, *np.load(where / "0000000.npy", mmap_mode="r").shape[1:]],
+                "batch": B,
+                "labels": labels if labels is None else labels.tolist(),
+            },
         )
     return where
 
@@ -359,16 +386,16 @@ def measure_samples(
         + ", ".join(f"{r['metric']} {r['value']:.4g}" for r in rows if r["value"] is not None)[:300]
     )
     return {
-        eid: dict(
-            step=step,
-            num_samples=n,
-            sampling=asdict(exp.sampling),
-            features=net,
-            features_found=feature_status(net)[0],
-            sampling_seconds=sampled,
-            seconds=time.perf_counter() - start,
-            stats_sha256=sha256_file(folder / "stats" / f"{eid}.npz"),
-        )
+        eid: {
+            "step": step,
+            "num_samples": n,
+            "sampling": asdict(exp.sampling),
+            "features": net,
+            "features_found": feature_status(net)[0],
+            "sampling_seconds": sampled,
+            "seconds": time.perf_counter() - start,
+            "stats_sha256": sha256_file(folder / "stats" / f"{eid}.npz"),
+        }
     }
 
 
@@ -408,17 +435,17 @@ def measure_loss(
             part=(team.rank, team.size),
         )
         r["loss"] = sum(team.gather(r["loss"]))
-        rows = [dict(metric="heldout_loss", value=float(r["loss"].mean()), num_samples=n)]
+        rows = [{"metric": "heldout_loss", "value": float(r["loss"].mean()), "num_samples": n}]
     else:
         r, rows = (
             {},
             [
-                dict(
-                    metric="heldout_loss",
-                    value=None,
-                    num_samples=0,
-                    why=f"{exp.data.dataset} has no held-out images: set holdout",
-                )
+                {
+                    "metric": "heldout_loss",
+                    "value": None,
+                    "num_samples": 0,
+                    "why": f"{exp.data.dataset} has no held-out images: set holdout",
+                }
             ],
         )
     if team.rank:
@@ -428,12 +455,12 @@ def measure_loss(
     )
     record(folder, exp, step, 0, rows, **where)
     return {
-        eid: dict(
-            step=step,
-            num_samples=0,
-            seconds=time.perf_counter() - start,
-            stats_sha256=sha256_file(folder / "stats" / f"{eid}.npz"),
-        )
+        eid: {
+            "step": step,
+            "num_samples": 0,
+            "seconds": time.perf_counter() - start,
+            "stats_sha256": sha256_file(folder / "stats" / f"{eid}.npz"),
+        }
     }
 
 
@@ -450,14 +477,14 @@ def keep_picture(exp: Experiment, data: Data, folder: Path, n: int, k: int = 40)
     near = {}
     if data.train_images is not None:
         i, d = nearest_training(x, data.train_images, mirror=exp.data.flip)
-        near = dict(nearest=data.train_images[i[:, 0]].numpy(), distance=d[:, 0].numpy())
+        near = {"nearest": data.train_images[i[:, 0]].numpy(), "distance": d[:, 0].numpy()}
     write_atomic(
         folder / "first.npz",
         lambda p: np.savez_compressed(
             p,
             images=x.numpy(),
             **near,
-            **({} if labels is None else dict(labels=labels[:k].numpy())),
+            **({} if labels is None else {"labels": labels[:k].numpy()}),
         ),
     )
 
@@ -561,7 +588,7 @@ def chapter_parameters(
     return dict(
         protocol=exp.protocol,
         seed=exp.seed,
-        **(dict(dataset=exp.data.dataset) if other else {}),
+        **({"dataset": exp.data.dataset} if other else {}),
         **diff,
     )
 
@@ -624,7 +651,7 @@ def run_experiment(
         if exp.protocol == "smoke" and not out_dir
         else runs_root(out_dir)
     )
-    folder, where = root / exp.run_id, dict(chapter=chapter, paper_ref=paper_ref)
+    folder, where = root / exp.run_id, {"chapter": chapter, "paper_ref": paper_ref}
     if exp.execution.processes > 1 and "WORLD_SIZE" not in os.environ:
         return run_together(exp, folder, say, where)
     device = pick_device(exp.execution.device)
@@ -659,13 +686,13 @@ def run_experiment(
             info.update(
                 conditions=conditions(device), images_seen=exp.train.n_steps * exp.train.batch_size
             )
-            info["data"] = dict(
-                name=content_name(exp.data)[0],
-                sha256=data.sha256,
-                train=len(data),
-                held_out=len(data.test_images),
-                notes=data.notes[:50],
-            )
+            info["data"] = {
+                "name": content_name(exp.data)[0],
+                "sha256": data.sha256,
+                "train": len(data),
+                "held_out": len(data.test_images),
+                "notes": data.notes[:50],
+            }
             if lead:
                 info["weights_sha256"] = {
                     p.stem: sha256_file(p) for p in sorted(folder.glob("weights-*.safetensors"))
@@ -740,7 +767,8 @@ def run_together(
 ) -> Run:  # finished
     "Run an experiment on N processes of this machine. Raises `ProcessesFailed` with the message of the process that stopped."
     job = write_json(
-        folder / "job.json", dict(experiment=exp.to_dict(), out_dir=str(folder.parent), where=where)
+        folder / "job.json",
+        {"experiment": exp.to_dict(), "out_dir": str(folder.parent), "where": where},
     )
     before, last = _read_info(folder), ""
     command, env = together_command(exp, job)
@@ -784,7 +812,9 @@ class ChapterFailed(RuntimeError):
 
 def check_names(nb: Path, given) -> None:
     "Raise `ParameterError` for a parameter that the notebook does not have, or when it has none."
-    import difflib, papermill
+    import difflib
+
+    import papermill
 
     known = list(papermill.inspect_notebook(str(nb)))
     if not known:
@@ -922,9 +952,10 @@ def cell_seconds(
     return t + 10 if t else 0.0
 
 
-SWEEP = dict(
-    jobs="uvit_repro.campaign.plan:run_jobs", job="uvit_repro.campaign.plan:Job"
-)  # chapter 13a does it: budget, claims, predictions
+SWEEP = {
+    "jobs": "uvit_repro.campaign.plan:run_jobs",
+    "job": "uvit_repro.campaign.plan:Job",
+}  # chapter 13a does it: budget, claims, predictions
 
 
 def run_sweep(
@@ -952,8 +983,7 @@ def run_sweep(
     )
     return {
         k: [
-            dict(cell[i], **(dict(error=got["reasons"][i]) if k == "failed" else {}))
-            for i in got[k]
+            dict(cell[i], **({"error": got["reasons"][i]} if k == "failed" else {})) for i in got[k]
         ]
         for k in ("done", "ran", "failed", "left")
     }
