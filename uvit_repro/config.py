@@ -398,7 +398,7 @@ GPU = replace(_cifar, protocol="gpu", seed=0, train=replace(_cifar.train, n_step
     execution=ExecConfig(keep_checkpoint=True))
 CPU = replace(_cifar, protocol="cpu", seed=0,
     model=replace(_cifar.model, patch_size=4, embed_dim=128, depth=9, num_heads=4, pos_std=0.5, conv_init="identity"),
-    train=replace(_cifar.train, n_steps=3000, batch_size=64, lr=2e-3, warmup_steps=200, ema_rates=(0.995, 0.999), precision="bf16"),
+    train=replace(_cifar.train, n_steps=3000, batch_size=64, lr=1e-3, warmup_steps=400, ema_rates=(0.995, 0.999), precision="bf16"),
     sampling=replace(_cifar.sampling, sampler="dpm_solver_pp_2m", nfe=25, clip=True),
     evaluation=EvalConfig(features="resnet20_cifar10", num_samples=500, loss_steps=(1000, 2000), loss_images=1000, loss_levels=20),
     execution=ExecConfig(threads=1, attention="matrix", keep_checkpoint=True))
