@@ -30,12 +30,12 @@ def test_claims_name_arms_and_measured_steps():
         assert len(arms) >= 2 and set(arms) <= set(entry["arms"])
         assert claim["kind"] == "direction" or claim["kind"] == "best_of" or claim["margin"] > 0
         for arm, step in claim.get("equal_time", {}).items():
-            e = arm_experiment("cpu", arm, 10)
+            e = arm_experiment("cpu", arm, 20)
             assert step == e.train.n_steps or step in e.evaluation.loss_steps
 
 
 def test_adopted_arm_is_the_protocol():
-    assert arm_experiment("cpu", "adopted", 10).run_id == experiment("cpu", seed=10).run_id
+    assert arm_experiment("cpu", "adopted", 20).run_id == experiment("cpu", seed=20).run_id
     assert PROTOCOLS["cpu"].train.n_steps == fixed_list("cpu")["step"]
 
 
@@ -43,7 +43,7 @@ def test_unknown_protocol_and_arm_are_refused():
     with pytest.raises(ParameterError, match="no fixed list: allowed are cpu"):
         fixed_list("laptop")
     with pytest.raises(ParameterError, match="allowed are adopted, none"):
-        arm_experiment("cpu", "nothing", 10)
+        arm_experiment("cpu", "nothing", 20)
 
 
 def test_a_longer_run_continues_a_shorter_one(tmp_path):
