@@ -226,10 +226,11 @@ import json
 from importlib import resources
 import uvit_repro
 from uvit_repro import config, paper
-data = resources.files("uvit_repro")/"_assets"
+package = resources.files("uvit_repro")
+data = package/"paper"/"tables"
 print(json.dumps(dict(file=uvit_repro.__file__, version=uvit_repro.__version__, configs=len(config.CONFIGS), rows=len(paper.load_paper(paper=None)), claims=len(paper.load_claims()),
     fid=paper.published("Table 1", "ImageNet 256x256", "U-ViT-H/2", "FID"), cka=paper.figure7("addition").shape, csv=sorted(p.name for p in data.iterdir() if p.name.endswith(".csv")),
-    golden=sorted(p.name for p in (data/"golden").iterdir() if p.name.endswith(".npz")))))
+    golden=sorted(p.name for p in (package/"runs"/"golden").iterdir() if p.name.endswith(".npz")))))
 """
     env = {k: v for k, v in os.environ.items() if not k.startswith("UVIT_")} | {
         "PYTHONPATH": str(site)
@@ -238,7 +239,7 @@ print(json.dumps(dict(file=uvit_repro.__file__, version=uvit_repro.__version__, 
         [sys.executable, "-c", code], cwd=elsewhere, env=env, capture_output=True, text=True
     )
     assert out.returncode == 0, out.stderr[-3000:]
-    got, data = json.loads(out.stdout), ROOT / "uvit_repro" / "_assets"
+    got, data = json.loads(out.stdout), ROOT / "uvit_repro" / "paper" / "tables"
     assert Path(got["file"]).resolve().is_relative_to(site.resolve()), (
         f"the checkout was imported: {got['file']}"
     )
@@ -257,4 +258,4 @@ print(json.dumps(dict(file=uvit_repro.__file__, version=uvit_repro.__version__, 
         "other_tables.csv",
         "uvit_fig7_cka.csv",
     } <= set(got["csv"])
-    assert got["golden"] == sorted(p.name for p in (data / "golden").glob("*.npz")) != []
+    assert got["golden"] == sorted(p.name for p in (ROOT / "uvit_repro/runs/golden").glob("*.npz")) != []

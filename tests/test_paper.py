@@ -11,7 +11,7 @@ from uvit_repro.paper import numbers as paper
 
 def test_every_row_is_read_and_named_once():
     raw = (
-        (resources.files("uvit_repro") / "_assets" / "uvit_tables.csv")
+        (resources.files("uvit_repro") / "paper" / "tables" / "uvit_tables.csv")
         .read_text(encoding="utf-8")
         .splitlines()
     )

@@ -62,7 +62,7 @@ RATE = 5e10
 
 
 def test_every_row_of_the_record_is_one_cell_with_its_value():
-    data, want = ROOT / "uvit_repro" / "_assets", Counter()
+    data, want = ROOT / "uvit_repro" / "paper" / "tables", Counter()
     for r in csv.DictReader(open(data / "uvit_tables.csv", newline="")):
         want[
             "U-ViT",

@@ -16,7 +16,7 @@ from uvit_repro.report import pages as R
 from uvit_repro.runs.records import load_results, published_root
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA, CELLS = ROOT / "uvit_repro" / "_assets", registry()
+DATA, CELLS = ROOT / "uvit_repro" / "paper" / "tables", registry()
 quiet = lambda line: None
 
 

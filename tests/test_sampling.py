@@ -65,7 +65,7 @@ def exact(process="vp", prediction="noise", std=0.3):
 
 
 def golden(name):
-    return np.load(files("uvit_repro") / "_assets" / "golden" / f"{name}.npz")
+    return np.load(files("uvit_repro") / "runs" / "golden" / f"{name}.npz")
 
 
 def trained(name):

@@ -359,7 +359,8 @@ def digits_autoencoder(device="cpu") -> Autoencoder:
         load(
             (
                 resources.files("uvit_repro")
-                / "_assets"
+                / "data"
+                / "weights"
                 / "digits_autoencoder.safetensors"
             ).read_bytes()
         )

@@ -115,7 +115,7 @@ def weights_folders(
     "Where the weights of a network may lie."
     if not network(name).url:
         return (
-            [Path(str(resources.files("uvit_repro") / "_assets"))]
+            [Path(str(resources.files("uvit_repro") / "data" / "weights"))]
             if network(name).file
             else []
         )

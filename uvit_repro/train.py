@@ -203,7 +203,7 @@ class Trainer:
 
 # %% ../nbs/03_training.ipynb #03b-golden_file
 def golden_file(
-    name: str,  # a file of uvit_repro/_assets/golden
+    name: str,  # a file of uvit_repro/runs/golden
 ) -> (
     tuple
 ):  # (its arrays, a function of a prefix that gives the tensors under it by name)
@@ -212,7 +212,7 @@ def golden_file(
 
     import numpy as np
 
-    d = np.load(files("uvit_repro") / "_assets" / "golden" / f"{name}.npz")
+    d = np.load(files("uvit_repro") / "runs" / "golden" / f"{name}.npz")
     return d, lambda p: {
         k[len(p) + 1 :]: torch.tensor(d[k]) for k in d.files if k.startswith(p + "/")
     }

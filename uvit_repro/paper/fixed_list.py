@@ -10,7 +10,7 @@ from uvit_repro.config import Experiment, ParameterError, experiment
 @functools.cache
 def _file() -> dict:
     return json.loads(
-        (resources.files("uvit_repro") / "_assets" / "fixed_list.json").read_text("utf-8")
+        (resources.files("uvit_repro") / "paper" / "tables" / "fixed_list.json").read_text("utf-8")
     )
 
 

@@ -10,13 +10,13 @@ from uvit_repro.config import Experiment
 
 
 def read_table(
-    name: str,  # file under uvit_repro/data
+    name: str,  # a file of uvit_repro/paper/tables
 ) -> pd.DataFrame:
     "A file of the record with every cell as text, as printed (`none` is a word here, not a gap)."
-    path = resources.files("uvit_repro") / "_assets" / name
+    path = resources.files("uvit_repro") / "paper" / "tables" / name
     if not path.is_file():
         raise FileNotFoundError(
-            f"{name} is not in uvit_repro/data: the installation is incomplete; reinstall the package"
+            f"{name} is not in uvit_repro/paper/tables: the installation is incomplete; reinstall the package"
         )
     with path.open(encoding="utf-8") as f:
         return pd.read_csv(f, dtype=str, keep_default_na=False)

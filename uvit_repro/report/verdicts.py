@@ -54,7 +54,7 @@ KINDS = TESTED + ("count", "benchmark", "checkpoint", "later", "not_testable")
 def tests_file() -> dict:
     "The file of tests as it is. Cached: do not change it in place."
     return json.loads(
-        (resources.files("uvit_repro") / "_assets" / "claims_tests.json").read_text(
+        (resources.files("uvit_repro") / "paper" / "tables" / "claims_tests.json").read_text(
             encoding="utf-8"
         )
     )
