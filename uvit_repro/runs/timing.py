@@ -1,0 +1,174 @@
+"""The timer of the house: calls, contestants in turn, peak memory, and what a machine can do at all."""
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Spread:
+    "Median, quartiles and extremes of repeated measurements."
+
+    median: float
+    low: float  # lower quartile
+    high: float  # upper quartile
+    min: float
+    max: float
+    n: int  # how many
+
+
+def spread(
+    values,  # numbers, at least one
+) -> Spread:
+    "Summarise repeated measurements. Raises `ValueError` when there are none."
+    v = np.asarray(values, dtype=float)
+    if not v.size:
+        raise ValueError("no measurements: repeats must be at least 1")
+    low, median, high = (float(q) for q in np.quantile(v, (0.25, 0.5, 0.75)))
+    return Spread(median, low, high, float(v.min()), float(v.max()), v.size)
+
+
+def paired_ratio(
+    slow,  # seconds of one contestant
+    fast,  # seconds of another, taken in turn with the first
+) -> Spread:  # above 1: the second is faster
+    "The ratios of neighbouring times: drift of the machine cancels."
+    return spread(np.asarray(slow) / np.asarray(fast))
+
+
+def time_calls(
+    fn: Callable,  # called without arguments
+    device="cpu",  # where it computes
+    repeats: int = 5,  # timed calls
+    warmup: int = 2,  # untimed calls before them
+) -> list:  # seconds of each timed call
+    "Time calls by device events on a GPU and by the clock on a CPU; nothing waits between the calls."
+    device = torch.device(device)
+    for _ in range(warmup):
+        fn()
+    if device.type != "cuda":
+        ticks = [time.perf_counter()]
+        for _ in range(repeats):
+            fn()
+            ticks.append(time.perf_counter())
+        return np.diff(ticks).tolist()
+    with torch.cuda.device(device):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        torch.cuda.synchronize(device)
+        events[0].record()
+        for event in events[1:]:
+            fn()
+            event.record()
+        torch.cuda.synchronize(device)
+    return [a.elapsed_time(b) / 1e3 for a, b in zip(events, events[1:], strict=False)]
+
+
+def never() -> bool:
+    "For a timer without a deadline."
+    return False
+
+
+def interleaved(
+    calls: dict,  # name -> function without arguments, already warmed up
+    repeats: int = 10,  # timed repetitions of each
+    device="cpu",  # where they compute
+    min_seconds: float = 0.05,  # a repetition holds as many calls as fill this; 0: one call
+    stop: Callable = never,  # () -> bool, asked before each round: whether to end now
+) -> Iterator[dict]:  # after each round: name -> seconds per call, one for each repetition so far
+    "Time functions in turn, so that drift of the machine hits all alike."
+    per_repetition = dict.fromkeys(calls, 1)
+    if min_seconds and not stop():
+        for name, call in calls.items():
+            once = max(sum(time_calls(call, device, 1, 0)), 1e-9)
+            per_repetition[name] = min(max(1, math.ceil(min_seconds / once)), 10_000)
+    times = {name: [] for name in calls}
+    for _ in range(repeats):
+        if stop():
+            return
+        for name, call in calls.items():
+            n = per_repetition[name]
+            times[name].append(sum(time_calls(call, device, n, 0)) / n)
+        yield times
+
+
+def process_memory(
+    field: str,  # VmRSS (now) or VmHWM (the high-water mark)
+) -> int | None:  # bytes; None where the system does not say
+    "Memory of this process as Linux reports it."
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    sizes = [int(line.split()[1]) * 1024 for line in lines if line.startswith(field)]
+    return sizes[0] if sizes else None
+
+
+def memory_in_use(device="cpu") -> int | None:
+    "Bytes in use now: of the allocator on a GPU, of the process on a CPU."
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.memory_allocated(device)
+    return process_memory("VmRSS")
+
+
+def peak_memory(
+    fn: Callable,  # called once; call it before, or its first call's compilation counts too
+    device="cpu",
+) -> int | None:  # bytes in all; None where it can't be measured
+    "Largest memory in use during one call; earlier peaks are forgotten."
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        fn()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
+    except OSError:
+        fn()
+        return None
+    fn()
+    return process_memory("VmHWM")
+
+
+def free_memory(device="cpu") -> None:
+    "Give back what deleted objects held."
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def matmul_rate(
+    device="cpu",
+    dtype=torch.float32,
+    sizes=None,  # sides of square matrices; None: 512 and 1024 on a CPU, 4096 and 8192 on a GPU
+    repeats: int = 5,  # timed products of each size
+) -> float:  # FLOP/s
+    "The rate of matrix products: the best of the sizes' medians."
+    device = torch.device(device)
+    rates = []
+    for n in sizes or ((4096, 8192) if device.type == "cuda" else (512, 1024)):
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        out = torch.empty(n, n, device=device, dtype=dtype)
+        seconds = time_calls(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, repeats)
+        rates.append(2 * n**3 / statistics.median(seconds))
+    return max(rates)
+
+
+def memory_bandwidth(
+    device="cpu",
+    megabytes: int = None,  # size of the tensor; None: 64 on a CPU, 1024 on a GPU
+    repeats: int = 5,  # timed copies
+) -> float:  # bytes/s, read and written
+    "The rate of copying a large tensor."
+    n = (megabytes or (1024 if torch.device(device).type == "cuda" else 64)) * 2**20
+    a = torch.ones(n // 4, device=device)
+    b = torch.empty_like(a)
+    return 2 * n / statistics.median(time_calls(lambda: b.copy_(a), device, repeats))
