@@ -13,14 +13,17 @@ UNFINISHED = ".unfinished-"  # how names of files begin that were being written
 
 def sweep_unfinished(folder: Path) -> int:
     "Remove what a killed writer left half done; called by whoever holds the folder. How many there were."
-    return len([p.unlink() for p in Path(folder).rglob(f"{UNFINISHED}*")])
+    unfinished = list(Path(folder).rglob(f"{UNFINISHED}*"))
+    for path in unfinished:
+        path.unlink()
+    return len(unfinished)
 
 
 def write_atomic(
     path: Path,  # the final name
     write,  # function of a temporary path that writes the content
 ) -> Path:  # the final name
-    "Write a file so that it is never seen half done."
+    "Write a file so that it is never seen half done. An error names the file, as a full disk does."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(
@@ -30,9 +33,12 @@ def write_atomic(
     try:
         os.chmod(tmp, 0o644)
         write(Path(tmp))
-        with open(tmp, "rb") as f:
+        with open(tmp, "rb+") as f:  # Windows syncs only what is open for writing
             os.fsync(f.fileno())
         os.replace(tmp, path)
+    except OSError as e:
+        Path(tmp).unlink(missing_ok=True)
+        raise type(e)(e.errno, e.strerror or str(e), str(path)) from None
     except BaseException:
         Path(tmp).unlink(missing_ok=True)
         raise
@@ -41,19 +47,65 @@ def write_atomic(
 
 def write_json(path: Path, obj) -> Path:
     "An object as indented JSON, whole or absent."
-    return write_atomic(
-        path, lambda p: p.write_text(json.dumps(obj, indent=1, sort_keys=True, default=str) + "\n")
-    )
+    text = json.dumps(obj, indent=1, sort_keys=True, default=str) + "\n"
+    return write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+class DamagedFile(ValueError):
+    "A file that is not what was written; the message names it."
+
+    def _render_traceback_(self):
+        return [f"{type(self).__name__}: {self}"]
+
+
+def _checksum(obj: dict) -> str:
+    return hashlib.sha256(json.dumps(obj, sort_keys=True).encode()).hexdigest()
+
+
+def write_checked_json(path: Path, obj: dict) -> Path:
+    "An object as JSON with a checksum of its own, for `read_checked_json`."
+    plain = json.loads(json.dumps(obj, default=str))
+    return write_json(path, {**plain, "checksum": _checksum(plain)})
+
+
+def read_checked_json(path: Path) -> dict:
+    "Read what `write_checked_json` wrote. Raises `FileNotFoundError` or `DamagedFile`."
+    raw = Path(path).read_bytes()
+    try:
+        obj = json.loads(raw)
+        checksum = obj.pop("checksum")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise DamagedFile(f"{path} is damaged: no JSON object with a checksum") from None
+    if checksum != _checksum(obj):
+        raise DamagedFile(f"{path} is damaged: its content does not match its checksum")
+    return obj
 
 
 def sha256_file(path: Path) -> str:
     "The sha256 of a file's bytes."
+    h = hashlib.sha256()
     with open(path, "rb") as f:
-        return (
-            hashlib.file_digest(f, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(f.read()).hexdigest()
-        )
+        while block := f.read(1 << 20):
+            h.update(block)
+    return h.hexdigest()
+
+
+def weights_sum(
+    state: dict,  # tensors by name
+    parts=("",),  # only names that begin so
+) -> str:  # hexadecimal
+    "The sha256 of weights: names, shapes and values as float32, whatever file they came from."
+    h = hashlib.sha256()
+    for k in sorted(k for k in state if k.startswith(tuple(parts))):
+        t = state[k].detach().float().cpu().contiguous()
+        h.update(f"{k} {tuple(t.shape)}\n".encode())
+        h.update(t.numpy().data)
+    return h.hexdigest()
+
+
+def printable(name) -> str:
+    "A file name for a message: control characters, line ends and bytes that are no text are escaped."
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
 
 
 class CheckpointError(ValueError):
