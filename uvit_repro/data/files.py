@@ -1,11 +1,13 @@
 """Files that survive a killed process: written whole or not at all, read without executing anything, checked by sum."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 UNFINISHED = ".unfinished-"  # how names of files begin that were being written
@@ -115,11 +117,38 @@ class CheckpointError(ValueError):
         return [f"{type(self).__name__}: {self}"]
 
 
+def _damage(path: Path) -> str:
+    "What is wrong with an archive of torch.save, or nothing; torch does not compare its sums."
+    if not zipfile.is_zipfile(path):
+        return ""  # the old format of torch.save, or no archive at all: torch.load tells
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except OSError as e:
+        if e.errno == errno.EINVAL:  # an offset in the damaged directory points nowhere
+            return "its directory is damaged"
+        raise
+    except Exception as e:  # zipfile has many ways to meet damage
+        return f"its directory is damaged ({type(e).__name__})"
+    return f"its part {bad} is damaged" if bad else ""
+
+
+def _why_unusable(path: Path, error: Exception) -> str:
+    text = str(error).lower()
+    if "weights_only" in text or "unsupported" in text:
+        return "it holds objects other than tensors and plain containers, which are never loaded"
+    size = os.path.getsize(path)
+    return f"it is truncated or not a checkpoint ({size:,} bytes; {type(error).__name__})"
+
+
 def load_tensors(
     path: Path,  # .safetensors, or a file of torch.save
     device="cpu",  # where the tensors go
 ) -> dict:  # what was saved: tensors, numbers, containers of them
-    "Read a checkpoint without running anything in it. Raises `FileNotFoundError` or `CheckpointError`."
+    """Read a checkpoint without running anything in it.
+
+    Raises `CheckpointError` for a damaged or foreign file; whatever else prevents reading
+    (permissions, a failing disk, too little memory) keeps its own exception."""
     import torch
 
     path = Path(path)
@@ -130,17 +159,18 @@ def load_tensors(
             from safetensors.torch import load_file
 
             return load_file(path, device=str(device))
-        return torch.load(path, map_location=device, weights_only=True)
+        why = _damage(path)
+        if not why:
+            return torch.load(path, map_location=device, weights_only=True)
+    except (OSError, MemoryError):
+        raise
     except Exception as e:
-        text = str(e)
-        why = (
-            "it holds objects other than tensors and plain containers, which are never loaded"
-            if "weights_only" in text.lower() or "unsupported" in text.lower()
-            else f"it is truncated or not a checkpoint ({os.path.getsize(path):,} bytes; {type(e).__name__})"
-        )
-        raise CheckpointError(
-            f"{path} can't be used: {why}. Nothing was changed; fetch or make the file again."
-        ) from None
+        if "memory" in str(e).lower():  # torch has no exception of its own for it on a CPU
+            raise MemoryError(f"{path}: {e}") from None
+        why = _why_unusable(path, e)
+    raise CheckpointError(
+        f"{path} can't be used: {why}. Nothing was changed; fetch or make the file again."
+    )
 
 
 def set_aside(

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from uvit_repro.config import Experiment, ParameterError, project_root
 from uvit_repro.data.files import write_json
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PROCESS_TIMEOUT = timedelta(days=2)
 _ops = torch.ops.aten
 PRODUCTS = (_ops.mm.default, _ops.addmm.default)
 FUSED = tuple(
@@ -149,25 +151,77 @@ def set_checkpoint(
 
 def pick_device(
     device: str = "auto",  # auto, cpu, cuda, cuda:1
-) -> torch.device:  # an existing one
-    "The device to compute on. Raises `ParameterError` when it is not there."
+) -> torch.device:  # an existing one; a GPU always with its number
+    "The device to compute on; `cuda` alone is this process's own GPU. Raises `ParameterError`."
     if device == "auto":
-        return (
-            torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        d = torch.device(device)
+        chosen = torch.device(device)
     except RuntimeError:
-        raise ParameterError(f"device = {device!r}: allowed are auto, cpu, cuda, cuda:N") from None
-    if d.type == "cuda" and (
-        not torch.cuda.is_available() or (d.index or 0) >= torch.cuda.device_count()
-    ):
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise ParameterError(f"device = {device!r}: allowed are auto, cpu, cuda, cuda:N")
+    if chosen.type == "cpu":
+        return chosen
+    if chosen.index is None:
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if chosen.index >= count:
         raise ParameterError(
-            f"device = {device!r}: this machine has {torch.cuda.device_count()} CUDA devices; try device = 'cpu'"
+            f"device = {str(device)!r}: this machine has {count} CUDA devices; try device = 'cpu'"
         )
-    return d
+    return chosen
+
+
+@contextlib.contextmanager
+def thread_count(
+    n: int,  # CPU threads; 0: PyTorch's default
+):
+    "Compute with n threads inside the block, and with as many as before after it."
+    before = torch.get_num_threads()
+    try:
+        if n:
+            torch.set_num_threads(n)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def tf32_off():
+    "Multiply and convolve float32 in full precision on a GPU, where numbers are compared."
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def make_accelerator(
+    precision: str,  # fp32 | bf16 | fp16
+    device: torch.device,  # where to compute
+):  # accelerate.Accelerator
+    "An `Accelerator` for one run; an earlier one of another precision in this process is forgotten."
+    from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState, GradientState
+
+    if precision == "fp16" and device.type == "cpu":
+        raise ParameterError("precision = 'fp16' needs a GPU; try precision = 'bf16' or 'fp32'")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # Each weight is used once a pass: a cache of its casts would only hold memory.
+    handlers = [
+        AutocastKwargs(cache_enabled=False),
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+    ]
+    return Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision,
+        cpu=device.type == "cpu",
+        kwargs_handlers=handlers,
+    )
 
 
 class Positional(nn.Module):
@@ -178,7 +232,7 @@ class Positional(nn.Module):
         self.net, self.names = net, names
 
     def forward(self, x: Tensor, t: Tensor, *cond):
-        return self.net(x, t, **dict(zip(self.names, cond)))
+        return self.net(x, t, **dict(zip(self.names, cond, strict=True)))
 
 
 def graph_pass(
@@ -262,7 +316,8 @@ class DistributedContext:
 
     @property
     def part(self) -> slice:
-        return slice(self.rank, None, self.size)  # this process's rows of a batch
+        "This process's rows of a batch."
+        return slice(self.rank, None, self.size)
 
     def mean(self, x: Tensor) -> Tensor:
         "The mean over the processes; the device is not waited for."
@@ -273,29 +328,41 @@ class DistributedContext:
 
     def gather(self, obj) -> list:
         "Every process's object, in the order of the ranks, everywhere."
-        out = [obj] * self.size
+        everyone = [obj] * self.size
         if self.size > 1:
-            torch.distributed.all_gather_object(out, obj)
-        return out
+            torch.distributed.all_gather_object(everyone, obj)
+        return everyone
 
     def first(self, work):
-        "What `work()` gives on the first process, everywhere."
-        return self.gather(work() if self.rank == 0 else None)[0]
+        "The result of `work()` on the first process, everywhere; its exception, too."
+        result = error = None
+        if self.rank == 0:
+            try:
+                result = work()
+            except Exception as e:
+                error = e
+        result, error = self.gather((result, error))[0]
+        if error is not None:
+            raise error
+        return result
 
 
 def join_processes(
     processes: int,  # as the experiment says
     device: torch.device,  # where this process computes
 ) -> DistributedContext:  # rank and size
-    "Join the processes that torchrun started. Raises `ParameterError` when they are not as many as asked for."
+    "Join the processes that torchrun started. Raises `ParameterError` when their number is not as asked."
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size != processes:
         raise ParameterError(
-            f"processes = {processes}, but this is one of {size}: start it with torchrun --nproc_per_node {processes}, or let run_experiment do it"
+            f"processes = {processes}, but this is one of {size}: start it with torchrun "
+            f"--nproc_per_node {processes}, or let run_experiment do it"
         )
     if size == 1:
         return DistributedContext()
     from accelerate import PartialState
 
-    state = PartialState(cpu=device.type == "cpu")
+    # The first process computes FID or waits for a lock while the others wait in a collective:
+    # torch's own limit of ten minutes would end them. torchrun stops all when one has died.
+    state = PartialState(cpu=device.type == "cpu", timeout=PROCESS_TIMEOUT)
     return DistributedContext(state.process_index, state.num_processes)
