@@ -704,7 +704,7 @@ def fetch(
         torch.cuda.Event(),
     )
     there.copy_(x, non_blocking=True)
-    done.record()
+    done.record(torch.cuda.current_stream(x.device))
 
     def get():
         done.synchronize()
