@@ -322,7 +322,7 @@ def test_options_and_foreign_fields():
         ({"skip": "none"}, "no such choice"),
         ({"time": "adaln"}, "options='time="),
         ({"condition": "text"}, "class or nothing"),
-        ({"options": "time=x"}, "is one of"),
+        ({"options": "time=x"}, "allowed are"),
         ({"patch_size": 3}, "does not divide"),
     ):
         with pytest.raises(ParameterError, match=msg):

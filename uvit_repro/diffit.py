@@ -6,13 +6,14 @@
 __all__ = ['TIME_IN', 'PRESETS', 'RUNS', 'relative_index', 'biased_attention', 'per_row', 'TMSA', 'TimedMlp', 'DiffiTBlock',
            'diffit_positions', 'TimeEmbed', 'LabelEmbed', 'FinalLayer', 'init_shared', 'check_sizes', 'LatentDiffiT',
            'diffit_macs', 'load_released', 'to_windows', 'from_windows', 'group_norm', 'ResidualCell', 'DiffiTImage',
-           'only_own', 'from_config', 'image_from_config', 'published_run', 'match_mlp', 'time_variants', 'centre_row',
-           'attention_layers', 'watch_centre', 'spread', 'centre_attention', 'plot_centre']
+           'only_own', 'LatentOptions', 'ImageOptions', 'from_config', 'image_from_config', 'published_run',
+           'match_mlp', 'time_variants', 'centre_row', 'attention_layers', 'watch_centre', 'spread', 'centre_attention',
+           'plot_centre']
 
 # %% ../nbs/12_diffit.ipynb #12-c459d0aa
 import math
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,10 @@ from uvit_repro.config import (
     Experiment,
     ModelConfig,
     ParameterError,
+    Section,
     experiment,
     read_options,
+    setting,
     with_overrides,
 )
 from .data.files import CheckpointError, load_tensors
@@ -685,12 +688,32 @@ def only_own(
         )
 
 
+@dataclass(frozen=True)
+class LatentOptions(Section):
+    "Options of the latent model."
+
+    time: str = setting("tmsa", "where the time enters", TIME_IN)
+    learn_sigma: bool = setting(True, "also predict the variance of each step")
+
+
+@dataclass(frozen=True)
+class ImageOptions(Section):
+    "Options of the image model."
+
+    time: str = setting("tmsa", "where it enters", ("tmsa", "bias", "mlp", "none"))
+    window: int = setting(4, "side of an attention window")
+    levels: int = setting(0, "resolutions; 0: by the sizes")
+    time_dim: int = setting(0, "width of the time embedding; 0: by the sizes")
+    cells: str = setting("", "residual cells per level, as in 1-2-2-2")
+    learn_sigma: bool = setting(False, "also predict the variance of each step")
+
+
 def from_config(
     model, data, p_uncond=0.0, use_checkpoint=False, activation_budget=0.0
 ) -> LatentDiffiT:
     "A latent DiffiT from the sections of an experiment; options: time (of TIME_IN), learn_sigma."
     only_own(model)
-    o = read_options(model.options, time=TIME_IN, learn_sigma=True)
+    o = read_options(model.options, LatentOptions)
     rows = data.num_classes + (p_uncond > 0) if model.condition == "class" else None
     return LatentDiffiT(
         data.img_size,
@@ -703,7 +726,7 @@ def from_config(
         rows,
         use_checkpoint=use_checkpoint,
         activation_budget=activation_budget,
-        **o,
+        **vars(o),
     )
 
 
@@ -712,15 +735,7 @@ def image_from_config(
 ) -> DiffiTImage:
     "The image model (our reading); options: time, window, levels, time_dim (0: by the sizes), cells (one number per level, as in 1-2-2-2), learn_sigma."
     only_own(model)
-    o = read_options(
-        model.options,
-        time=("tmsa", "bias", "mlp", "none"),
-        window=4,
-        levels=0,
-        time_dim=0,
-        cells="",
-        learn_sigma=False,
-    )
+    o = read_options(model.options, ImageOptions)
     if model.patch_size != 1:
         raise ParameterError(
             f"patch_size = {model.patch_size}: every pixel is a token of {model.model}; set patch_size = 1"
@@ -729,12 +744,12 @@ def image_from_config(
         raise ParameterError(
             f"activation_budget = {activation_budget}: {model.model} keeps nothing or everything; use 0"
         )
-    if not all(c.isdigit() for c in o["cells"].split("-") if o["cells"]):
+    if not all(c.isdigit() for c in o.cells.split("-") if o.cells):
         raise ParameterError(
-            f"cells = {o['cells']!r}: one number per level, as in 1-2-2-2"
+            f"cells = {o.cells!r}: one number per level, as in 1-2-2-2"
         )
     rows = data.num_classes + (p_uncond > 0) if model.condition == "class" else None
-    depth = tuple(map(int, o["cells"].split("-"))) if o["cells"] else model.depth
+    depth = tuple(map(int, o.cells.split("-"))) if o.cells else model.depth
     return DiffiTImage(
         data.img_size,
         data.in_chans,
@@ -743,11 +758,11 @@ def image_from_config(
         model.num_heads,
         model.mlp_ratio,
         rows,
-        o["window"],
-        o["levels"] or None,
-        o["time_dim"] or None,
-        o["time"],
-        o["learn_sigma"],
+        o.window,
+        o.levels or None,
+        o.time_dim or None,
+        o.time,
+        o.learn_sigma,
         use_checkpoint,
     )
 

@@ -6,10 +6,11 @@
 __all__ = ['TOKENS', 'PRESETS', 'IMAGES', 'OWN', 'EPOCHS', 'EPOCH_STEPS', 'WARMUP_EPOCHS', 'OWN_SAMPLING', 'ARMS',
            'TimeEmbedding', 'scale_shift', 'XavierLinear', 'SelfAttention', 'FeedForward', 'PreNorm', 'Block',
            'draw_flow', 'drop_masks', 'check_sizes', 'GenViT', 'load_genvit', 'refuse_fields', 'condition_fields',
-           'from_config', 'own_recipe', 'arm']
+           'GenViTOptions', 'from_config', 'own_recipe', 'arm']
 
 # %% ../nbs/11_genvit.ipynb #11a-f48f1174
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,11 @@ from uvit_repro.config import (
     Experiment,
     ModelConfig,
     ParameterError,
+    Section,
     check_geometry,
     experiment,
     read_options,
+    setting,
     with_overrides,
 )
 from .data.files import CheckpointError, load_tensors
@@ -476,6 +479,16 @@ def condition_fields(model: ModelConfig, data, p_uncond: float) -> dict:
     )
 
 
+@dataclass(frozen=True)
+class GenViTOptions(Section):
+    "Options of GenViT."
+
+    drop_path: float = setting(0.1, "drop rate of whole branches")
+    time_twice: bool = setting(
+        True, "the time enters before attention and before the MLP"
+    )
+
+
 def from_config(
     model: ModelConfig,
     data,  # sections of an experiment, the number of classes known
@@ -503,7 +516,7 @@ def from_config(
         model.num_heads,
         model.mlp_ratio,
         classifier=0,
-        **read_options(model.options, drop_path=0.1, time_twice=True),
+        **vars(read_options(model.options, GenViTOptions)),
         **condition_fields(model, data, p_uncond),
         use_checkpoint=use_checkpoint,
         activation_budget=activation_budget,

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'SMALL', 'check_unet', 'fitting_levels', 'auto_groups', 'auto_head', 'UNet', 'LatentUNet', 'ADMUNet',
-           'unet_parts', 'unet_counts', 'plot_parts', 'draw_unet', 'draw_blocks', 'factors', 'common_sizes',
-           'classes_of', 'latent_from_config', 'adm_from_config', 'Match', 'net_macs', 'measure_of', 'match_width',
-           'match_experiment', 'unet_fields', 'matched_unets', 'appendix']
+           'unet_parts', 'unet_counts', 'plot_parts', 'draw_unet', 'draw_blocks', 'factors', 'UNetOptions',
+           'ADMOptions', 'common_sizes', 'classes_of', 'latent_from_config', 'adm_from_config', 'Match', 'net_macs',
+           'measure_of', 'match_width', 'match_experiment', 'unet_fields', 'matched_unets', 'appendix']
 
 # %% ../nbs/10_unets.ipynb #10-f766190f
 import bisect
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 from uvit_repro.config import (
     Experiment,
     ParameterError,
+    Section,
     experiment,
     read_options,
+    setting,
     with_overrides,
 )
 from .layers import init_parameter
@@ -605,6 +608,28 @@ def factors(name: str, text: str) -> tuple:
         ) from None
 
 
+@dataclass(frozen=True)
+class UNetOptions(Section):
+    "Options of both U-Nets."
+
+    mult: str = setting("auto", "width of each level over the first, as in 1-2-2")
+    attention: str = setting(
+        "auto", "factors of downsampling with attention, as in 2-4"
+    )
+    variance: str = setting("fixed", "of each reverse step", ("fixed", "learned"))
+    res_blocks: int = setting(2, "residual blocks per level")
+
+
+@dataclass(frozen=True)
+class ADMOptions(UNetOptions):
+    "Options of the ADM U-Net."
+
+    res_blocks: int = setting(3, "residual blocks per level")
+    scale_shift: bool = setting(True, "the time scales and shifts the normalised maps")
+    resblock_updown: bool = setting(True, "residual blocks change the resolution")
+    head_width: int = setting(0, "channels per attention head; 0: by the sizes")
+
+
 def common_sizes(
     model,
     data,
@@ -612,20 +637,14 @@ def common_sizes(
     activation_budget,
     mult: tuple,
     attention: tuple,
-    **known,
+    options: type,  # UNetOptions or ADMOptions
 ) -> dict:
     "What both U-Nets read from the sections of an experiment, and their further options."
     if use_checkpoint and activation_budget:
         raise ParameterError(
             f"activation_budget = {activation_budget}: a U-Net recomputes whole residual blocks; use 0"
         )
-    o = read_options(
-        model.options,
-        mult="auto",
-        attention="auto",
-        variance=("fixed", "learned"),
-        **known,
-    )
+    o = dict(vars(read_options(model.options, options)))
     m, a, variance = (o.pop(k) for k in ("mult", "attention", "variance"))
     mult = fitting_levels(data.img_size, mult) if m == "auto" else factors("mult", m)
     attention = (
@@ -674,7 +693,7 @@ def latent_from_config(
         activation_budget,
         (1, 2, 2, 2),
         (2, 4),
-        res_blocks=2,
+        UNetOptions,
     )
     return LatentUNet(
         **kw,
@@ -703,10 +722,7 @@ def adm_from_config(
         activation_budget,
         (2, 2, 4),
         (2, 4),
-        res_blocks=3,
-        scale_shift=True,
-        resblock_updown=True,
-        head_width=0,
+        ADMOptions,
     )
     return ADMUNet(**kw, num_classes=classes_of(model, data, p_uncond))
 

@@ -2,7 +2,7 @@
 
 import re
 
-from uvit_repro.config.core import ParameterError
+from uvit_repro.config.settings import ParameterError
 
 UNITS = {"s": 1, "m": 60, "h": 3600}  # seconds
 
