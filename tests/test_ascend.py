@@ -31,7 +31,7 @@ from uvit_repro.config import (
     resolve_name,
     with_overrides,
 )
-from uvit_repro.layers import init_weights
+from uvit_repro.uvit import init_weights
 from uvit_repro.runs.counting import count_macs, macs_of, meta_model, model_inputs, params_of
 from uvit_repro.train import build_model
 from uvit_repro.uvit import UViT, count_parameters

@@ -32,7 +32,7 @@ from uvit_repro.genvit import (
     own_recipe,
     scale_shift,
 )
-from uvit_repro.layers import init_weights
+from uvit_repro.uvit import init_weights
 from uvit_repro.runs.counting import macs_of, meta_model, model_inputs, params_of
 from uvit_repro.runs.execution import set_attention
 from uvit_repro.train import build_model, golden_file

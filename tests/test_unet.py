@@ -11,7 +11,7 @@ from torch import nn
 
 from uvit_repro.config import SMOKE, ParameterError, experiment, with_overrides
 from uvit_repro.diffusion import Diffusion
-from uvit_repro.layers import timestep_embedding
+from uvit_repro.uvit import timestep_embedding
 from uvit_repro.paper.numbers import published
 from uvit_repro.runs.counting import count_macs, meta_model, model_inputs
 from uvit_repro.train import Trainer, build_model, empty_model

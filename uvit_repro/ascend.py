@@ -24,7 +24,7 @@ from uvit_repro.config import (
     with_overrides,
 )
 from .genvit import condition_fields, refuse_fields
-from uvit_repro.layers import (
+from uvit_repro.uvit import (
     Attention,
     attention,
     init_weights,

@@ -32,7 +32,7 @@ from uvit_repro.config import (
 from .data.files import run_lock, set_aside, write_atomic
 from .data.images import Data, open_data, to_model
 from .diffusion import Diffusion
-from .runs.execution import pick_device
+from .runs.devices import pick_device
 from .runs.records import COLUMNS, load_runs
 from .train import load_weights
 

@@ -34,7 +34,7 @@ from uvit_repro.config import (
 from .data.files import CheckpointError, load_tensors
 from .diffusion import Diffusion
 from .genvit import refuse_fields
-from uvit_repro.layers import (
+from uvit_repro.uvit import (
     AdaLN,
     Attention,
     Mlp,

@@ -27,7 +27,7 @@ from uvit_repro.config import (
     with_overrides,
 )
 from .data.files import CheckpointError, load_tensors
-from .layers import Attention, Mlp, init_weights, patchify, unpatchify
+from .uvit import Attention, Mlp, init_weights, patchify, unpatchify
 from .runs.execution import set_checkpoint
 from .unet import match_experiment
 from .uvit import check_input

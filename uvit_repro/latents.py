@@ -1545,7 +1545,7 @@ def main(args=None) -> int:
     "`python -m uvit_repro.latents encode | verify | speed`."
     import argparse
 
-    from uvit_repro.runs.execution import pick_device
+    from uvit_repro.runs.devices import pick_device
 
     how = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
     ap = argparse.ArgumentParser(

@@ -1099,7 +1099,7 @@ def draw_captions(
     "Draw captions of one's own with a trained network."
     from uvit_repro.data.images import to_uint8
     from uvit_repro.diffusion import Diffusion
-    from uvit_repro.runs.execution import pick_device
+    from uvit_repro.runs.devices import pick_device
     from uvit_repro.sample import sample
     from uvit_repro.train import load_weights
 
@@ -1232,7 +1232,7 @@ def main(args=None) -> int:
     "`python -m uvit_repro.text encode | prompts | verify`."
     import argparse
 
-    from uvit_repro.runs.execution import pick_device
+    from uvit_repro.runs.devices import pick_device
 
     how = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
     ap = argparse.ArgumentParser(

@@ -40,16 +40,13 @@ from uvit_repro.data.files import (
 )
 from .data.images import Batches, Data
 from .diffusion import Diffusion
-from .layers import init_weights
+from .uvit import init_weights
+from .runs.devices import DistributedContext, make_accelerator, pick_device
 from uvit_repro.runs.execution import (
-    DistributedContext,
     choose_attention,
     compile_blocks,
     graph_pass,
-    make_accelerator,
-    pick_device,
     set_attention,
-    time_attention,
     wants_compile,
 )
 

@@ -25,7 +25,7 @@ from uvit_repro.config import (
     setting,
     with_overrides,
 )
-from .layers import init_parameter
+from .uvit import init_parameter
 from .runs.counting import count_macs, meta_model
 from .uvit import check_input, count_parameters
 

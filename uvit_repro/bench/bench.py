@@ -44,11 +44,11 @@ from uvit_repro.data.images import Batches, Data, load_folder, save_png
 from uvit_repro.diffusion import Diffusion
 from uvit_repro.metrics import build_network, extract, feature_status, network
 from uvit_repro.runs.counting import macs_of, training_flops
+from uvit_repro.runs.devices import pick_device
 from uvit_repro.runs.execution import (
     AUTOCAST,
     choose_attention,
     compile_blocks,
-    pick_device,
     set_attention,
     set_checkpoint,
     wants_compile,

@@ -34,7 +34,7 @@ from uvit_repro.config import Experiment, ParameterError, experiment, with_overr
 from uvit_repro.config.durations import format_duration
 from uvit_repro.data.files import run_lock, write_atomic, write_json
 from uvit_repro.runs.counting import macs_of, params_of, predict_seconds, training_flops
-from uvit_repro.runs.execution import pick_device
+from uvit_repro.runs.devices import pick_device
 from uvit_repro.runs.records import (
     EVIDENCE,
     conditions,

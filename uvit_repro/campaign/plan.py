@@ -46,7 +46,7 @@ from uvit_repro.data.files import sha256_file, write_atomic, write_json
 from uvit_repro.metrics import NETWORKS, feature_status, recompute
 from uvit_repro.paper.fixed_list import queued_experiments
 from uvit_repro.paper.numbers import FIGURE2, all_numbers, as_table5, read_table
-from uvit_repro.runs.execution import pick_device
+from uvit_repro.runs.devices import pick_device
 from uvit_repro.runs.records import SEAL, load_runs, published_root, runs_root
 from uvit_repro.runs.run import (
     cached_certificate,

@@ -14,6 +14,7 @@ from torch import nn
 
 from uvit_repro.config import MODELS, Experiment, ParameterError, digest, project_root, resolve_name
 from uvit_repro.data.files import source_sum, write_json
+from uvit_repro.runs.execution import uncompile
 
 
 def hollow(
@@ -27,10 +28,8 @@ def hollow(
         new = torch.empty(t.shape, dtype=t.dtype, device=device)
         return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
 
-    return copy.deepcopy(
-        model,
-        {id(t): empty(t) for t in itertools.chain(model.parameters(), model.buffers())},
-    )
+    empties = {id(t): empty(t) for t in itertools.chain(model.parameters(), model.buffers())}
+    return uncompile(copy.deepcopy(model, empties))
 
 
 def model_inputs(

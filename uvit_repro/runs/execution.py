@@ -1,227 +1,231 @@
-"""How a network runs on this machine: device, attention path, compilation, activation checkpointing, processes."""
+"""How a network computes on this machine: attention, compiled blocks, recomputed activations."""
 
 import contextlib
 import functools
+import inspect
 import json
 import os
 import shutil
 import time
+import types
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from uvit_repro.config import Experiment, ParameterError, project_root
 from uvit_repro.data.files import write_json
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-PROCESS_TIMEOUT = timedelta(days=2)
-_ops = torch.ops.aten
-PRODUCTS = (_ops.mm.default, _ops.addmm.default)
-FUSED = tuple(
-    getattr(_ops, n).default
-    for n in (
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-    )
-    if hasattr(_ops, n)
-)
+
+# ------------------------------------------------------------------ attention
+
+CUDA_KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+ATTENTION_PATHS = ("sdpa", "math", *CUDA_KERNELS)
+
+
+def attention(
+    q: Tensor,  # queries (B, H, L, D/H)
+    k: Tensor,  # keys, like q
+    v: Tensor,  # values, like q
+    path: str = "sdpa",  # one of ATTENTION_PATHS
+) -> Tensor:  # (B, H, L, D/H)
+    "Scaled dot-product attention: PyTorch's fused kernel, a chosen one, or two products."
+    if path == "math":
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1).to(v.dtype) @ v
+    if path in CUDA_KERNELS and q.is_cuda:
+        with sdpa_kernel(CUDA_KERNELS[path]):
+            return F.scaled_dot_product_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def set_attention(
-    model: nn.Module,  # any model made of these layers
-    path: str,  # sdpa | matrix
+    model: nn.Module,  # any network whose attention layers have a `path`
+    path: str,  # one of ATTENTION_PATHS
 ):
     "Choose the attention path of every layer."
-    if path not in ("sdpa", "math"):
-        raise ParameterError(f"attention = {path!r}: allowed are 'sdpa', 'math'")
+    if path not in ATTENTION_PATHS:
+        raise ParameterError(f"attention = {path!r}: allowed are {', '.join(ATTENTION_PATHS)}")
     for m in model.modules():
-        if getattr(m, "path", None) in ("sdpa", "math"):
+        if getattr(m, "path", None) in ATTENTION_PATHS:
             m.path = path
 
 
 def time_attention(
-    batch: int,
-    heads: int,
-    length: int,
-    width: int,  # B, H, L, D/H
+    shape: tuple,  # (B, H, L, D/H)
     device="cpu",
-    dtype=torch.float32,
-    repeats=5,  # where, autocast type, timed repetitions
-) -> dict:  # seconds, forward and backward, the fastest repetition of each path
-    "Time both attention paths on shapes like the model's."
-    from uvit_repro.layers import attention
-
-    device, res = torch.device(device), {}
-    qkv = [
-        torch.randn(batch, heads, length, width, device=device, dtype=dtype, requires_grad=True)
-        for _ in range(3)
-    ]
-    sync = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
-    for path in ("sdpa", "math"):
+    dtype=torch.float32,  # the type under autocast
+    repeats: int = 5,  # timed repetitions, after one warm-up
+) -> dict:  # path -> seconds of one forward and backward pass, the fastest repetition
+    "Time the attention paths that this machine has, on shapes like the model's."
+    on_gpu = torch.device(device).type == "cuda"
+    calls = 10 if on_gpu else 1
+    qkv = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+    seconds = {}
+    for path in ATTENTION_PATHS if on_gpu else ("sdpa", "math"):
         best = float("inf")
-        for _ in range(repeats + 1):  # the first is warm-up and rarely the fastest
-            sync()
-            start = time.perf_counter()
-            attention(*qkv, path).sum().backward()
-            sync()
-            best = min(best, time.perf_counter() - start)
-        res[path] = best
-    return res
+        with contextlib.suppress(RuntimeError):  # this kernel refuses this shape or type
+            for _ in range(repeats + 1):
+                start = time.perf_counter()
+                for _ in range(calls):
+                    attention(*qkv, path).sum().backward()
+                if on_gpu:
+                    torch.cuda.synchronize(device)
+                best = min(best, (time.perf_counter() - start) / calls)
+            seconds[path] = best
+    return seconds
+
+
+def attention_shape(exp: Experiment, device: torch.device) -> tuple:
+    "Shape (B, H, L, D/H) of the queries in an experiment's attention layers."
+    m = exp.model
+    extras = {"none": 1, "class": 2, "text": 1 + exp.data.text_tokens}[m.condition]
+    batch = min(exp.train.batch_size, 16 if device.type == "cpu" else 128)
+    length = (exp.data.img_size // m.patch_size) ** 2 + extras
+    return batch, m.num_heads, length, m.embed_dim // m.num_heads
+
+
+def attention_choice(
+    exp: Experiment,
+    device: torch.device,
+    cache: Path = None,  # None: results/cache/attention.json
+) -> dict:  # for the record: path, and the seconds of each path where timing chose it
+    "The attention path for an experiment: the one it names, or the fastest on this machine."
+    if exp.execution.attention != "auto":
+        return {"path": exp.execution.attention}
+    shape = attention_shape(exp, device)
+    machine = f"cpu x{torch.get_num_threads()}"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    key = f"{machine}, torch {torch.__version__}, {exp.train.precision}, {shape}"
+    cache = cache or project_root() / "results" / "cache" / "attention.json"
+    known = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(cache.read_text(encoding="utf-8"))
+    if key not in known:
+        dtype = AUTOCAST[exp.train.precision] or torch.float32
+        seconds = time_attention(shape, device, dtype)
+        known[key] = {"path": min(seconds, key=seconds.get), "seconds": seconds}
+        with contextlib.suppress(OSError):  # a read-only folder only costs the timing again
+            write_json(cache, known)
+    return known[key]
+
+
+def choose_attention(exp: Experiment, device: torch.device, cache: Path = None) -> str:
+    "The path of `attention_choice`."
+    return attention_choice(exp, device, cache)["path"]
+
+
+def set_residual(net: nn.Module, kind: str):
+    "Keep the residual stream in float32 (as released) or, under autocast, in bfloat16."
+    if kind not in ("float32", "bfloat16"):
+        raise ParameterError(f"residual = {kind!r}: allowed are 'float32', 'bfloat16'")
+    if kind == "bfloat16" and not hasattr(net, "bf16_residual"):
+        raise ParameterError(f"residual = 'bfloat16': {type(net).__name__} has no such option")
+    net.bf16_residual = kind == "bfloat16"
+
+
+# ------------------------------------------------------------------ compilation
+
+GRAPHS = 64  # compiled graphs per block class; PyTorch's own limit of 8 ends in eager execution
+
+
+@dataclass
+class CompileReport:
+    "What compilation did in one network, for the record of its run."
+
+    graphs: int = 0  # compiled for this network
+    fallbacks: int = 0  # calls that ran eagerly after a failure
+    error: str = ""  # the failure
+
+
+class CompiledMethod:
+    "A compiled method that counts its graphs; after a tolerated failure it runs eagerly."
+
+    def __init__(self, method, report: CompileReport, strict: bool, options: dict):
+        self.eager, self.report, self.strict = method, report, strict
+        self.compiled = torch.compile(method, **options)
+
+    def __call__(self, *args, **kwargs):
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+        from torch._dynamo.utils import counters
+
+        if self.report.error:
+            self.report.fallbacks += 1
+            return self.eager(*args, **kwargs)
+        before = counters["stats"]["unique_graphs"]
+        try:
+            return self.compiled(*args, **kwargs)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as e:
+            if self.strict:
+                raise
+            self.report.error = f"{type(e).__name__}: {e}"[:1000]
+            return self(*args, **kwargs)
+        finally:
+            self.report.graphs += counters["stats"]["unique_graphs"] - before
 
 
 def compile_blocks(
-    net: nn.Module,  # a network with blocks: modules whose class says `is_block = True`
-    strict: bool = True,  # False: what can't be compiled on this machine runs as it is, with a warning
-) -> nn.Module:  # the same network
-    "Compile each block; equal blocks share their code. One graph for each kind of block, shape and mode (training, inference)."
+    net: nn.Module,  # with blocks: modules whose `is_block` is True
+    strict: bool = True,  # False: after a failure the network runs eagerly, and the report says so
+    backend: str = "inductor",
+) -> CompileReport:  # filled while the network is called
+    "Compile each block, and the methods named in `net.compiled_methods`; equal blocks share code."
     blocks = [m for m in net.modules() if getattr(m, "is_block", False)]
     if not blocks:
         raise ParameterError(f"{type(net).__name__} has no blocks to compile: set compile = 'off'")
-    import torch._dynamo
+    options = {"dynamic": False, "fullgraph": True, "backend": backend}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        options["recompile_limit"] = GRAPHS
+    else:  # before PyTorch 2.13 the limit is one for the whole process
+        torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    report = CompileReport()
+    parts = [(b, "forward") for b in blocks]
+    parts += [(net, name) for name in getattr(net, "compiled_methods", ())]
+    compiled = {}
+    for module, name in parts:
+        method = getattr(type(module), name)
+        if method not in compiled:
+            compiled[method] = CompiledMethod(method, report, strict, options)
+        setattr(module, name, types.MethodType(compiled[method], module))
+    return report
 
-    torch._dynamo.config.suppress_errors = not strict
-    for m in blocks:
-        m.compile(dynamic=False)
+
+def uncompile(net: nn.Module) -> nn.Module:
+    "Undo `compile_blocks`, in a copy for example; returns the network."
+    for module in net.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(getattr(value, "__func__", None), CompiledMethod):
+                delattr(module, name)
     return net
 
 
-def keep_policy(
-    shapes: frozenset,  # (inputs, outputs) of the linear layers whose results are kept
-    fused: bool,  # keep the result of fused attention too
-    ctx,
-    op,
-    *args,
-    **kwargs,  # as `create_selective_checkpoint_contexts` calls it
-) -> CheckpointPolicy:
-    "Keep or recompute one operation of a block."
-    keep = tuple(args[-1].shape) in shapes if op in PRODUCTS else fused and op in FUSED
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+def wants_compile(
+    choice: str,  # compile of the experiment: auto | on | off
+    device: torch.device,
+    n_steps: int,  # of the run
+) -> bool:
+    "Whether to compile: `auto` does on a GPU with a C compiler, for runs of 1,000 steps or more."
+    if choice != "auto":
+        return choice == "on"
+    if device.type != "cuda" or n_steps < 1000:
+        return False
+    from torch.utils._triton import has_triton
 
-
-def set_checkpoint(
-    model: nn.Module,  # with blocks in in_blocks, mid_block, out_blocks
-    on: bool,  # recompute activations in training
-    keep: float = 0.0,  # budget per block in tensors (B, L, D); 0: as released
-) -> list:  # the names of what each block keeps, in the order of the blocks
-    "Turn gradient checkpointing on or off."
-    blocks = [*model.in_blocks, model.mid_block, *model.out_blocks]
-    shape = {
-        n: (m.in_features, m.out_features)
-        for n, m in blocks[-1].named_modules()
-        if isinstance(m, nn.Linear)
-    }
-    dim, kept, left = model.embed_dim, [[] for _ in blocks], keep * len(blocks)
-    for name in ("skip_linear", "mlp.fc1", "attn.qkv", "attn.proj", "attention"):
-        for b, names in zip(blocks, kept):
-            size = (
-                1
-                if name == "attention"
-                else dict(b.named_modules()).get(name) and shape[name][1] / dim
-            )
-            if size and size <= left:
-                names.append(name)
-                left -= size
-    for b, names in zip(blocks, kept):
-        policy = functools.partial(
-            keep_policy,
-            frozenset(shape[n] for n in names if n in shape),
-            "attention" in names,
-        )
-        b.recompute = (
-            dict(
-                use_reentrant=False,
-                preserve_rng_state=False,
-                **(
-                    {"context_fn": functools.partial(create_selective_checkpoint_contexts, policy)}
-                    if names
-                    else {}
-                ),
-            )
-            if on
-            else None
-        )
-    return kept
-
-
-def pick_device(
-    device: str = "auto",  # auto, cpu, cuda, cuda:1
-) -> torch.device:  # an existing one; a GPU always with its number
-    "The device to compute on; `cuda` alone is this process's own GPU. Raises `ParameterError`."
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        chosen = None
-    if chosen is None or chosen.type not in ("cpu", "cuda"):
-        raise ParameterError(f"device = {device!r}: allowed are auto, cpu, cuda, cuda:N")
-    if chosen.type == "cpu":
-        return chosen
-    if chosen.index is None:
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if chosen.index >= count:
-        raise ParameterError(
-            f"device = {str(device)!r}: this machine has {count} CUDA devices; try device = 'cpu'"
-        )
-    return chosen
-
-
-@contextlib.contextmanager
-def thread_count(
-    n: int,  # CPU threads; 0: PyTorch's default
-):
-    "Compute with n threads inside the block, and with as many as before after it."
-    before = torch.get_num_threads()
-    try:
-        if n:
-            torch.set_num_threads(n)
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def tf32_off():
-    "Multiply and convolve float32 in full precision on a GPU, where numbers are compared."
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    try:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
-def make_accelerator(
-    precision: str,  # fp32 | bf16 | fp16
-    device: torch.device,  # where to compute
-):  # accelerate.Accelerator
-    "An `Accelerator` for one run; an earlier one of another precision in this process is forgotten."
-    from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs
-    from accelerate.state import AcceleratorState, GradientState
-
-    if precision == "fp16" and device.type == "cpu":
-        raise ParameterError("precision = 'fp16' needs a GPU; try precision = 'bf16' or 'fp32'")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    # Each weight is used once a pass: a cache of its casts would only hold memory.
-    handlers = [
-        AutocastKwargs(cache_enabled=False),
-        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-    ]
-    return Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision,
-        cpu=device.type == "cpu",
-        kwargs_handlers=handlers,
-    )
+    has_compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
+    return has_triton() and bool(has_compiler)
 
 
 class Positional(nn.Module):
@@ -237,8 +241,8 @@ class Positional(nn.Module):
 
 def graph_pass(
     net: nn.Module,  # in training mode, on a GPU
-    x: Tensor,
-    t: Tensor,  # inputs of the shapes that will come
+    x: Tensor,  # an image batch of the shape that will come
+    t: Tensor,  # times, likewise
     cond: dict,  # conditions, likewise
 ):  # called like the network
     "Capture a network's forward and backward pass as CUDA graphs; later calls replay them."
@@ -251,118 +255,83 @@ def graph_pass(
     return lambda x, t, **cond: passes(x, t, *cond.values())
 
 
-def wants_compile(
-    choice: str,  # compile of the experiment: auto | on | off
-    device: torch.device,  # where it runs
-    n_steps: int,  # of the run
-) -> bool:
-    "Whether to compile: `auto` does on a GPU where a compiler is at hand, for runs long enough to earn it back."
-    from torch.utils._triton import has_triton
+# ------------------------------------------------------------------ recomputed activations
 
-    return choice == "on" or (
-        choice == "auto"
-        and device.type == "cuda"
-        and n_steps >= 1000
-        and has_triton()
-        and bool(shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc"))
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+FUSED_ATTENTION = tuple(
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
     )
+    if hasattr(torch.ops.aten, name)
+)
+# Rate of fused attention over that of a matrix product: about half for long sequences, and
+# 257 tokens are padded to 384 rows. An estimate for ranking, not a measurement.
+ATTENTION_RATE = 0.3
 
 
-def choose_attention(
-    exp: Experiment,
-    device: torch.device,  # what will run where
-    cache: Path = None,  # None: results/cache/attention.json
-) -> str:  # sdpa | matrix
-    "The faster attention path for this experiment on this machine; `attention` of the experiment overrules."
-    if exp.execution.attention != "auto":
-        return exp.execution.attention
-    m, dtype = (
-        exp.model,
-        {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[exp.train.precision],
-    )
-    length = (exp.data.img_size // m.patch_size) ** 2 + dict(
-        none=1, **{"class": 2}, text=1 + exp.data.text_tokens
-    )[m.condition]
-    shape = (
-        min(exp.train.batch_size, 16 if device.type == "cpu" else 128),
-        m.num_heads,
-        length,
-        m.embed_dim // m.num_heads,
-    )
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu x{torch.get_num_threads()}"
-    )
-    key = f"{name}, torch {torch.__version__}, {exp.train.precision}, {shape}"
-    cache = cache or project_root() / "results" / "cache" / "attention.json"
-    known = {}
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(cache.read_text())
-    if key not in known:
-        secs = time_attention(*shape, device=device, dtype=dtype)
-        known[key] = {"path": min(secs, key=secs.get), "seconds": secs}
-        with contextlib.suppress(OSError):
-            write_json(cache, known)  # a folder that can't be written only costs the timing again
-    return known[key]["path"]
+def run_block(block: nn.Module, *args):
+    "Call `block.body`, recomputing activations in the backward pass where `set_checkpoint` says so."
+    if block.recompute and block.training:
+        return checkpoint(block.body, *args, **block.recompute)
+    return block.body(*args)
 
 
-@dataclass(frozen=True)
-class DistributedContext:
-    "The processes of one run, seen from one of them."
-
-    rank: int = 0
-    size: int = 1
-
-    @property
-    def part(self) -> slice:
-        "This process's rows of a batch."
-        return slice(self.rank, None, self.size)
-
-    def mean(self, x: Tensor) -> Tensor:
-        "The mean over the processes; the device is not waited for."
-        if self.size > 1:
-            torch.distributed.all_reduce(x)
-            x = x / self.size
-        return x
-
-    def gather(self, obj) -> list:
-        "Every process's object, in the order of the ranks, everywhere."
-        everyone = [obj] * self.size
-        if self.size > 1:
-            torch.distributed.all_gather_object(everyone, obj)
-        return everyone
-
-    def first(self, work):
-        "The result of `work()` on the first process, everywhere; its exception, too."
-        result = error = None
-        if self.rank == 0:
-            try:
-                result = work()
-            except Exception as e:
-                error = e
-        result, error = self.gather((result, error))[0]
-        if error is not None:
-            raise error
-        return result
+def keep_policy(shapes: frozenset, attended: bool, ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    "Keep products of weights of these shapes, and fused attention; recompute the rest."
+    kept_product = op in PRODUCTS and tuple(args[-1].shape) in shapes
+    if kept_product or (attended and op in FUSED_ATTENTION):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def join_processes(
-    processes: int,  # as the experiment says
-    device: torch.device,  # where this process computes
-) -> DistributedContext:  # rank and size
-    "Join the processes that torchrun started. Raises `ParameterError` when their number is not as asked."
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if size != processes:
-        raise ParameterError(
-            f"processes = {processes}, but this is one of {size}: start it with torchrun "
-            f"--nproc_per_node {processes}, or let run_experiment do it"
-        )
-    if size == 1:
-        return DistributedContext()
-    from accelerate import PartialState
+def activation_values(
+    block: nn.Module,  # a transformer block, with the released names where it has them
+    tokens: int,  # sequence length L
+    dim: int,  # width D
+) -> dict:  # name -> (size in (B, L, D) tensors, time saved per tensor, in operations of a product)
+    "What keeping each activation of a block costs and saves."
+    values, modules = {}, dict(block.named_modules())
+    for name in ("skip_linear", "mlp.fc1", "attn.qkv", "attn.proj"):
+        layer = modules.get(name)
+        if layer is not None:
+            values[name] = (layer.out_features / dim, 2 * layer.in_features * dim)
+    values["attention"] = (1, 4 * tokens * dim / ATTENTION_RATE)
+    return values
 
-    # The first process computes FID or waits for a lock while the others wait in a collective:
-    # torch's own limit of ten minutes would end them. torchrun stops all when one has died.
-    state = PartialState(cpu=device.type == "cpu", timeout=PROCESS_TIMEOUT)
-    return DistributedContext(state.process_index, state.num_processes)
+
+def set_checkpoint(
+    model: nn.Module,  # with blocks in in_blocks, mid_block, out_blocks
+    on: bool,  # recompute activations in training
+    budget: float = 0.0,  # kept activations per block, in (B, L, D) tensors; 0: none, as released
+) -> list:  # the names of what each block keeps
+    "Turn activation checkpointing on or off; within the budget, keep what saves most per byte."
+    blocks = [*model.in_blocks, model.mid_block, *model.out_blocks]
+    tokens = model.extras + (model.img_size // model.patch_size) ** 2
+    offers = [
+        (-worth, i, name, size)
+        for i, block in enumerate(blocks)
+        for name, (size, worth) in activation_values(block, tokens, model.embed_dim).items()
+    ]
+    kept, left = [[] for _ in blocks], budget * len(blocks)
+    for _, i, name, size in sorted(offers, key=lambda offer: offer[0]):
+        if size <= left:
+            kept[i].append(name)
+            left -= size
+    for block, names in zip(blocks, kept, strict=True):
+        block.recompute = recompute_options(block, names) if on else None
+    return kept
+
+
+def recompute_options(block: nn.Module, names: list) -> dict:
+    "Arguments of `torch.utils.checkpoint.checkpoint` that keep the named activations."
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    if names:
+        layers = [block.get_submodule(n) for n in names if n != "attention"]
+        shapes = frozenset((m.in_features, m.out_features) for m in layers)
+        policy = functools.partial(keep_policy, shapes, "attention" in names)
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
+    return options

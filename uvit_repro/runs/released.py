@@ -41,7 +41,7 @@ from uvit_repro.data.files import (
 from uvit_repro.data.images import Data, open_data, summary
 from uvit_repro.diffusion import Diffusion
 from uvit_repro.metrics import feature_status, read_reference
-from uvit_repro.runs.execution import join_processes, pick_device
+from uvit_repro.runs.devices import join_processes, pick_device
 from uvit_repro.runs.records import conditions, runs_root
 from uvit_repro.runs.run import (
     Run,

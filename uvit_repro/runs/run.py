@@ -45,13 +45,11 @@ from uvit_repro.data.files import (
 from uvit_repro.data.images import Data, image_grid, open_data, save_png, summary, to_uint8
 from uvit_repro.diffusion import Diffusion
 from uvit_repro.metrics import feature_status, heldout_loss, measure_images, nearest_training
+from uvit_repro.runs.devices import DistributedContext, join_processes, pick_device
 from uvit_repro.runs.execution import (
     AUTOCAST,
-    DistributedContext,
     choose_attention,
     compile_blocks,
-    join_processes,
-    pick_device,
     set_attention,
     wants_compile,
 )

@@ -1,0 +1,149 @@
+"""Where a network runs: the device, its precision, and the processes that share one run."""
+
+import contextlib
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+from uvit_repro.config import ParameterError
+
+PROCESS_TIMEOUT = timedelta(days=2)
+
+
+def pick_device(
+    device: str = "auto",  # auto, cpu, cuda, cuda:1
+) -> torch.device:  # an existing one; a GPU always with its number
+    "The device to compute on; `cuda` alone is this process's own GPU. Raises `ParameterError`."
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise ParameterError(f"device = {device!r}: allowed are auto, cpu, cuda, cuda:N")
+    if chosen.type == "cpu":
+        return chosen
+    if chosen.index is None:
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if chosen.index >= count:
+        raise ParameterError(
+            f"device = {str(device)!r}: this machine has {count} CUDA devices; try device = 'cpu'"
+        )
+    return chosen
+
+
+@contextlib.contextmanager
+def thread_count(
+    n: int,  # CPU threads; 0: PyTorch's default
+):
+    "Compute with n threads inside the block, and with as many as before after it."
+    before = torch.get_num_threads()
+    try:
+        if n:
+            torch.set_num_threads(n)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def tf32_off():
+    "Multiply and convolve float32 in full precision on a GPU, where numbers are compared."
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def make_accelerator(
+    precision: str,  # fp32 | bf16 | fp16
+    device: torch.device,  # where to compute
+):  # accelerate.Accelerator
+    "An `Accelerator` for one run; an earlier one of another precision in this process is forgotten."
+    from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState, GradientState
+
+    if precision == "fp16" and device.type == "cpu":
+        raise ParameterError("precision = 'fp16' needs a GPU; try precision = 'bf16' or 'fp32'")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # Each weight is used once a pass: a cache of its casts would only hold memory.
+    handlers = [
+        AutocastKwargs(cache_enabled=False),
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+    ]
+    return Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision,
+        cpu=device.type == "cpu",
+        kwargs_handlers=handlers,
+    )
+
+
+@dataclass(frozen=True)
+class DistributedContext:
+    "The processes of one run, seen from one of them."
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def part(self) -> slice:
+        "This process's rows of a batch."
+        return slice(self.rank, None, self.size)
+
+    def mean(self, x: Tensor) -> Tensor:
+        "The mean over the processes; the device is not waited for."
+        if self.size > 1:
+            torch.distributed.all_reduce(x)
+            x = x / self.size
+        return x
+
+    def gather(self, obj) -> list:
+        "Every process's object, in the order of the ranks, everywhere."
+        everyone = [obj] * self.size
+        if self.size > 1:
+            torch.distributed.all_gather_object(everyone, obj)
+        return everyone
+
+    def first(self, work):
+        "The result of `work()` on the first process, everywhere; its exception, too."
+        result = error = None
+        if self.rank == 0:
+            try:
+                result = work()
+            except Exception as e:
+                error = e
+        result, error = self.gather((result, error))[0]
+        if error is not None:
+            raise error
+        return result
+
+
+def join_processes(
+    processes: int,  # as the experiment says
+    device: torch.device,  # where this process computes
+) -> DistributedContext:  # rank and size
+    "Join the processes that torchrun started. Raises `ParameterError` when their number is not as asked."
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size != processes:
+        raise ParameterError(
+            f"processes = {processes}, but this is one of {size}: start it with torchrun "
+            f"--nproc_per_node {processes}, or let run_experiment do it"
+        )
+    if size == 1:
+        return DistributedContext()
+    from accelerate import PartialState
+
+    # The first process computes FID or waits for a lock while the others wait in a collective:
+    # torch's own limit of ten minutes would end them. torchrun stops all when one has died.
+    state = PartialState(cpu=device.type == "cpu", timeout=PROCESS_TIMEOUT)
+    return DistributedContext(state.process_index, state.num_processes)
