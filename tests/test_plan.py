@@ -18,7 +18,6 @@ import torch
 
 from uvit_repro.campaign import plan as P
 from uvit_repro.campaign.plan import (
-    KINDS,
     NOT_RUN,
     Campaign,
     Live,
@@ -41,13 +40,12 @@ from uvit_repro.campaign.plan import (
     plan_json,
     prediction_report,
     probe_throughput,
-    registry,
-    select,
     state,
     submit,
     verify,
 )
 from uvit_repro.config import PROTOCOLS, ParameterError, check_experiment
+from uvit_repro.paper.registry import KINDS, registry, select
 from uvit_repro.runs.records import load_results, published_root, seal
 
 ROOT = Path(__file__).resolve().parent.parent

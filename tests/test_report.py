@@ -10,8 +10,8 @@ from urllib.parse import unquote
 import pandas as pd
 import pytest
 
-from uvit_repro.campaign.plan import registry
 from uvit_repro.paper.numbers import load_claims
+from uvit_repro.paper.registry import registry
 from uvit_repro.report import pages as R
 from uvit_repro.runs.records import load_results, published_root
 

@@ -21,8 +21,6 @@ import numpy as np
 
 from uvit_repro.ablations import figure2_cells
 from uvit_repro.campaign.plan import (
-    KINDS,
-    PARTS,
     cell_experiments,
     chosen,
     computed,
@@ -31,8 +29,6 @@ from uvit_repro.campaign.plan import (
     ledger,
     measured,
     paper_gpu,
-    registry,
-    slug,
 )
 from uvit_repro.config import (
     PROTOCOLS,
@@ -44,6 +40,7 @@ from uvit_repro.config import (
 )
 from uvit_repro.data.files import write_atomic
 from uvit_repro.paper.numbers import figure2, figure7, load_claims, read_table
+from uvit_repro.paper.registry import KINDS, PARTS, registry, slug
 from uvit_repro.report.verdicts import (
     NOT_RUN as NEEDS,
 )
