@@ -1,24 +1,45 @@
-"The record of published numbers, as a user of the library reads it."
+"The record of published numbers, the registry of its cells, the claims and their fixed list."
 
+import csv
 import math
 from importlib import resources
 
 import pytest
+import torch
 
-from uvit_repro.config import CONFIGS, TABLE2, ModelConfig, with_overrides
+from uvit_repro.config import (
+    CONFIGS,
+    PROTOCOLS,
+    TABLE2,
+    ModelConfig,
+    ParameterError,
+    experiment,
+    with_overrides,
+)
 from uvit_repro.paper import numbers as paper
+from uvit_repro.paper.claims import arm_experiment, fixed_list, load_claims, queued_experiments
+from uvit_repro.paper.registry import KEY, KINDS, cell_id, count_published, registry, select
+from uvit_repro.runs.run import run_experiment
+
+CELLS = registry()
+
+
+def quiet(line):
+    pass
+
+
+def rows_of(name: str) -> list[dict]:
+    path = resources.files("uvit_repro") / "paper" / "tables" / name
+    return list(csv.DictReader(path.read_text("utf-8").splitlines()))
+
+
+# ---- numbers
 
 
 def test_every_row_is_read_and_named_once():
-    raw = (
-        (resources.files("uvit_repro") / "paper" / "tables" / "uvit_tables.csv")
-        .read_text(encoding="utf-8")
-        .splitlines()
-    )
-    df = paper.load_paper()
-    assert len(df) == len(raw) - 1
+    df, rows = paper.load_paper(), rows_of("uvit_tables.csv")
+    assert df[list(rows[0])].to_dict("records") == rows
     assert not df.duplicated(["source", "dataset", "method", "metric", "condition"]).any()
-    assert list(raw[0].split(",")) == [c for c in df.columns if c in raw[0].split(",")]
 
 
 def test_conditions_are_parsed():
@@ -83,7 +104,7 @@ def test_published_is_one_number_or_an_error():
         paper.published("Table 3", "ImageNet 256x256", "U-ViT-X", "FID")
     with pytest.raises(ValueError, match="is a word.*4x RTX"):
         paper.published("Table 6", "CIFAR10", "U-ViT-S/2", "devices")
-    with pytest.raises(ValueError, match="columns are"):
+    with pytest.raises(ValueError, match="condition = 'step': known are"):
         paper.published(*table3, step=500_000)
 
 
@@ -111,7 +132,7 @@ def test_figure2():
         assert all(v.steps.is_monotonic_increasing for _, v in g.groupby("variant"))
         end = g[g.steps == 500_000]
         assert end.fid.idxmin() == end.index[0]  # the adopted variant ends best in every panel
-    with pytest.raises(ValueError, match="a, b, c, d, e"):
+    with pytest.raises(ValueError, match="'a', 'b', 'c', 'd', 'e'"):
         paper.figure2("f")
 
 
@@ -179,8 +200,168 @@ def test_figure7():
         paper.figure7("none")
 
 
+# ---- the registry
+
+
+def test_every_row_of_the_record_is_one_cell_with_its_value():
+    want = [{"paper": "U-ViT", **r} for r in rows_of("uvit_tables.csv")]
+    want += rows_of("other_tables.csv")
+    names = {"source": "place", "method": "row", "metric": "column"}
+    want = [{names.get(k, k): v for k, v in r.items()} for r in want]
+    for r in rows_of("uvit_fig7_cka.csv"):
+        column, value = f"cka_{r['block_i']}_{r['block_j']}", r["cka"]
+        known = {"place": "Figure 7", "row": r["setting"], "column": column, "value": value}
+        want.append({k: r[k] for k in ("provenance", "confidence")} | known)
+    have = CELLS.to_dict("records")
+    assert len(have) == len(want) == 832 + 216 + 507 and CELLS.cell.is_unique
+    for cell, row in zip(have, want, strict=True):
+        assert {k: cell[k] for k in row} == row
+        assert cell["cell"] == cell_id(*(cell[k] for k in KEY))
+
+
+def test_cells_have_a_kind_and_a_run_or_a_reason():
+    assert set(CELLS.kind) == set(KINDS)
+    runs = CELLS[CELLS.kind == "reproducible"]
+    assert (runs.fields.map(len) == 1).all() and (runs.base != "").all()
+    assert (CELLS[CELLS.kind == "other model"].reason != "").all()
+    for cell in CELLS.itertuples():
+        assert cell.base in ("", *CONFIGS) or cell.base.startswith(("U-Net", "DiffiT", "GenViT"))
+        for fields in cell.fields if cell.base in CONFIGS else ():
+            with_overrides(CONFIGS[cell.base], **fields)
+
+
+@pytest.mark.parametrize(
+    "place, row, column, kinds",
+    [
+        ("Table 1", "EDM", "FID", {"quoted"}),
+        ("Table 1", "U-ViT-H/2", "FID", {"reproducible"}),
+        ("Table 1", "U-ViT-H/2", "params_M", {"computed", "part"}),
+        ("Table 5", "U-ViT-S/2", "lr", {"setting"}),
+        ("Table 6", "U-ViT-S/2", "training_hours", {"time"}),
+        ("Appendix A", "U-ViT-L/2", "memory_GB", {"memory"}),
+        ("Appendix E", "U-Net (ADM code)", "FID", {"reproducible"}),
+        ("Appendix E", "U-ViT-H/2", "gflops", {"computed"}),
+        ("Figure 3", "depth 13 -> 17", "FID_direction", {"statement"}),
+        ("Section 3.1", "position embedding: none", "outcome", {"statement"}),
+    ],
+)
+def test_known_cells_are_of_their_kind(place, row, column, kinds):
+    key = {"paper": "U-ViT", "place": place, "row": row, "column": column}
+    cells = CELLS[(CELLS[list(key)] == list(key.values())).all(axis=1)]
+    assert set(cells.kind) == kinds
+
+
+def test_published_numbers_are_what_the_papers_printed_of_their_own():
+    counted = CELLS[CELLS.counts]
+    assert count_published() == len(counted) < 600
+    assert counted.number.notna().all() and "quoted" not in set(counted.kind)
+    assert not counted.provenance.str.startswith("computed").any()
+    assert not counted.place.str.contains("exact|cost|External|README").any()
+    assert (counted.place == "Figure 7").sum() == 3 * 13 * 12 / 2
+    assert (counted.place == "Table 2").sum() == 25 + 2  # U-ViT's, and DiffiT's two
+    fid = counted[(counted.row == "U-ViT-H/2") & (counted.column == "FID")]
+    assert (fid.number == 2.29).sum() == 1  # Tables 1 and 7, Appendix E and the README print it
+
+
+def test_the_registry_is_a_copy():
+    cells = registry()
+    cells["kind"] = "gone"
+    assert set(registry().kind) == set(KINDS)
+
+
+@pytest.mark.parametrize(
+    "what, near",
+    [("tabel1", "table1"), ("fig99", "Known"), ("", "Known"), ("fig", "Known"), ("fig2a-5", "2a")],
+)
+def test_unknown_names_say_what_is_near(what, near):
+    with pytest.raises(ParameterError, match=near):
+        select(what)
+
+
+def test_names_of_tables_and_figures():
+    assert {f"Figure 2{p}" for p in "abcde"} <= set(select("fig2").place)
+    assert set(select("fig2d").place) == {"Figure 2d"}
+    assert set(select("Figure 3").place) == {"Figure 3", "Figure 3 (cost)"}
+    assert set(select("table1").paper) == {"U-ViT"}
+    assert set(select("diffit-table1").paper) == {"DiffiT"}
+    assert len(select("all")) == len(CELLS) and len(select(CELLS.cell[7])) == 1
+
+
+# ---- claims
+
+
 def test_claims():
-    c = paper.load_claims()
-    assert (
-        len(c) == 68 and c.id.is_unique and set(c.protocol) == {"P0", "P1", "P2", "P3", "P4", "PC"}
+    claims = load_claims()
+    assert len(claims) == 70 and claims.id.is_unique
+    assert set(claims.protocol) == {"P0", "P1", "P2", "P3", "P4", "PC"}
+
+
+@pytest.mark.parametrize(
+    "arm, run_id",
+    [
+        ("adopted", "cifar10-uvit-128x9-4-adopted-s20-1cc937026f"),
+        ("none", "cifar10-uvit-128x9-4-skip-none-s20-9ba3dd6f5b"),
+    ],
+)
+def test_runs_of_the_fixed_list_keep_their_names(arm, run_id):
+    assert arm_experiment("cpu", arm, 20).run_id == run_id
+
+
+def test_every_run_of_the_list_is_queued_exactly_once():
+    entry = fixed_list("cpu")
+    queued = [e.run_id for e in queued_experiments("cpu")]
+    assert len(queued) == len(set(queued))
+    for arm in entry["arms"]:
+        for seed in entry["seeds"].get(arm, entry["seeds"]["default"]):
+            assert arm_experiment("cpu", arm, seed).run_id in queued
+
+
+def test_claims_name_arms_and_measured_steps():
+    entry = fixed_list("cpu")
+    for claim in entry["claims"]:
+        arms = [
+            claim[k] for k in ("best", "better", "worse", "from", "to") if k in claim
+        ] + claim.get("others", [])
+        assert len(arms) >= 2 and set(arms) <= set(entry["arms"])
+        assert claim["kind"] == "direction" or claim["kind"] == "best_of" or claim["margin"] > 0
+        for arm, step in claim.get("equal_time", {}).items():
+            e = arm_experiment("cpu", arm, 20)
+            assert step == e.train.n_steps or step in e.evaluation.loss_steps
+
+
+def test_adopted_arm_is_the_protocol():
+    assert arm_experiment("cpu", "adopted", 20).run_id == experiment("cpu", seed=20).run_id
+    assert PROTOCOLS["cpu"].train.n_steps == fixed_list("cpu")["step"]
+
+
+def test_unknown_protocol_and_arm_are_refused():
+    with pytest.raises(ParameterError, match="no fixed list: allowed are cpu"):
+        fixed_list("laptop")
+    with pytest.raises(ParameterError, match="allowed are adopted, none"):
+        arm_experiment("cpu", "nothing", 20)
+
+
+def test_a_longer_run_continues_a_shorter_one(tmp_path):
+    fields = {
+        "lr_schedule": "constant",
+        "curve_steps": (),
+        "loss_steps": (),
+        "num_samples": 80,
+        "keep_checkpoint": True,
+    }
+    long_fields = {**fields, "n_steps": 20, "loss_steps": (5,)}
+    unbroken = run_experiment(experiment("smoke", **long_fields), tmp_path / "a", quiet)
+    short = run_experiment(
+        experiment("smoke", **{**fields, "n_steps": 12, "loss_steps": (5,)}), tmp_path / "b", quiet
     )
+    continued = run_experiment(experiment("smoke", **long_fields), tmp_path / "b", quiet)
+    assert continued.info["training"]["continued_from"] == {"run_id": short.run_id, "step": 12}
+    assert unbroken.info["training"]["continued_from"] is None
+    assert continued.info["training"]["steps"] == 8
+    for name in ("weights-0000005.safetensors", "weights-0000020.safetensors"):
+        assert (unbroken.folder / name).read_bytes() == (continued.folder / name).read_bytes()
+    other = run_experiment(
+        experiment("smoke", **{**long_fields, "lr": 1e-4}), tmp_path / "b", quiet
+    )
+    assert other.info["training"]["continued_from"] is None
+    assert torch.load(short.folder / "resume-0000012.pt", weights_only=True)["step"] == 12

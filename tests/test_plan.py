@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -45,7 +44,7 @@ from uvit_repro.campaign.plan import (
     verify,
 )
 from uvit_repro.config import PROTOCOLS, ParameterError, check_experiment
-from uvit_repro.paper.registry import KINDS, registry, select
+from uvit_repro.paper.registry import KINDS, registry
 from uvit_repro.runs.records import load_results, published_root, seal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,63 +58,6 @@ RATE = 5e10
 # ---- the registry
 
 
-def test_every_row_of_the_record_is_one_cell_with_its_value():
-    data, want = ROOT / "uvit_repro" / "paper" / "tables", Counter()
-    for r in csv.DictReader(open(data / "uvit_tables.csv", newline="")):
-        want[
-            "U-ViT",
-            r["source"],
-            r["dataset"],
-            r["method"],
-            r["metric"],
-            r["condition"],
-            r["value"],
-            r["provenance"],
-            r["confidence"],
-        ] += 1
-    for r in csv.DictReader(open(data / "other_tables.csv", newline="")):
-        want[
-            r["paper"],
-            r["source"],
-            r["dataset"],
-            r["method"],
-            r["metric"],
-            r["condition"],
-            r["value"],
-            r["provenance"],
-            r["confidence"],
-        ] += 1
-    assert sum(want.values()) == 832 + 216
-    for r in csv.DictReader(open(data / "uvit_fig7_cka.csv", newline="")):
-        want[
-            "U-ViT",
-            "Figure 7",
-            "CIFAR10",
-            r["setting"],
-            f"cka_{r['block_i']}_{r['block_j']}",
-            "entry of the matrix",
-            r["cka"],
-            r["provenance"],
-            r["confidence"],
-        ] += 1
-    have = Counter(
-        CELLS[
-            [
-                "paper",
-                "place",
-                "dataset",
-                "row",
-                "column",
-                "condition",
-                "value",
-                "provenance",
-                "confidence",
-            ]
-        ].itertuples(index=False, name=None)
-    )
-    assert want == have and max(want.values()) == 1 and CELLS.cell.is_unique
-
-
 def test_kinds_are_exhaustive_and_every_cell_has_a_run_or_a_reason(capsys):
     counts = CELLS.kind.value_counts()
     with capsys.disabled():
@@ -124,36 +66,6 @@ def test_kinds_are_exhaustive_and_every_cell_has_a_run_or_a_reason(capsys):
     for c in CELLS.itertuples():
         for p in PROTOCOLS:
             assert bool(cell_experiments(c, p)) != bool(no_experiment(c, p)), (c.cell, p)
-
-
-def test_known_cells_are_of_their_kind():
-    kind = lambda place, row, column: set(
-        CELLS[
-            (CELLS.paper == "U-ViT")
-            & (CELLS.place == place)
-            & (CELLS.row == row)
-            & (CELLS.column == column)
-        ].kind
-    )
-    assert kind("Table 1", "EDM", "FID") == {"quoted"} and kind("Table 1", "U-ViT-H/2", "FID") == {
-        "reproducible"
-    }
-    assert kind("Table 1", "U-ViT-H/2", "params_M") == {"computed", "part"} and kind(
-        "Table 5", "U-ViT-S/2", "lr"
-    ) == {"setting"}
-    assert kind("Table 6", "U-ViT-S/2", "training_hours") == {"time"} and kind(
-        "Appendix A", "U-ViT-L/2", "memory_GB"
-    ) == {"memory"}
-    assert kind("Appendix E", "U-Net (ADM code)", "FID") == {"reproducible"} and kind(
-        "Appendix E", "U-ViT-H/2", "gflops"
-    ) == {"computed"}
-    assert kind("Figure 3", "depth 13 -> 17", "FID_direction") == {"statement"} and kind(
-        "Section 3.1", "position embedding: none", "outcome"
-    ) == {"statement"}
-    assert set(CELLS[(CELLS.place == "Table 2") & (CELLS.paper == "U-ViT")].kind) == {"computed"}
-    assert set(CELLS[CELLS.place.str.fullmatch("Figure 2[a-e]")].kind) == {"reproducible"} and set(
-        CELLS[(CELLS.place == "Figure 7")].kind
-    ) == {"reproducible"}
 
 
 def test_every_reproducible_cell_has_an_experiment_that_holds_together():
@@ -358,33 +270,7 @@ def test_states_of_a_run(tmp_path, monkeypatch):
 published_root_real = published_root()
 
 
-@pytest.mark.parametrize(
-    "what, near",
-    [
-        ("tabel1", "table1"),
-        ("fig99", "Known"),
-        ("", "Known"),
-        ("fig", "Known"),
-        ("fig2a-skip-5", "fig2a"),
-    ],
-)
-def test_unknown_names_say_what_is_near(what, near):
-    with pytest.raises(ParameterError, match=near):
-        select(what)
-
-
-def test_names_of_tables_and_figures():
-    assert (
-        set(select("fig2").place) >= {f"Figure 2{p}" for p in "abcde"}
-        and set(select("fig2d").place) == {"Figure 2d"}
-        and set(select("Figure 3").place) == {"Figure 3", "Figure 3 (cost)"}
-    )
-    assert (
-        set(select("table1").paper) == {"U-ViT"}
-        and set(select("diffit-table1").paper) == {"DiffiT"}
-        and len(select("all")) == len(CELLS)
-        and len(select(CELLS.cell[7])) == 1
-    )
+def test_jobs_of_tables_and_figures():
     assert (
         len(jobs("fig2d", "gpu")) == 2
         and len(jobs("fig2", "gpu", (0, 1))) == 30

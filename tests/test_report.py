@@ -10,7 +10,7 @@ from urllib.parse import unquote
 import pandas as pd
 import pytest
 
-from uvit_repro.paper.numbers import load_claims
+from uvit_repro.paper.claims import load_claims
 from uvit_repro.paper.registry import registry
 from uvit_repro.report import pages as R
 from uvit_repro.runs.records import load_results, published_root
@@ -159,7 +159,7 @@ def test_all_claims_with_verdicts_and_what_would_decide_them(root, page):
     claims = load_claims()
     assert [i for i in page.ids if i.startswith("claim-")] == [
         f"claim-{i}" for i in claims.id
-    ] and len(claims) == 68
+    ] and len(claims) == 70
     first = df.drop_duplicates("id").set_index("id")
     for c in claims.itertuples():
         t, r = page.text[f"claim-{c.id}"], first.loc[c.id]

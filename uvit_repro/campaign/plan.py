@@ -43,7 +43,7 @@ from uvit_repro.config import (
 from uvit_repro.config.durations import format_duration
 from uvit_repro.data.files import sha256_file, write_atomic, write_json
 from uvit_repro.metrics import NETWORKS, feature_status, recompute
-from uvit_repro.paper.fixed_list import queued_experiments
+from uvit_repro.paper.claims import queued_experiments
 from uvit_repro.paper.numbers import as_table5
 from uvit_repro.paper.registry import KINDS, registry, select
 from uvit_repro.runs.devices import pick_device

@@ -1,4 +1,4 @@
-"""Every published number is a row of a table that ships with the package: with its source, its condition, where it was seen, and how far to trust it."""
+"""Published numbers: one row each, with source, condition, provenance and confidence."""
 
 import functools
 import re
@@ -8,117 +8,12 @@ import pandas as pd
 
 from uvit_repro.config import Experiment
 
-
-def read_table(
-    name: str,  # a file of uvit_repro/paper/tables
-) -> pd.DataFrame:
-    "A file of the record with every cell as text, as printed (`none` is a word here, not a gap)."
-    path = resources.files("uvit_repro") / "paper" / "tables" / name
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{name} is not in uvit_repro/paper/tables: the installation is incomplete; reinstall the package"
-        )
-    with path.open(encoding="utf-8") as f:
-        return pd.read_csv(f, dtype=str, keep_default_na=False)
-
-
-def parse_count(
-    text: str,  # a condition, as in `10K samples; 1M iterations`
-    unit: str,  # regular expression of the unit
-):  # the number before the unit, or NA
-    "`parse_count('10K samples', 'samples')` is 10000."
-    m = re.search(rf"(\d+(?:\.\d+)?)([KM]?) (?:{unit})\b", text)
-    return round(float(m[1]) * {"": 1, "K": 1000, "M": 1_000_000}[m[2]]) if m else pd.NA
-
-
-@functools.lru_cache(None)
-def all_numbers() -> pd.DataFrame:
-    "Both tables under each other with the parsed columns. Cached: do not change it in place, use `load_paper`."
-    ours = read_table("uvit_tables.csv")
-    ours.insert(0, "paper", "U-ViT")
-    df = pd.concat([ours, read_table("other_tables.csv")], ignore_index=True)
-    counts = {
-        "num_samples": "samples|validation prompts",
-        "steps": "iterations",
-        "nfe": r"(?:[\w-]+ )?steps",
-    }
-    df["number"] = pd.to_numeric(df["value"], errors="coerce")
-    for col, unit in counts.items():
-        df[col] = pd.array([parse_count(c, unit) for c in df["condition"]], dtype="Int64")
-    df["reading_error"] = (
-        df["condition"].str.extract(r"\+-(\d+(?:\.\d+)?)", expand=False).astype(float)
-    )
-    return df
-
-
-def load_paper(
-    source: str = None,  # `Table 1`, `Figure 2a`, ...; None: all
-    dataset: str = None,  # as the paper writes it: `CIFAR10`, `ImageNet 256x256`; None: all
-    metric: str = None,  # `FID`, `params_M`, ...; None: all
-    paper: str = "U-ViT",  # U-ViT | DiffiT | GenViT; None: all
-) -> pd.DataFrame:  # rows; `value` as printed, `number`, `num_samples`, `steps` (iterations), `nfe`, `reading_error` where there are any
-    "Published numbers, one per row. `ValueError` with the known values for a name that is not there."
-    df = all_numbers()
-    for col, want in {
-        "paper": paper,
-        "source": source,
-        "dataset": dataset,
-        "metric": metric,
-    }.items():
-        if want is None:
-            continue
-        known = list(dict.fromkeys(df[col]))
-        if want not in known:
-            raise ValueError(f"{col} = {want!r}: known are {', '.join(map(repr, known))}")
-        df = df[df[col] == want]
-    return df.copy().reset_index(drop=True)
-
-
-def published(
-    source: str,  # as in `load_paper`
-    dataset: str,  # as in `load_paper`; `""` for rows about a model alone
-    method: str,  # the row's method, as printed
-    metric: str,  # as in `load_paper`
-    paper: str = "U-ViT",  # U-ViT | DiffiT | GenViT
-    **cond,  # further columns (num_samples, steps, nfe, confidence, ...); `condition` may be any part of the text, in whole words
-) -> float:  # the one number
-    "The published number that these names single out; `ValueError` naming the candidates when none or several match."
-    rows = load_paper(source, dataset, metric, paper)
-    if bad := set(cond) - set(rows.columns):
-        raise ValueError(
-            f"unknown condition {', '.join(sorted(bad))}: columns are {', '.join(rows.columns)}"
-        )
-    hits = rows[rows["method"] == method]
-    for k, v in cond.items():
-        same = (
-            hits[k].str.contains(rf"(?<![\w.]){re.escape(v)}(?!\w)")
-            if k == "condition"
-            else hits[k] == v
-        )
-        hits = hits[same.fillna(False).astype(bool)]
-    if "confidence" not in cond:
-        hits = hits[hits["confidence"] != "low"]
-    if len(hits) == 1 and pd.notna(hits["number"].iloc[0]):
-        return float(hits["number"].iloc[0])
-    near = (
-        hits
-        if len(hits)
-        else rows[rows["method"] == method]
-        if (rows["method"] == method).any()
-        else rows
-    )
-    what = "the value is a word" if len(hits) == 1 else f"{len(hits) or 'no'} rows match"
-    listing = "; ".join(
-        f"{r.method!r} ({r.condition or 'no condition'}; confidence {r.confidence}) = {r.value}"
-        for r in near.head(12).itertuples()
-    )
-    raise ValueError(
-        f"{what} for {source}, {dataset}, {method!r}, {metric}, {cond}. Candidates: {listing}"
-        + (f"; and {len(near) - 12} more" if len(near) > 12 else "")
-    )
-
-
-FIGURE2 = {  # panel: (title, [(label, fields of ModelConfig), ...]), the adopted variant first
+COUNTS = {  # column: the unit of the number that it takes from the condition
+    "num_samples": "samples|validation prompts",
+    "steps": "iterations",
+    "nfe": r"(?:[\w-]+ )?steps",
+}
+FIGURE2 = {  # panel: title, and the changed field of `ModelConfig` for each curve, adopted first
     "a": (
         "Long skip",
         [
@@ -151,78 +46,141 @@ FIGURE2 = {  # panel: (title, [(label, fields of ModelConfig), ...]), the adopte
         ],
     ),
 }
+PROCESSES = {"vp": "VP-SDE continuous", "sd": "Stable Diffusion discrete (1000 steps)"}
+SAMPLERS = {
+    "euler_maruyama": "Euler-Maruyama SDE",
+    "dpm_solver_fast": "DPM-Solver-fast",
+    "dpm_solver_pp_fast": "DPM-Solver++ (fast, order 3)",
+}
+
+
+def read_table(name: str) -> pd.DataFrame:
+    "A file of paper/tables, every cell as text (`none` is a word here, not a gap)."
+    path = resources.files("uvit_repro") / "paper" / "tables" / name
+    if not path.is_file():
+        raise FileNotFoundError(f"paper/tables/{name} is missing: reinstall uvit_repro")
+    with path.open(encoding="utf-8") as file:
+        return pd.read_csv(file, dtype=str, keep_default_na=False)
+
+
+def require(what: str, value: str, known):
+    "Raise `ValueError` with the known values for one that is not among them."
+    if value not in known:
+        raise ValueError(f"{what} = {value!r}: known are {', '.join(map(repr, known))}")
+
+
+def parse_count(text: str, unit: str):
+    "The number before a unit, or NA: `parse_count('10K samples', 'samples')` is 10000."
+    match = re.search(rf"(\d+(?:\.\d+)?)([KM]?) (?:{unit})\b", text)
+    if not match:
+        return pd.NA
+    return round(float(match[1]) * {"": 1, "K": 1000, "M": 1_000_000}[match[2]])
+
+
+@functools.cache
+def all_numbers() -> pd.DataFrame:
+    "The tables of all papers with the parsed columns; `load_paper` gives copies."
+    ours = read_table("uvit_tables.csv").assign(paper="U-ViT")
+    df = pd.concat([ours, read_table("other_tables.csv")], ignore_index=True)
+    df["number"] = pd.to_numeric(df["value"], errors="coerce")
+    for name, unit in COUNTS.items():
+        df[name] = pd.array([parse_count(c, unit) for c in df["condition"]], dtype="Int64")
+    error = df["condition"].str.extract(r"\+-(\d+(?:\.\d+)?)", expand=False)
+    return df.assign(reading_error=error.astype(float))
+
+
+def load_paper(
+    source: str = None,  # `Table 1`, `Figure 2a`, ...; None: all
+    dataset: str = None,  # as the paper writes it: `CIFAR10`, `ImageNet 256x256`; None: all
+    metric: str = None,  # `FID`, `params_M`, ...; None: all
+    paper: str = "U-ViT",  # U-ViT | DiffiT | GenViT; None: all
+) -> pd.DataFrame:  # `value` as printed; `number`, `num_samples`, `steps`, `nfe`, `reading_error`
+    "Published numbers, one per row. `ValueError` with the known values for an unknown name."
+    df = all_numbers()
+    wanted = {"paper": paper, "source": source, "dataset": dataset, "metric": metric}
+    for name, value in wanted.items():
+        if value is not None:
+            require(name, value, df[name].unique())
+            df = df[df[name] == value]
+    return df.reset_index(drop=True).copy()
+
+
+def published(
+    source: str,  # as in `load_paper`
+    dataset: str,  # as in `load_paper`; `""` for rows about a model alone
+    method: str,  # the row's method, as printed
+    metric: str,  # as in `load_paper`
+    paper: str = "U-ViT",  # U-ViT | DiffiT | GenViT
+    **conditions,  # num_samples, steps, nfe, confidence, ...; `condition`: whole words of the text
+) -> float:
+    "One published number; `ValueError` naming the candidates where none or several match."
+    rows = load_paper(source, dataset, metric, paper)
+    hits = rows[rows["method"] == method]
+    for name, value in conditions.items():
+        require("condition", name, rows.columns)
+        same = hits[name] == value
+        if name == "condition":
+            same = hits[name].str.contains(rf"(?<![\w.]){re.escape(value)}(?!\w)")
+        hits = hits[same.fillna(False).astype(bool)]
+    if "confidence" not in conditions:
+        hits = hits[hits["confidence"] != "low"]
+    if len(hits) == 1 and pd.notna(hits["number"].iloc[0]):
+        return float(hits["number"].iloc[0])
+    what = "the value is a word" if len(hits) == 1 else f"{len(hits) or 'no'} rows match"
+    near = next(r for r in (hits, rows[rows["method"] == method], rows) if len(r))
+    listing = "; ".join(
+        f"{r.method!r} ({r.condition or 'no condition'}; confidence {r.confidence}) = {r.value}"
+        for r in near.head(12).itertuples()
+    )
+    more = f"; and {len(near) - 12} more" if len(near) > 12 else ""
+    where = f"{source}, {dataset}, {method!r}, {metric}, {conditions}"
+    raise ValueError(f"{what} for {where}. Candidates: {listing}{more}")
 
 
 def figure2(
     panel: str = None,  # a | b | c | d | e; None: all five
-) -> pd.DataFrame:  # panel, variant, overrides, steps (iterations), fid (10K samples), error (of reading, +-), confidence
+) -> pd.DataFrame:  # panel, variant, overrides, steps, fid (10K samples), error, confidence
     "The curves of Figure 2 as digitised, the adopted variant of each panel first."
-    if panel is not None and panel not in FIGURE2:
-        raise ValueError(f"panel = {panel!r}: known are {', '.join(FIGURE2)}")
-    rows = []
-    for p in FIGURE2 if panel is None else [panel]:
-        curves = load_paper(f"Figure 2{p}", "CIFAR10", "FID").sort_values("steps")
-        for label, overrides in FIGURE2[p][1]:
-            mine = curves[
-                curves["method"].str.contains(label[:3], regex=False)
-            ]  # "(2)": the paper's numbering is in both
-            rows += [
-                {
-                    "panel": p,
-                    "variant": label,
-                    "overrides": dict(overrides),
-                    "steps": int(r.steps),
-                    "fid": r.number,
-                    "error": r.reading_error,
-                    "confidence": r.confidence,
-                }
-                for r in mine.itertuples()
-            ]
-    return pd.DataFrame(rows)
+    if panel is None:
+        return pd.concat(map(figure2, FIGURE2), ignore_index=True)
+    require("panel", panel, FIGURE2)
+    curves = load_paper(f"Figure 2{panel}", "CIFAR10", "FID").sort_values("steps")
+    curves = curves.rename(columns={"number": "fid", "reading_error": "error"})
+    parts = []
+    for label, overrides in FIGURE2[panel][1]:
+        part = curves[curves["method"].str.contains(label[:3], regex=False)]  # its number: "(2)"
+        part = part.assign(
+            panel=panel, variant=label, overrides=[dict(overrides) for _ in range(len(part))]
+        )
+        parts.append(part[["panel", "variant", "overrides", "steps", "fid", "error", "confidence"]])
+    return pd.concat(parts, ignore_index=True).astype({"steps": int})
 
 
-def table2() -> (
-    pd.DataFrame
-):  # index: method; columns layers, hidden_size, mlp_size, heads, params_M
+def in_order(df: pd.DataFrame, index, values: str) -> pd.DataFrame:
+    "One row per index and one column per metric, both in the order of the record."
+    wide = df.pivot(index=index, columns="metric", values=values)
+    rows = df.set_index(index).index.unique()
+    return wide.loc[rows, df["metric"].unique()].rename_axis(columns=None)
+
+
+def table2() -> pd.DataFrame:  # layers, hidden_size, mlp_size, heads, params_M
     "Table 2, one row per model."
-    df = load_paper("Table 2")
-    wide = df.pivot(index="method", columns="metric", values="number").astype(int)
-    return wide.loc[
-        list(dict.fromkeys(df["method"])), list(dict.fromkeys(df["metric"]))
-    ].rename_axis(columns=None)
+    return in_order(load_paper("Table 2"), "method", "number").astype(int)
 
 
-def table5() -> (
-    pd.DataFrame
-):  # index: (dataset, method); a column per setting, NaN where a configuration has none
+def table5() -> pd.DataFrame:  # a column per setting, NaN where a configuration has none
     "The released configurations that Table 5 summarises, one row per (dataset, method)."
     df = load_paper("Table 5")
-    df = df[df["condition"].str.contains("value in the official config", regex=False)]
-    df["cell"] = df["number"].astype(object).where(df["number"].notna(), df["value"])
-    wide = df.pivot(index=["dataset", "method"], columns="metric", values="cell")
-    wide = wide.loc[
-        list(dict.fromkeys(zip(df["dataset"], df["method"]))), list(dict.fromkeys(df["metric"]))
-    ].rename_axis(columns=None)
-    wide = wide.infer_objects()
-    whole = [
-        c for c in wide.select_dtypes("number") if (wide[c] % 1 == 0).all()
-    ]  # a missing value is not whole
+    df = df[df["condition"].str.startswith("value in the official config")]
+    df = df.assign(cell=df["number"].astype(object).where(df["number"].notna(), df["value"]))
+    wide = in_order(df, ["dataset", "method"], "cell").infer_objects()
+    whole = [name for name in wide.select_dtypes("number") if (wide[name] % 1 == 0).all()]
     return wide.astype(dict.fromkeys(whole, int))
 
 
-def as_table5(
-    exp: Experiment,  # any
-) -> dict:  # setting of Table 5 -> value, without those that do not apply
-    "The row of Table 5 that an experiment amounts to."
-    m, d, t, s = exp.model, exp.data, exp.train, exp.sampling
-    process = {"vp": "VP-SDE continuous", "sd": "Stable Diffusion discrete (1000 steps)"}.get(
-        exp.diffusion.process, exp.diffusion.process
-    )
-    sampler = {
-        "euler_maruyama": "Euler-Maruyama SDE",
-        "dpm_solver_fast": "DPM-Solver-fast",
-        "dpm_solver_pp_fast": "DPM-Solver++ (fast, order 3)",
-    }.get(s.sampler, s.sampler)
+def as_table5(exp: Experiment) -> dict:
+    "The row of Table 5 that an experiment amounts to, without settings that do not apply."
+    d, t, s = exp.data, exp.train, exp.sampling
     row = {
         "weight_decay": t.weight_decay,
         "lr_schedule": ("linear warm-up then " if t.warmup_steps else "") + t.lr_schedule,
@@ -230,44 +188,32 @@ def as_table5(
         "prediction": exp.diffusion.prediction,
         "grad_clip": t.grad_clip or "none",
         "mixed_precision": t.precision,
-        "patch_size": m.patch_size,
+        "patch_size": exp.model.patch_size,
         "batch_size": t.batch_size,
         "iterations": t.n_steps,
         "lr": t.lr,
         "beta1": t.betas[0],
         "beta2": t.betas[1],
         "warmup_steps": t.warmup_steps,
-        "noise_schedule": process,
-        "sampler": sampler,
+        "noise_schedule": PROCESSES.get(exp.diffusion.process, exp.diffusion.process),
+        "sampler": SAMPLERS.get(s.sampler, s.sampler),
         "sampling_steps": s.nfe,
         "n_eval_samples": exp.evaluation.num_samples,
         "horizontal_flip": "yes" if d.flip else "no",
-        "final_conv3x3": "yes" if m.conv == "after" else "no",
+        "final_conv3x3": "yes" if exp.model.conv == "after" else "no",
+        "latent_shape" if s.decoder else "image_shape": f"{d.in_chans}x{d.img_size}x{d.img_size}",
     }
-    row["latent_shape" if s.decoder else "image_shape"] = f"{d.in_chans}x{d.img_size}x{d.img_size}"
     if s.decoder:
-        row.update(decoder={"ema": "ft-EMA"}.get(s.decoder, s.decoder), latent_scale=d.latent_scale)
+        decoder = "ft-EMA" if s.decoder == "ema" else s.decoder
+        row |= {"decoder": decoder, "latent_scale": d.latent_scale}
     if t.p_uncond:
-        row.update(p_uncond=t.p_uncond, cfg_scale=round(s.cfg_scale - 1, 10))
+        row |= {"p_uncond": t.p_uncond, "cfg_scale": round(s.cfg_scale - 1, 10)}
     return row
 
 
-def figure7(
-    setting: str,  # `concatenation`, `addition` or `no long skip`
-) -> pd.DataFrame:  # 13x13 CKA between the outputs of layers 0..12
-    "One matrix of Figure 7 as digitised."
+def figure7(setting: str) -> pd.DataFrame:
+    "The 13x13 CKA of `concatenation`, `addition` or `no long skip` (Figure 7), as digitised."
     df = read_table("uvit_fig7_cka.csv")
-    known = list(dict.fromkeys(df["setting"]))
-    if setting not in known:
-        raise ValueError(f"setting = {setting!r}: known are {', '.join(map(repr, known))}")
+    require("setting", setting, df["setting"].unique())
     df = df[df["setting"] == setting].astype({"block_i": int, "block_j": int, "cka": float})
     return df.pivot(index="block_i", columns="block_j", values="cka")
-
-
-def load_claims() -> (
-    pd.DataFrame
-):  # one row per claim; `protocol` is the code in front of `cheapest_protocol`
-    "The checkable claims of the papers."
-    df = read_table("claims.csv")
-    df["protocol"] = df["cheapest_protocol"].str.split().str[0]
-    return df

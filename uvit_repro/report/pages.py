@@ -39,7 +39,8 @@ from uvit_repro.config import (
     variant_name,
 )
 from uvit_repro.data.files import write_atomic
-from uvit_repro.paper.numbers import figure2, figure7, load_claims, read_table
+from uvit_repro.paper.claims import load_claims
+from uvit_repro.paper.numbers import figure2, figure7, read_table
 from uvit_repro.paper.registry import KINDS, PARTS, registry, slug
 from uvit_repro.report.verdicts import (
     NOT_RUN as NEEDS,
