@@ -89,7 +89,7 @@ def test_every_setting_refuses_wrong_values_in_one_short_line(name):
         ({"betas": (0.9,)}, "two numbers"),
         ({"betas": (0.9, 1.0)}, "at most 0.99"),
         ({"ema_rates": ()}, "at least one"),
-        ({"seed": -1}, r"2\*\*31"),
+        ({"seed": -1}, "at least 0"),
         ({"weights": "ema_0.5"}, "ema_0.999"),
         ({"p_uncond": 0.1, "condition": "none"}, "no label to drop"),
         ({"p_uncond": 0.0}, "needs p_uncond > 0"),

@@ -35,11 +35,8 @@ DATASETS = {  # functions of (data section, folder of the data sets)
 }
 
 
-def resolve_name(
-    registry: dict,  # MODELS or DATASETS
-    key: str,  # one of its keys
-):  # the object behind the name
-    "Import what a registry names. Raises `ParameterError` with the known keys."
+def resolve_name(registry: dict, key: str):
+    "Import what MODELS or DATASETS names. Raises `ParameterError` with the known keys."
     if key not in registry:
         raise ParameterError(f"unknown {shown(key)}: known are {settings.listed(registry)}")
     module, _, attr = registry[key].partition(":")
@@ -58,6 +55,7 @@ GUIDANCES = ("constant", "power_cosine")
 FEATURES = ("inception", "resnet20_cifar10", "resnet56_cifar10", "digits_cnn", "none")
 SIZE = {"low": 1, "high": 2**16}
 BELOW = {"low": 0, "high": BELOW_1}
+SEED = {"low": 0, "high": 2**31 - 1}
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ class SamplingConfig(Section):
     cfg_power: float = setting(4.0, "exponent of power_cosine", low=0)
     clip: bool = setting(False, "clip the predicted clean image to [-1, 1]")
     weights: str = setting("ema", "ema (the first rate), ema_RATE, or raw")
-    sample_seed: int = setting(0, "seed of the noise of each sample", low=0, high=2**31 - 1)
+    sample_seed: int = setting(0, "seed of the noise of each sample", **SEED)
     labels: str = setting("uniform", "evenly, or as in training", ("uniform", "frequency"))
     decoder: str = setting("", "autoencoder weights for latents", ("", "original", "ema"))
 
@@ -245,23 +243,11 @@ def check_experiment(exp):
         check_geometry(d.img_size, m.patch_size, m.embed_dim, m.depth, m.num_heads)
 
 
-SECTIONS = {
-    "model": ModelConfig,
-    "data": DataConfig,
-    "diffusion": DiffusionConfig,
-    "train": TrainConfig,
-    "sampling": SamplingConfig,
-    "evaluation": EvalConfig,
-    "execution": ExecConfig,
-}
-PARAMETERS = {f.name: (name, f) for name, cls in SECTIONS.items() for f in fields(cls)}  # flat
-
-
 @dataclass(frozen=True)
-class Experiment:
+class Experiment(Section):
     "Everything that is needed to repeat a number."
 
-    protocol: str = "paper"
+    protocol: str = setting("paper", "smoke, laptop, cpu, gpu or paper")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -269,13 +255,10 @@ class Experiment:
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvalConfig = EvalConfig()
     execution: ExecConfig = ExecConfig()
-    seed: int = 0
+    seed: int = setting(0, "seed of initial weights, data order and noise", **SEED)
 
     def __post_init__(self):
-        object.__setattr__(self, "protocol", settings.coerce("protocol", self.protocol, str))
-        object.__setattr__(self, "seed", settings.coerce("seed", self.seed, int))
-        if not 0 <= self.seed < 2**31:
-            settings.refuse("seed", self.seed, "allowed are 0 .. 2**31 - 1")
+        super().__post_init__()
         for name, section in SECTIONS.items():
             settings.coerce(name, getattr(self, name), section)
         check_experiment(self)
@@ -292,11 +275,12 @@ class Experiment:
         return run_id(self)
 
 
-def with_overrides(
-    exp: Experiment,  # where to start
-    **overrides,  # flat names, and `seed`; None keeps the value
-) -> Experiment:  # a new experiment
-    "Change settings by their flat names. Raises `ParameterError` for an unknown one."
+SECTIONS = {f.name: f.type for f in fields(Experiment) if issubclass(f.type, Section)}
+PARAMETERS = {f.name: (name, f) for name, cls in SECTIONS.items() for f in fields(cls)}  # flat
+
+
+def with_overrides(exp: Experiment, **overrides) -> Experiment:
+    "Change settings by their flat names, and `seed`; None keeps a value."
     sections, seed = {}, overrides.pop("seed", None)
     for name, value in overrides.items():
         if name not in PARAMETERS:
@@ -312,10 +296,8 @@ OLD_NAMES = {"checkpoint_keep": "activation_budget"}
 OLD_VALUES = {"attention": {"matrix": "math"}, "compile": {"False": "off", "True": "on"}}
 
 
-def from_dict(
-    record: dict,  # `to_dict()`, perhaps of an older version
-) -> Experiment:  # checked again
-    "Read the experiment of a record. Raises `ParameterError` for unknown or missing fields."
+def from_dict(record: dict) -> Experiment:
+    "Read what `to_dict` wrote, perhaps long ago. `ParameterError` for unknown or missing fields."
     if not isinstance(record, dict) or not {"protocol", "seed"} <= set(record):
         raise ParameterError("not the record of an experiment: protocol or seed is missing")
     parts = {}
@@ -353,11 +335,11 @@ def parameters_cell() -> str:
     return "\n".join(f"{f'{name}: {kind.__name__} = None':33s}# {doc}" for name, kind, doc in rows)
 
 
-def check_params(
-    names: dict,  # globals() of the notebook; `_names_before` was taken before the parameters cell
-    valid,  # names that may be given
-):
-    "Raise `ParameterError` for a name that papermill put in and nobody reads; once per session."
+def check_params(names: dict, valid):
+    """Raise `ParameterError` for a name that papermill put in and nobody reads; once per session.
+
+    `names` are the notebook's globals; `_names_before` among them precedes the parameters cell.
+    """
     before = names.pop("_names_before", names)
     unknown = sorted(k for k in set(names) - set(before) - set(valid) if k[0] != "_")
     if unknown:
