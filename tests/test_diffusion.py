@@ -59,7 +59,7 @@ def test_the_network_is_told_whole_numbers(name, first):
 def test_ways_back(name):
     p = make_process(DiffusionConfig(process=name, prediction="edm" if name == "edm" else "noise"))
     t = torch.linspace(max(p.t_min, 0.02), p.t_max * 0.98, 31, dtype=torch.float64)
-    assert torch.allclose(p.t_of_lam(p.lam(t)), t, rtol=1e-7) and torch.allclose(
+    assert torch.allclose(p.t_of_half_log_snr(p.half_log_snr(t)), t, rtol=1e-7) and torch.allclose(
         p.t_of_noise(p.c_noise(t)), t, rtol=1e-7
     )
 

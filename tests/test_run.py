@@ -201,10 +201,10 @@ def test_measured_again_when_the_feature_network_arrives(tmp_path, monkeypatch):
     def gone(*a, **k):
         raise FileNotFoundError("weights not found; fetch them with: curl X")
 
-    import uvit_repro.metrics as m
+    from uvit_repro.data.features import FeatureNetwork
 
     with monkeypatch.context() as c:
-        c.setattr(m, "extract", gone)
+        c.setattr(FeatureNetwork, "extract", gone)
         c.setattr(r, "feature_status", lambda n: (False, "curl X"))
         rows = run_experiment(exp, tmp_path, quiet).measurements().set_index("metric")
         assert (

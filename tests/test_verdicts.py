@@ -9,7 +9,8 @@ import pytest
 import scipy.stats
 
 from uvit_repro.config import ParameterError
-from uvit_repro.metrics import FORMULAS, NETWORKS, metric_name
+from uvit_repro.data.features import FEATURE_EXTRACTORS
+from uvit_repro.metrics import METRICS, metric_name
 from uvit_repro.paper.claims import load_claims
 from uvit_repro.paper.numbers import published
 from uvit_repro.report import verdicts as V
@@ -67,7 +68,7 @@ def test_every_claim_has_one_test_and_the_reverse():
 @pytest.mark.parametrize("t", TESTED, ids=lambda t: t["id"])
 def test_overrides_build_experiments_and_metrics_exist(t):
     known = (
-        {metric_name(f, n, p) for f, *_ in FORMULAS for n in NETWORKS for p in (1, 2, 4, 8)}
+        {metric_name(m.name, n, p) for m in METRICS for n in FEATURE_EXTRACTORS for p in (1, 2, 4, 8)}
         | {"heldout_loss"}
         | set(V.tests_file()["other_metrics"])
     )

@@ -218,14 +218,14 @@ def level_times(
             )
         )
     low, high = sorted(
-        2 * float(process.lam(torch.tensor(t, dtype=torch.float64)))
+        2 * float(process.half_log_snr(torch.tensor(t, dtype=torch.float64)))
         for t in (process.t_min, process.t_max)
     )
     if not low <= level <= high:
         raise ParameterError(
             f"level {level:g}: the process has log-SNR {low:.2f} to {high:.2f}"
         )
-    return process.t_of_lam(torch.full((n,), level / 2, dtype=torch.float64))
+    return process.t_of_half_log_snr(torch.full((n,), level / 2, dtype=torch.float64))
 
 
 def level_name(level) -> str:

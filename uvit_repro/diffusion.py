@@ -28,10 +28,10 @@ class Process:
     def sigma(self, t: Tensor) -> Tensor:
         return (-torch.expm1(2 * self.log_alpha(t))).clamp_min(0).sqrt()
 
-    def lam(self, t: Tensor) -> Tensor:
+    def half_log_snr(self, t: Tensor) -> Tensor:
         return self.log_alpha(t) - self.sigma(t).log()
 
-    def t_of_lam(self, lam: Tensor) -> Tensor:
+    def t_of_half_log_snr(self, lam: Tensor) -> Tensor:
         raise NotImplementedError
 
     def sample_t(self, u: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class VP(Process):
     def log_alpha(self, t):
         return -0.5 * (self.b0 * t + 0.5 * (self.b1 - self.b0) * t**2)
 
-    def t_of_lam(self, lam):
+    def t_of_half_log_snr(self, lam):
         s = 2 * (self.b1 - self.b0) * torch.logaddexp(-2 * lam, torch.zeros_like(lam))
         return s / ((self.b0**2 + s).sqrt() + self.b0) / (self.b1 - self.b0)
 
@@ -110,7 +110,7 @@ class Betas(Process):
     def log_alpha(self, t):
         return _interp(t.double(), *self.tables(t.device)).to(t.dtype)
 
-    def t_of_lam(self, lam):
+    def t_of_half_log_snr(self, lam):
         la = -0.5 * torch.logaddexp(
             -2 * lam.double(), torch.zeros_like(lam, dtype=torch.float64)
         )
@@ -166,7 +166,7 @@ class Cosine(Process):
             math.cos(self.s / (1 + self.s) * math.pi / 2)
         )
 
-    def t_of_lam(self, lam):
+    def t_of_half_log_snr(self, lam):
         la = -0.5 * torch.logaddexp(-2 * lam, torch.zeros_like(lam)) + math.log(
             math.cos(self.s / (1 + self.s) * math.pi / 2)
         )
@@ -199,7 +199,7 @@ class EDM(Process):
     def sigma(self, t):
         return t
 
-    def t_of_lam(self, lam):
+    def t_of_half_log_snr(self, lam):
         return (-lam).exp()
 
     def sample_t(self, u):

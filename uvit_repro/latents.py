@@ -1273,7 +1273,7 @@ def guidance_sweep(
     say=print,
 ):  # DataFrame of `remeasure`, with `spread` over that of the held-out images
     "Fidelity against variety over the scale of guidance."
-    from uvit_repro.metrics import extract
+    from uvit_repro.data.features import extract
     from uvit_repro.runs.run import read_samples
 
     table = remeasure(

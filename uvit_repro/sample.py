@@ -463,8 +463,8 @@ def log_snr_times(
         raise ParameterError(
             f"t_start = {ends[0]}, t_end = {ends[1]}: needs 0 < t_end < t_start <= {process.t_max}"
         )
-    lo, hi = process.lam(torch.tensor(ends, dtype=torch.float64)).tolist()
-    t = process.t_of_lam(torch.linspace(lo, hi, n, dtype=torch.float64))
+    lo, hi = process.half_log_snr(torch.tensor(ends, dtype=torch.float64)).tolist()
+    t = process.t_of_half_log_snr(torch.linspace(lo, hi, n, dtype=torch.float64))
     t[0] = ends[0]
     if n > 1:
         t[-1] = ends[1]
@@ -484,9 +484,9 @@ def fast_times(
     edges = log_snr_times(process, len(orders) + 1, None, t_end)
     if spacing == "time":
         return torch.linspace(process.t_max, t_end, nfe + 1, dtype=torch.float64)
-    lam = process.lam(edges).tolist()
+    lam = process.half_log_snr(edges).tolist()
     inner = [
-        process.t_of_lam(torch.linspace(a, b, k + 1, dtype=torch.float64))[1:-1]
+        process.t_of_half_log_snr(torch.linspace(a, b, k + 1, dtype=torch.float64))[1:-1]
         for a, b, k in zip(lam, lam[1:], orders)
     ]
     return torch.cat(
@@ -505,7 +505,7 @@ def fast_plan(
     "Every coefficient of DPM-Solver fast, as floats."
     lam, al, sg = (
         v.tolist()
-        for v in (process.lam(times), process.alpha(times), process.sigma(times))
+        for v in (process.half_log_snr(times), process.alpha(times), process.sigma(times))
     )
     (a, b, sign), t, plan, s = (
         ((sg, al, -1) if pp else (al, sg, 1)),

@@ -42,7 +42,7 @@ from uvit_repro.config import (
 from uvit_repro.data.files import write_atomic, write_json
 from uvit_repro.data.images import Batches, Data, load_folder, save_png
 from uvit_repro.diffusion import Diffusion
-from uvit_repro.metrics import build_network, extract, feature_status, network
+from uvit_repro.data.features import build_extractor, extract, feature_extractor, feature_status
 from uvit_repro.runs.counting import macs_of, training_flops
 from uvit_repro.runs.devices import pick_device
 from uvit_repro.runs.execution import (
@@ -1249,7 +1249,7 @@ def measure_sample(
 
 def random_features(name: str, x, device):
     "Features from the same network with random weights, for where its file is not."
-    net = build_network(name).to(device).eval()
+    net = build_extractor(name).to(device).eval()
 
     @torch.inference_mode()
     def run():
@@ -1262,7 +1262,7 @@ def measure_features(s, device) -> tuple:
     "Images per second of the feature networks, through `metrics.extract` where the weights are there."
     rows, fns, g = [], {}, torch.Generator().manual_seed(0)
     for name in ("digits_cnn",) if s.quick else ("digits_cnn", "resnet20_cifar10", "inception"):
-        net, (ok, message) = network(name), feature_status(name)
+        net, (ok, message) = feature_extractor(name), feature_status(name)
         size = net.size or 32
         n = 64 if s.quick else 5000 if device.type == "cuda" else 16 if name == "inception" else 500
         more = {

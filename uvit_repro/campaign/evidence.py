@@ -446,10 +446,10 @@ def repetitions(
 
 def border_ratio(images, real, patch_size: int) -> float:
     "Roughness across patch borders over that inside, of samples over real images. NaN where patches have no border, or no inside."
-    from uvit_repro.metrics import border_energy
+    from uvit_repro.metrics import patch_seam_energy
 
     try:
-        (a, b), (c, d) = border_energy(images, patch_size), border_energy(real, patch_size)
+        (a, b), (c, d) = (patch_seam_energy(x, patch_size) for x in (images, real))
     except ValueError:
         return math.nan
     return float(a / b / (c / d))
@@ -1077,7 +1077,7 @@ def ready(protocol: str, entries: list):
         raise ParameterError(
             "no commit is known here, and a record without one is no evidence: give --commit $(git rev-parse HEAD), taken where the checkout is"
         )
-    from uvit_repro.metrics import feature_status
+    from uvit_repro.data.features import feature_status
 
     if not (f := feature_status(entry_experiment(entries[0]).evaluation.features))[0]:
         raise ParameterError(f[1])

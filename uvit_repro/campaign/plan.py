@@ -41,13 +41,14 @@ from uvit_repro.config import (
     with_overrides,
 )
 from uvit_repro.config.durations import format_duration
+from uvit_repro.data.features import FEATURE_EXTRACTORS, feature_status
 from uvit_repro.data.files import sha256_file, write_atomic, write_json
-from uvit_repro.metrics import NETWORKS, feature_status, recompute
+from uvit_repro.metrics import recompute
 from uvit_repro.paper.claims import queued_experiments
 from uvit_repro.paper.numbers import as_table5
 from uvit_repro.paper.registry import KINDS, registry, select
 from uvit_repro.runs.devices import pick_device
-from uvit_repro.runs.records import SEAL, load_runs, published_root, runs_root
+from uvit_repro.runs.records import SEAL, current_metric_name, load_runs, published_root, runs_root
 from uvit_repro.runs.run import (
     cached_certificate,
     chapter_parameters,
@@ -1649,12 +1650,12 @@ def verify_measurements(rows: list, folder: Path, expected: dict):
     for r in table:
         eid, m = r["eval_id"], r["metric"]
         place = f"{at}, {eid}"
-        seen.add((eid, m))
+        seen.add((eid, current_metric_name(m)))
         if eid not in expected:
             check(rows, m, place, "in the ledger", "no such evaluation in run.json")
             continue
         x, step, n = expected[eid]
-        value = given[eid].get(m, "not in the statistics")
+        value = given[eid].get(current_metric_name(m), "not in the statistics")
         check(
             rows,
             m,
@@ -1878,7 +1879,7 @@ def doctor(
             continue
         there, detail, cure = data_status(name)
         found(f"data {name}", "ok" if there else "missing", detail, cure)
-    for name in NETWORKS:
+    for name in FEATURE_EXTRACTORS:
         there, message = feature_status(name)
         text = message.partition(": ")[2]
         found(

@@ -1041,7 +1041,7 @@ MEASURES = (
     "class_entropy",
     "nn_train_median",
     "nn_heldout_median",
-    "copies",
+    "nn_close",
 )
 
 
@@ -1180,7 +1180,7 @@ def toy_frame(ev: Evidence, dataset: str):
                         **{
                             m: float(v)
                             for m, v in known.items()
-                            if not m.startswith(("nn_", "copies", "border"))
+                            if not m.startswith(("nn_", "memorized", "patch_seam"))
                         },
                         run=r["folder"].name,
                     )

@@ -355,8 +355,8 @@ def metric_of(
     return (
         main_metric(exp)
         if name == "main"
-        else f"border_energy_p{exp.model.patch_size}"
-        if name == "border_energy"
+        else f"patch_seam_energy_p{exp.model.patch_size}"
+        if name == "patch_seam_energy"
         else name
     )
 

@@ -117,6 +117,20 @@ COLUMNS = [
 ]
 
 
+# Names of the first edition, as published measurements.csv files have them.
+RENAMED_METRICS = {"copies": "nn_close", "border_energy": "patch_seam_energy"}
+
+
+def current_metric_name(
+    name: str,  # as a measurements.csv has it
+) -> str:
+    "Today's name of a metric: `border_energy_p2` is `patch_seam_energy_p2`."
+    for old, new in RENAMED_METRICS.items():
+        if name == old or name.startswith(f"{old}_p"):
+            return new + name.removeprefix(old)
+    return name
+
+
 def record(
     folder: Path,  # the run's folder
     exp: Experiment,  # as run, with the sampling and evaluation of these measurements
@@ -175,7 +189,7 @@ def record(
     path, old = folder / "measurements.csv", []
     if path.exists():
         with open(path, newline="") as f:
-            old = list(csv.DictReader(f))
+            old = [r | {"metric": current_metric_name(r["metric"])} for r in csv.DictReader(f)]
     key = lambda r: (r["run_id"], r["eval_id"], r["metric"])
     fresh = {key(r) for r in new}
 
@@ -213,11 +227,10 @@ def load_results(
                 warnings.warn(
                     f"{p} can't be read ({type(e).__name__}); it is left out of the tables"
                 )
-    return (
-        pd.concat(frames, ignore_index=True)
-        if frames
-        else pd.DataFrame(columns=COLUMNS + ["origin", "folder"])
-    )
+    if not frames:
+        return pd.DataFrame(columns=COLUMNS + ["origin", "folder"])
+    table = pd.concat(frames, ignore_index=True)
+    return table.assign(metric=table.metric.map(current_metric_name))
 
 
 def load_run(

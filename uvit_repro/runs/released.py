@@ -38,9 +38,10 @@ from uvit_repro.data.files import (
     sweep_unfinished,
     write_json,
 )
+from uvit_repro.data.features import feature_status
 from uvit_repro.data.images import Data, open_data, summary
+from uvit_repro.data.references import read_reference
 from uvit_repro.diffusion import Diffusion
-from uvit_repro.metrics import feature_status, read_reference
 from uvit_repro.runs.devices import join_processes, pick_device
 from uvit_repro.runs.records import conditions, runs_root
 from uvit_repro.runs.run import (

@@ -42,9 +42,10 @@ from uvit_repro.data.files import (
     write_atomic,
     write_json,
 )
+from uvit_repro.data.features import feature_status
 from uvit_repro.data.images import Data, image_grid, open_data, save_png, summary, to_uint8
 from uvit_repro.diffusion import Diffusion
-from uvit_repro.metrics import feature_status, heldout_loss, measure_images, nearest_training
+from uvit_repro.metrics import MeasureOptions, heldout_loss, measure_images, nearest_training
 from uvit_repro.runs.devices import DistributedContext, join_processes, pick_device
 from uvit_repro.runs.execution import (
     AUTOCAST,
@@ -369,12 +370,14 @@ def measure_samples(
         images,
         labels,
         data,
-        net,
-        pick_device(exp.execution.device),
-        project_root() / "results" / "cache",
-        None if data.decode else exp.model.patch_size,
-        exp.data.flip,
-        reference=exp.execution.reference or None,
+        MeasureOptions(
+            net,
+            pick_device(exp.execution.device),
+            project_root() / "results" / "cache",
+            None if data.decode else exp.model.patch_size,
+            exp.data.flip,
+            exp.execution.reference or None,
+        ),
         extra=data.judge(images) if data.judge else None,
     )
     write_atomic(folder / "stats" / f"{eid}.npz", lambda p: np.savez_compressed(p, **stats))
@@ -419,15 +422,17 @@ def measure_loss(
         pick = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))[
             :n
         ]  # the same images for every run on these data
-        labels = data.test_labels[pick] if exp.model.condition == "class" else None
-        context = data.texts.test(pick).float() if exp.model.condition == "text" else None
+        cond = {}
+        if exp.model.condition == "class":
+            cond["y"] = data.test_labels[pick]
+        if exp.model.condition == "text":
+            cond["context"] = data.texts.test(pick).float()
         r = heldout_loss(
             net,
             diffusion,
             held[pick],
-            labels,
+            cond,
             exp.evaluation.loss_levels,
-            context=context,
             device=device,
             autocast=AUTOCAST[exp.train.precision],
             part=(team.rank, team.size),

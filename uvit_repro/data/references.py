@@ -1,0 +1,299 @@
+"""Real images as a reference: statistics and features of a data set or of a reference file, cached."""
+
+import hashlib
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uvit_repro.config import ParameterError, digest, key_seed
+from uvit_repro.data.features import (
+    NO_FEATURES,
+    SPATIAL_LAYER,
+    FeatureNetwork,
+    feature_extractor,
+)
+from uvit_repro.data.files import sha256_file, write_atomic
+
+MOST = 10_000  # images whose features are kept, for kernel distance, precision and recall
+PART = 50_000  # images whose features are held at a time while a whole split is read
+
+
+def require_samples(
+    n: int,  # images
+    dim: int,  # features of the network
+    name: str,  # what was to be computed, for the message
+):
+    "Refuse a covariance that cannot have full rank."
+    if n <= dim:
+        raise ValueError(
+            f"{name}: {n} images for {dim} features; "
+            f"a Frechet distance needs at least {dim + 1} images"
+        )
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    "Number, mean and covariance of features, all that a Frechet distance needs; float64."
+
+    n: int  # 0: not stated, as in the released reference files
+    mean: np.ndarray  # (F,)
+    cov: np.ndarray  # (F, F), divided by n - 1
+
+    @classmethod
+    def of(cls, features: Tensor, name="features") -> "FeatureStatistics":
+        require_samples(*features.shape, name)
+        x = features.double().cpu().numpy()
+        return cls(len(x), x.mean(0), np.cov(x, rowvar=False))
+
+    @classmethod
+    def merge(cls, parts: list) -> "FeatureStatistics":
+        "Statistics of all images, from those of their parts."
+        if len(parts) == 1:
+            return parts[0]
+        n = sum(p.n for p in parts)
+        mean = sum(p.n * p.mean for p in parts) / n
+        within = sum((p.n - 1) * p.cov for p in parts)
+        between = sum(p.n * np.outer(p.mean - mean, p.mean - mean) for p in parts)
+        return cls(n, mean, (within + between) / (n - 1))
+
+    @classmethod
+    def read(cls, arrays: dict, who: str) -> "FeatureStatistics":
+        "The statistics that `named` stored."
+        return cls(int(arrays[f"{who}_n"]), arrays[f"{who}_mean"], arrays[f"{who}_cov"])
+
+    def named(self, who: str) -> dict:  # arrays by name
+        "As arrays for a file of statistics."
+        arrays = {"n": np.int64(self.n), "mean": self.mean, "cov": self.cov}
+        arrays["sha256"] = np.array(self.sha256)
+        return {f"{who}_{name}": v for name, v in arrays.items()}
+
+    @property
+    def sha256(self) -> str:
+        arrays = (np.int64(self.n), self.mean, self.cov)
+        return hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in arrays)).hexdigest()
+
+
+def subset(
+    n: int,  # how many there are
+    most: int,  # how many are wanted at most
+    *key,  # what for
+) -> Tensor:  # increasing indices, the same for the same arguments
+    "A fixed random choice, for metrics that cannot afford all images."
+    if n <= most:
+        return torch.arange(n)
+    g = torch.Generator().manual_seed(key_seed("subset", n, most, *key))
+    return torch.randperm(n, generator=g)[:most].sort().values
+
+
+def cached(
+    cache_dir,  # folder, or None: no file
+    key: tuple,  # everything the arrays depend on
+    compute,  # () -> dict of arrays
+) -> dict:  # arrays
+    "Arrays from a file that is whole, else computed and written."
+    if cache_dir is None:
+        return compute()
+    path = Path(cache_dir) / f"{key[0]}-{digest(key, 16)}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as z:  # every member carries a CRC
+            return {k: z[k] for k in z.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        pass  # absent, truncated, or another file of this name: compute it
+    arrays = compute()
+    write_atomic(path, lambda p: np.savez(p, **arrays))
+    return arrays
+
+
+def split_size(
+    data,  # `uvit_repro.data.images.Data`
+    split: str,  # train | test
+) -> int:  # its images
+    "How many images a split has. Raises `ValueError` where there are none, or no pixels of them."
+    images, n = getattr(data, f"{split}_images"), len(getattr(data, f"{split}_labels"))
+    which = "held-out" if split == "test" else "training"
+    if n == 0:
+        raise ValueError(f"the data have no {which} images; open them with holdout > 0")
+    streamed = images is None and split == "train" and data.stream is not None
+    if not streamed and (images is None or len(images) == 0):
+        cure = "; reference=PATH gives their statistics" if split == "train" else ""
+        raise ValueError(f"the pixels of the {which} images are not available{cure}")
+    return n
+
+
+def take_images(data, split: str, index: Tensor) -> Tensor:  # uint8, (N, C, H, W)
+    "Some images of a split, from memory or from the files of a streamed set."
+    split_size(data, split)
+    images = getattr(data, f"{split}_images")
+    if images is not None:
+        return images[index]
+    out = torch.empty(len(index), *data.shape, dtype=torch.uint8)
+    for j, i in enumerate(index.tolist()):
+        out[j] = data.stream[i][0]
+    return out
+
+
+@dataclass(frozen=True)
+class ReferenceFile:
+    "Statistics of real images from a file, in the form of guided-diffusion's reference batches."
+
+    path: Path
+    sha256: str  # of the file
+    features: FeatureStatistics  # pooled features
+    spatial: FeatureStatistics | None  # spatial features, where the file has them
+    images: bool  # whether the file has images (`arr_0`)
+
+
+def _moments(z, mu: str, sigma: str, dim: int, what: str) -> FeatureStatistics:
+    "A checked mean and covariance of an open npz file."
+    if missing := [k for k in (mu, sigma) if k not in z.files]:
+        raise ParameterError(f"{what} has no {' and no '.join(missing)}, only {', '.join(z.files)}")
+    m, c = z[mu], z[sigma]
+    if {m.dtype.kind, c.dtype.kind} != {"f"} or (m.shape, c.shape) != ((dim,), (dim, dim)):
+        raise ParameterError(
+            f"{what}: {mu} is {m.dtype} {m.shape} and {sigma} {c.dtype} {c.shape}; "
+            f"expected floats of shapes ({dim},) and ({dim}, {dim})"
+        )
+    m, c = m.astype(np.float64), c.astype(np.float64)
+    if not (np.isfinite(m).all() and np.isfinite(c).all()):
+        raise ParameterError(f"{what}: {mu} or {sigma} has values that are not finite")
+    if np.abs(c - c.T).max() > 1e-5 * np.abs(c).max() or np.diag(c).min() < 0:
+        raise ParameterError(
+            f"{what}: {sigma} is not a covariance: not symmetric, or with a negative variance"
+        )
+    return FeatureStatistics(int(z["n"]) if "n" in z.files else 0, m, c)
+
+
+def read_reference(
+    path,  # npz file with mu, sigma, perhaps mu_s, sigma_s, arr_0
+    features: str,  # a key of FEATURE_EXTRACTORS, whose features they are of
+) -> ReferenceFile:
+    "Checked reference statistics. Raises `FileNotFoundError` or `ParameterError`."
+    path, spec = Path(path).expanduser(), feature_extractor(features)
+    what = f"reference statistics {path}"
+    if spec is NO_FEATURES:
+        raise ParameterError(
+            f"reference = {str(path)!r} with features = none: name the network it was made with"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{what}: no such file; fetch it, or save mu and sigma of the reference images' "
+            f"{features} features under this name with numpy.savez"
+        )
+    try:
+        with np.load(path, allow_pickle=False) as z:
+            made = str(z["network"]) if "network" in z.files else features
+            if made != features:
+                raise ParameterError(f"{what} are of {made}'s features, not of {features}'s")
+            pooled = _moments(z, "mu", "sigma", spec.dim, what)
+            spatial = None
+            if spec.spatial and "mu_s" in z.files:
+                spatial = _moments(z, "mu_s", "sigma_s", spec.spatial, what)
+                if (spatial.mean < 0).any() or str(z.get("spatial_layer", "relu")) != "relu":
+                    spatial = None  # of the same convolution before its ReLU: another layer
+            images = "arr_0" in z.files
+    except ParameterError:
+        raise
+    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as e:
+        raise ParameterError(f"{what} can't be read as npz: {type(e).__name__}: {e}") from None
+    return ReferenceFile(path, sha256_file(path), pooled, spatial, images)
+
+
+class RealImages:
+    "Statistics and features of a data set's images; a file can stand in for the training images."
+
+    def __init__(
+        self,
+        data,  # `uvit_repro.data.images.Data`
+        network: FeatureNetwork,  # whose features they are
+        cache_dir=None,  # folder of kept statistics and features, or None
+        reference: ReferenceFile = None,  # in place of the training images
+    ):
+        self.data, self.network, self.cache_dir = data, network, cache_dir
+        self.reference, self._statistics = reference, {}
+
+    def _key(self, kind: str, split: str, *more) -> tuple:
+        "What cached arrays depend on; users' files are read at a size that their checksum lacks."
+        data, n = self.data, split_size(self.data, split)
+        size = tuple(data.shape) if data.name in ("folder", "latents") else ()
+        network = (self.network.name, self.network.spec.sha256)
+        return (kind, data.sha256, *size, split, n, *more, *network)
+
+    def _extract(self, split: str, index: Tensor) -> dict:
+        "Features of some images of a split, with at most a gigabyte of pixels in memory."
+        rows = max(64, min(10_000, 2**30 // int(np.prod(self.data.shape))))
+        out = [self.network.extract(take_images(self.data, split, i)) for i in index.split(rows)]
+        return {kind: torch.cat([o[kind] for o in out]) for kind in out[0]}
+
+    def _whole_split(self, split: str) -> dict:  # kind -> FeatureStatistics
+        "Statistics of a whole split, all kinds of features from one pass."
+        n, parts = split_size(self.data, split), {}
+        kinds = ("features", "spatial") if self.network.spec.spatial else ("features",)
+        for i in torch.arange(n).tensor_split(-(-n // PART)):
+            out = self._extract(split, i)
+            for kind in kinds:
+                parts.setdefault(kind, []).append(FeatureStatistics.of(out[kind]))
+        return {kind: FeatureStatistics.merge(p) for kind, p in parts.items()}
+
+    def statistics(
+        self,
+        split: str,  # train | test
+        kind="features",  # features | spatial
+    ) -> FeatureStatistics:
+        "Mean and covariance of the features of a whole split, or of the reference file."
+        if split == "train" and self.reference:
+            if getattr(self.reference, kind) is None:
+                raise ValueError(
+                    f"reference statistics {self.reference.path} have no mu_s and sigma_s of "
+                    f"Inception's {SPATIAL_LAYER} behind its ReLU"
+                )
+            return getattr(self.reference, kind)
+        n, name = split_size(self.data, split), self.network.name
+        require_samples(n, self.network.spec.dim, f"{name} statistics of the {split} images")
+
+        def compute():
+            if split not in self._statistics:
+                self._statistics[split] = self._whole_split(split)
+            s = self._statistics[split][kind]
+            return {"n": np.int64(s.n), "mean": s.mean, "cov": s.cov}
+
+        key = self._key("stats", split)
+        if kind == "spatial":
+            key += (kind, SPATIAL_LAYER)
+        d = cached(self.cache_dir, key, compute)
+        return FeatureStatistics(int(d["n"]), d["mean"], d["cov"])
+
+    def features(self, split: str) -> Tensor:  # (N, F), N at most MOST
+        "Features of a fixed choice of images of a split, or of those in the reference file."
+        if split == "train" and self.reference and self.reference.images:
+            shape = tuple(self.data.shape)
+            network = (self.network.name, self.network.spec.sha256)
+            key = ("features", self.reference.sha256, "reference", MOST, shape, *network)
+            compute = self._extract_reference
+        else:
+            n, key = split_size(self.data, split), self._key("features", split, MOST)
+
+            def compute():
+                return self._extract(split, subset(n, MOST, split))
+
+        keep = lambda: {"features": compute()["features"].numpy()}  # noqa: E731
+        return torch.from_numpy(cached(self.cache_dir, key, keep)["features"])
+
+    def _extract_reference(self) -> dict:
+        c, h, w = self.data.shape
+        with np.load(self.reference.path, allow_pickle=False) as z:
+            x = z["arr_0"]
+        if x.dtype != np.uint8 or x.shape[1:] != (h, w, c):
+            raise ValueError(
+                f"reference statistics {self.reference.path}: arr_0 is {x.dtype} {x.shape}; "
+                f"expected uint8 (N, {h}, {w}, {c})"
+            )
+        pick = subset(len(x), MOST, "reference")
+        return self.network.extract(torch.from_numpy(x).permute(0, 3, 1, 2)[pick])
+
+    def pixels(self, split: str, most: int) -> Tensor:  # uint8, (N, C, H, W)
+        "A fixed choice of images of a split."
+        return take_images(self.data, split, subset(split_size(self.data, split), most, "nn"))
