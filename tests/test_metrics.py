@@ -28,7 +28,7 @@ from uvit_repro.data.features import (
     full_float32,
     read_weights,
 )
-from uvit_repro.data.images import load_digits
+from uvit_repro.data.digits import load_digits
 from uvit_repro.data.references import FeatureStatistics, RealImages, read_reference
 from uvit_repro.diffusion import Diffusion
 from uvit_repro.metrics import (

@@ -334,7 +334,7 @@ def test_contexts_of_a_text_model(tmp_path):
 
 
 def test_contexts_from_a_store_of_texts(tmp_path):
-    from uvit_repro import text
+    from uvit_repro.data.coco import Texts, encode_texts
 
     class Encoder:
         length, width, sha256, name = 77, 768, "ee", "made"
@@ -342,15 +342,8 @@ def test_contexts_from_a_store_of_texts(tmp_path):
         def encode(self, texts):
             return torch.stack([torch.full((77, 768), float(len(t))) for t in texts])
 
-    text.encode_texts(
-        ["", "a", "bb", "ccc"],
-        Encoder(),
-        tmp_path / "store",
-        {"counts": [1], "prompts": 2},
-        batch=2,
-        shard_rows=2,
-        say=lambda s: None,
-    )
+    made = Texts([["a"]], ["bb", "ccc"])
+    encode_texts(tmp_path / "store", made, Encoder(), batch=2, shard_rows=2)
     texts, sha = R.open_contexts(tmp_path / "store")
     assert (
         texts.null.abs().max() == 0

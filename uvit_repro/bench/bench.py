@@ -40,7 +40,8 @@ from uvit_repro.config import (
     preset,
 )
 from uvit_repro.data.files import write_atomic, write_json
-from uvit_repro.data.images import Batches, Data, load_folder, save_png
+from uvit_repro.data.folders import load_folder
+from uvit_repro.data.images import Batches, Data, save_png
 from uvit_repro.diffusion import Diffusion
 from uvit_repro.data.features import build_extractor, extract, feature_extractor, feature_status
 from uvit_repro.runs.counting import macs_of, training_flops

@@ -368,7 +368,7 @@ def plan_table(
 def measure_more(run, n: int, variations: list, say, ref: str) -> str:
     "Measure a trained network with other sampling (chapter 07's `remeasure`); in words."
     from uvit_repro.config import main_metric
-    from uvit_repro.latents import remeasure
+    from uvit_repro.runs.remeasure import remeasure
 
     t, m = (
         remeasure(run, n, variations, say, chapter="13c_evidence", paper_ref=ref),

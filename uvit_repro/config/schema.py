@@ -20,18 +20,18 @@ MODELS = {  # functions of (model, data, p_uncond, use_checkpoint, activation_bu
     "DiffiT-image": "uvit_repro.diffit:image_from_config",
 }
 DATASETS = {  # functions of (data section, folder of the data sets)
-    "digits": "uvit_repro.data.images:load_digits",
-    "cifar10": "uvit_repro.data.images:load_cifar10",
-    "celeba64": "uvit_repro.data.imagesets:load_celeba64",
-    "imagenet64": "uvit_repro.data.imagesets:load_imagenet64",
-    "imagenet256": "uvit_repro.latents:load_imagenet256",
-    "imagenet512": "uvit_repro.latents:load_imagenet512",
-    "mscoco256": "uvit_repro.text:load_mscoco256",
-    "digits_latents": "uvit_repro.latents:load_digits_latents",
-    "shapes": "uvit_repro.text:load_shapes",
-    "latents": "uvit_repro.latents:load_latents",
-    "folder": "uvit_repro.data.images:load_folder",
-    "npz": "uvit_repro.data.images:load_npz",
+    "digits": "uvit_repro.data.digits:load_digits",
+    "cifar10": "uvit_repro.data.cifar10:load_cifar10",
+    "celeba64": "uvit_repro.data.folders:load_celeba64",
+    "imagenet64": "uvit_repro.data.folders:load_imagenet64",
+    "imagenet256": "uvit_repro.data.latent_sets:load_imagenet256",
+    "imagenet512": "uvit_repro.data.latent_sets:load_imagenet512",
+    "mscoco256": "uvit_repro.data.coco:load_mscoco256",
+    "digits_latents": "uvit_repro.data.digits:load_digits_latents",
+    "shapes": "uvit_repro.data.shapes:load_shapes",
+    "latents": "uvit_repro.data.latent_sets:load_latents",
+    "folder": "uvit_repro.data.folders:load_folder",
+    "npz": "uvit_repro.data.npz:load_npz",
 }
 
 

@@ -30,6 +30,7 @@ from uvit_repro.config import (
 from uvit_repro.config import (
     data_root as data_folder,
 )
+from uvit_repro.data.coco import TextStore
 from uvit_repro.data.files import (
     CheckpointError,
     load_tensors,
@@ -255,21 +256,13 @@ class Contexts:
         return self
 
 
-TEXTS = {
-    "store": "uvit_repro.text:TextStore",
-    "texts": "uvit_repro.text:StoredTexts",
-}  # chapter 08, resolved when used
-
-
 def open_contexts(
     path,  # a file of safetensors, or a folder of chapter 08
 ) -> tuple:  # (object with `prompts` and `null`, sum)
     "Encoded prompts and the sum of what they are read from."
     if not Path(path).is_dir():
         return Contexts(path), sha256_file(Path(path))
-    return resolve_name(TEXTS, "texts")(resolve_name(TEXTS, "store")(path)), sha256_file(
-        Path(path) / "index.json"
-    )  # the index has the sums of all files
+    return TextStore(path), sha256_file(Path(path) / "index.json")  # which has the sums of all files
 
 
 def class_counts(
@@ -277,7 +270,7 @@ def class_counts(
     root,  # an experiment with classes, the folder of the data sets
 ) -> np.ndarray:  # training images of each class, or None where they can't be counted
     "How often each class of ImageNet occurs in training; the images are listed, not read."
-    from uvit_repro.data.imagesets import imagenet_files, imagenet_folder
+    from uvit_repro.data.folders import imagenet_files, imagenet_folder
 
     try:
         files, names, _ = imagenet_files(imagenet_folder(root), exp.data.num_classes)
@@ -328,7 +321,7 @@ def released_settings(
 
 
 AUTOENCODER = {
-    "autoencoder": "uvit_repro.latents:load_autoencoder"
+    "autoencoder": "uvit_repro.data.autoencoder:load_autoencoder"
 }  # chapter 07, resolved when used: (name or path, folder of the data sets, device) -> .decode, .sha256
 
 

@@ -1,0 +1,187 @@
+"""Autoencoders between pixels and latents: found, loaded without unpickling, run."""
+
+from importlib import resources
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from uvit_repro.config import ParameterError
+from uvit_repro.data.fetch import AUTOENCODERS, RELEASED_AUTOENCODERS, how_to_get
+from uvit_repro.data.files import load_tensors, weights_sum
+from uvit_repro.data.images import to_model, to_uint8
+
+STABLE_DIFFUSION = {  # arguments of diffusers.AutoencoderKL
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+DIGITS_VAE = {
+    "in_channels": 1,
+    "out_channels": 1,
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+    "sample_size": 16,
+    "mid_block_add_attention": False,
+}
+
+
+class Autoencoder:
+    "`diffusers.AutoencoderKL` behind two calls: pixels to moments, latents to pixels (Section 3.2)."
+
+    def __init__(
+        self,
+        vae,  # diffusers.AutoencoderKL
+        name: str = "",  # how it is found again: original, ema, digits or a path
+        device="cpu",  # where it computes
+    ):
+        self.vae = vae.eval().requires_grad_(False).to(device)
+        self.name, self.device = name, torch.device(device)
+        self.image_chans, self.latent_chans = vae.config.in_channels, vae.config.latent_channels
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        state = vae.state_dict()
+        self.sha256 = weights_sum(state)
+        self.encoder_sha256 = weights_sum(state, ("encoder.", "quant_conv."))
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        images: Tensor,  # uint8 (B, C, H, W), sides multiples of `factor`
+    ) -> Tensor:  # float32 (B, 2c, h, w): mean, then log-variance
+        "The moments of images."
+        if (
+            images.dtype != torch.uint8
+            or images.dim() != 4
+            or images.shape[1] != self.image_chans
+            or any(side % self.factor for side in images.shape[2:])
+        ):
+            raise ParameterError(
+                f"images {images.dtype} {tuple(images.shape)}: this autoencoder takes uint8 "
+                f"(B, {self.image_chans}, H, W), H and W multiples of {self.factor}"
+            )
+        x = to_model(images.to(self.device, non_blocking=True))
+        return self.vae.encode(x).latent_dist.parameters.float()
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        latents: Tensor,  # (B, c, h, w), on the autoencoder's own scale
+    ) -> Tensor:  # uint8 (B, C, H, W), on the same device
+        "The pixels of latents, a few at a time: a decoder needs much memory."
+        few = max(1, 2**20 // (latents.shape[-2] * latents.shape[-1] * self.factor**2))
+        parts = [self.vae.decode(z.to(self.device).float()).sample for z in latents.split(few)]
+        return torch.cat([to_uint8(x) for x in parts]).to(latents.device)
+
+    def shape(self, side: int) -> tuple:
+        "Shape of the moments of a square image."
+        return 2 * self.latent_chans, side // self.factor, side // self.factor
+
+
+def from_released(
+    state: dict,  # as in autoencoder_kl.pth, or a whole Stable Diffusion checkpoint
+    config: dict = STABLE_DIFFUSION,  # sizes
+):  # diffusers.AutoencoderKL
+    "Convert the released code's autoencoder. Raises `ParameterError` when the tensors are not one."
+    from diffusers import AutoencoderKL
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+    state = state.get("state_dict", state)
+    state = {k.removeprefix("first_stage_model."): v for k, v in state.items()}
+    state = {k: v for k, v in state.items() if k.startswith(parts)}
+    vae = AutoencoderKL(**config)
+    try:
+        vae.load_state_dict(convert_ldm_vae_checkpoint(state, vae.config))
+    except (KeyError, RuntimeError) as e:
+        why = str(e).splitlines()[-1].strip()
+        raise ParameterError(f"these tensors are not the released autoencoder: {why}") from None
+    return vae
+
+
+def find_autoencoder(
+    name: str,  # original | ema | a folder under autoencoders/ | a path
+    root,  # the folder of the data sets
+) -> Path:  # a folder with config.json, or a file
+    "Where an autoencoder's weights are, or `FileNotFoundError` with the command that fetches them."
+    base, public = Path(root) / "autoencoders", name in AUTOENCODERS
+    folder = AUTOENCODERS[name][0] if public else name
+    file = RELEASED_AUTOENCODERS.get(name, name)
+    places = [base / folder, base / file, Path(root) / "stable-diffusion" / file]
+    if not public:
+        places.append(Path(name).expanduser().absolute())
+    for p in places:
+        if p.is_file():
+            return p
+        for q in (p, p / "vae"):
+            if (q / "config.json").is_file():
+                return q
+    known = f"Known names are {', '.join(AUTOENCODERS)}; a folder needs config.json (diffusers)"
+    how = known
+    if public:
+        how = f"{how_to_get(name, root)}\nor put the released code's {file} into {base}"
+    looked = ", ".join(map(str, places))
+    raise FileNotFoundError(f"autoencoder {name!r}: looked for {looked}. {how}")
+
+
+def load_autoencoder(
+    name: str,  # as for `find_autoencoder`, or digits
+    root,  # the folder of the data sets
+    device="cpu",  # where it computes
+) -> Autoencoder:
+    "An autoencoder by name or by path; nothing is downloaded, nothing is unpickled."
+    from diffusers import AutoencoderKL
+
+    if name == "digits":
+        return digits_autoencoder(device)
+    path = find_autoencoder(name, root)
+    shown = name if name in AUTOENCODERS else str(path)
+    if path.is_file():
+        return Autoencoder(from_released(load_tensors(path)), shown, device)
+    exact = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+    try:
+        vae = AutoencoderKL.from_pretrained(
+            path, local_files_only=True, use_safetensors=True, **exact
+        )
+    except Exception as e:
+        why = (str(e) or type(e).__name__).splitlines()[0][:200]
+        raise ValueError(
+            f"{path} can't be used as an autoencoder: {why}. Fetch it or make it again"
+        ) from None
+    return Autoencoder(vae, shown, device)
+
+
+def digits_autoencoder(device="cpu") -> Autoencoder:
+    "The autoencoder of 16x16 digits with its shipped weights."
+    from diffusers import AutoencoderKL
+    from safetensors.torch import load
+
+    file = resources.files("uvit_repro.data") / "weights" / "digits_autoencoder.safetensors"
+    vae = AutoencoderKL(**DIGITS_VAE)
+    vae.load_state_dict(load(file.read_bytes()))
+    return Autoencoder(vae, "digits", device)
+
+
+def enlarge(
+    images: Tensor,  # uint8, (B, C, H, W)
+    times=16,  # corrections
+) -> Tensor:  # uint8, (B, C, 2H, 2W)
+    "Bicubic to twice the side, such that 2x2 averages are the pixels again."
+    x = images.float()
+    y = F.interpolate(x, scale_factor=2, mode="bicubic", align_corners=False)
+    for _ in range(times):
+        y = (y + F.interpolate(x - F.avg_pool2d(y, 2), scale_factor=2)).clamp(0, 255)
+    return y.round().to(torch.uint8)
+
+
+def halve(
+    images: Tensor,  # uint8, (B, C, 2H, 2W)
+) -> Tensor:  # uint8, (B, C, H, W)
+    "2x2 averages."
+    return F.avg_pool2d(images.float(), 2).round().to(torch.uint8)

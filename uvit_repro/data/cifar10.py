@@ -1,0 +1,92 @@
+"""CIFAR-10, read from its own files without unpickling them, its content checked."""
+
+import pickletools
+from pathlib import Path
+
+import numpy as np
+
+from uvit_repro.config import DataConfig
+from uvit_repro.data.fetch import how_to_get, missing
+from uvit_repro.data.files import printable
+from uvit_repro.data.images import (
+    Data,
+    canonical,
+    check_content,
+    check_no_holdout,
+    check_size,
+    ordered_sum,
+    to_tensors,
+)
+from uvit_repro.data.npz import read_npz
+
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+TRAIN, TEST = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
+PIXELS = 3 * 32 * 32
+
+
+def find_cifar10(
+    root,  # the folder of the data sets
+) -> Path:  # a folder cifar-10-batches-py, or the folder of train.npz and test.npz
+    "Where CIFAR-10 is, or `FileNotFoundError` with the command that fetches it."
+    root = Path(root)
+    for p in (root / "cifar-10-batches-py", root / "cifar10" / "cifar-10-batches-py"):
+        if p.is_dir():
+            return p
+    if all((root / "cifar10" / f"{s}.npz").is_file() for s in ("train", "test")):
+        return root / "cifar10"
+    looked = "cifar-10-batches-py, cifar10/cifar-10-batches-py, cifar10/train.npz and test.npz"
+    raise missing("cifar10", root, f"not under {root} (looked for {looked})")
+
+
+def read_batch(
+    path: Path,  # data_batch_1 or another file of cifar-10-batches-py
+) -> tuple[np.ndarray, np.ndarray]:  # images uint8 (N, 32, 32, 3), labels int64 (N,)
+    """Pixels and labels of a pickled batch. Nothing is unpickled: the stream's constants are
+    listed, and those behind the keys `data` and `labels` are taken."""
+    key, labels, pixels = "", [], b""
+    for opcode, value, _ in pickletools.genops(path.read_bytes()):
+        if isinstance(value, (str, bytes)):
+            if value in ("data", "labels", "batch_label", "filenames"):
+                key = value
+            elif key == "data" and len(value) >= PIXELS:
+                pixels = value.encode("latin-1") if isinstance(value, str) else value
+        elif key == "labels" and opcode.stack_after == [pickletools.pyint]:
+            labels.append(value)
+    x = np.frombuffer(pixels, np.uint8).reshape(len(labels), 3, 32, 32)
+    return x.transpose(0, 2, 3, 1), np.array(labels, np.int64)
+
+
+def read_cifar10(where: Path, root) -> list[tuple[np.ndarray, np.ndarray]]:
+    "(images, labels) of the two splits as they lie in the files."
+    if where.name != "cifar-10-batches-py":
+        splits = [read_npz(where / f"{s}.npz")[:2] for s in ("train", "test")]
+        if any(labels is None for _, labels in splits):
+            raise ValueError(f"{printable(where)}: train.npz or test.npz has no array `labels`")
+        return splits
+    splits = []
+    for names in (TRAIN, TEST):
+        parts = []
+        for n in names:
+            try:
+                parts.append(read_batch(where / n))
+            except Exception as e:  # damage shows in many ways
+                raise ValueError(
+                    f"cifar10: {printable(where / n)} is missing or damaged ({type(e).__name__}). "
+                    f"Remove its folder. {how_to_get('cifar10', root)}"
+                ) from None
+        splits.append(tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    return splits
+
+
+def load_cifar10(
+    cfg: DataConfig,  # img_size 32, in_chans 3, holdout 0
+    root,  # the folder of the data sets
+) -> Data:  # 50,000 training and 10,000 test images, in canonical order
+    "CIFAR-10 with its own test split (Section 5.1), its content checked."
+    check_size("cifar10", 32, 32, 3, cfg)
+    check_no_holdout(cfg)
+    where = find_cifar10(root)
+    train, test = (canonical(*split) for split in read_cifar10(where, root))
+    sha256 = ordered_sum(train, test)
+    check_content("cifar10", sha256, printable(where))
+    return Data("cifar10", *to_tensors(*train), *to_tensors(*test), 10, list(CLASSES), sha256)

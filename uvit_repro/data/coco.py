@@ -1,0 +1,265 @@
+"""MS-COCO 2014: captions, evaluation prompts, images; captions encoded once into a store."""
+
+import gzip
+import hashlib
+import json
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uvit_repro.config import DataConfig, ParameterError, key_seed
+from uvit_repro.data.clip import ClipText
+from uvit_repro.data.fetch import how_to_get, missing
+from uvit_repro.data.files import printable
+from uvit_repro.data.folders import FolderStream, cache_folder, index_files, read_image
+from uvit_repro.data.images import Data, Prompts
+from uvit_repro.data.latent_sets import LatentStore, Source, from_store
+from uvit_repro.data.store import Store, StoreError, write_store
+
+N_PROMPTS, N_HELD_OUT = 30_000, 5_000
+
+
+class Captioned(NamedTuple):
+    "One image of MS-COCO."
+
+    id: int
+    file: str
+    captions: tuple
+
+
+def read_captions(
+    path,  # an annotation file of MS-COCO, .json or .json.gz
+) -> list[Captioned]:  # by id
+    "Images and their captions. Raises `FileNotFoundError` or `ValueError` naming what is wrong."
+    path = Path(path)
+    shown = printable(path)
+    if not path.is_file():
+        raise missing("coco", path.parents[2], f"{shown} is not there")
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
+            d = json.load(f)
+        found = {i["id"]: (i["file_name"], []) for i in d["images"]}
+        for a in d["annotations"]:
+            found[a["image_id"]][1].append(a["caption"])
+    except (ValueError, EOFError, OSError, KeyError, TypeError) as e:
+        raise ValueError(
+            f"{shown} is not a caption file of MS-COCO ({type(e).__name__}: {e}); wanted is JSON "
+            "with images (id, file_name) and annotations (image_id, caption)"
+        ) from None
+    bare = [i for i, (_, captions) in found.items() if not captions]
+    if bare:
+        raise ValueError(f"{shown}: {len(bare)} image(s) without caption, first id {bare[0]}")
+    return [Captioned(i, found[i][0], tuple(found[i][1])) for i in sorted(found)]
+
+
+def evaluation_prompts(
+    images: list[Captioned],  # the validation images
+    n: int,  # how many
+) -> list:  # (position of the image, number of its caption)
+    "The fixed prompts: shuffled passes over the images, one random caption each time."
+    out = []
+    for p in range(-(-n // len(images))):
+        g = torch.Generator().manual_seed(key_seed("mscoco prompts", p))
+        order = torch.randperm(len(images), generator=g).tolist()
+        chance = torch.rand(len(images), generator=g).tolist()
+        out += [(i, int(u * len(images[i].captions))) for i, u in zip(order, chance, strict=True)]
+    return out[:n]
+
+
+def coco_crop(
+    im,  # PIL image, RGB
+    side: int,  # of the result
+) -> np.ndarray:  # uint8 (side, side, 3)
+    "Centre square, then Lanczos."
+    from PIL import Image
+
+    c = min(im.size)
+    x, y = (im.size[0] - c) // 2, (im.size[1] - c) // 2
+    return np.asarray(im.crop((x, y, x + c, y + c)).resize((side, side), Image.LANCZOS))
+
+
+class Texts(NamedTuple):
+    "What a text model is trained on and asked for."
+
+    captions: list  # lists of str: the captions of each training image
+    prompts: list  # str, evaluation prompts
+    source: str = ""  # the images they belong to
+
+
+class Coco:
+    "MS-COCO 2014 on disk."
+
+    def __init__(
+        self,
+        root,  # the folder of the data sets
+        side=256,  # of the images
+        held_out=N_HELD_OUT,  # images of the first prompts
+        prompts=N_PROMPTS,  # evaluation prompts
+    ):
+        self.root, self.side = Path(root), side
+        base = self.root / "coco"
+        self.train, self.val = (
+            read_captions(base / "annotations" / f"captions_{s}2014.json") for s in ("train", "val")
+        )
+        self.prompts = evaluation_prompts(self.val, prompts)
+        self.held_out = min(held_out, len(self.val), prompts)
+        held = [self.val[i].file for i, _ in self.prompts[: self.held_out]]
+        self.files = [base / "train2014" / c.file for c in self.train]
+        self.files += [base / "val2014" / f for f in held]
+        said = [(c.id, c.captions) for c in self.train]
+        said += [(self.val[i].id, k, self.val[i].captions[k]) for i, k in self.prompts]
+        self.sha256 = hashlib.sha256(repr(said).encode()).hexdigest()
+        self.name = f"mscoco 2014, captions {self.sha256}"
+
+    def texts(self) -> Texts:
+        "The captions of the training images, and the prompts."
+        prompts = [self.val[i].captions[k] for i, k in self.prompts]
+        return Texts([list(c.captions) for c in self.train], prompts, self.name)
+
+    def source(self, cache_dir=None) -> Source:
+        "The images. A file that can't be used stops: its captions need their image."
+        read = partial(read_image, img_size=self.side, crop=coco_crop)
+        base = self.root / "coco"
+        cache = cache_folder(f"mscoco{self.side}", base, cache_dir)
+        entries = index_files(cache, base, self.files, read)
+        for f, e in zip(self.files, entries, strict=True):
+            if e.problem:
+                how = how_to_get("coco", self.root)
+                raise ValueError(f"{printable(f)} can't be read ({e.problem}). {how}")
+        rows = [(0, f, e) for f, e in zip(self.files, entries, strict=True)]
+        text = self.sha256 + "".join(e.sha256 for e in entries)
+        sha256, stream = hashlib.sha256(text.encode()).hexdigest(), FolderStream(rows, read, True)
+        return Source(self.name, sha256, [0] * len(rows), [], self.held_out, stream.read_range)
+
+
+class TextStore(Store):
+    """Encoded texts: the empty one, the captions of each training image in turn, the evaluation
+    prompts; held-out image i is that of prompt i."""
+
+    kind = "captions"
+
+    def __init__(self, path):
+        super().__init__(path)
+        i = self.index
+        text = f"{i['texts']} {i['encoder']} {tuple(i['shape'])} {i['dtype']}"
+        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
+        self.counts = torch.tensor(i["counts"], dtype=torch.long)
+        self.first = 1 + self.counts.cumsum(0) - self.counts
+        self.start = 1 + int(self.counts.sum())  # row of the first prompt
+        self.null = self.encoded([0])[0].float()
+
+    @cached_property
+    def captions(self) -> list[str]:
+        "All texts, row by row."
+        return [t for record in self.records() for t in record["captions"]]
+
+    def encoded(self, numbers) -> Tensor:
+        "Contexts (B, L, D) of some rows, in the store's number format."
+        return torch.from_numpy(self.rows("contexts", numbers))
+
+    def numbers(self, index: Tensor, u: Tensor) -> Tensor:
+        "Rows of caption floor(u K) of training images."
+        return self.first[index] + (u.double() * self.counts[index]).long()
+
+    def read(
+        self,
+        index: Tensor,  # training images
+        u: Tensor,  # in [0, 1): which of their captions
+    ) -> Tensor:  # (B, L, D)
+        "One caption of each training image."
+        return self.encoded(self.numbers(index, u))
+
+    def test(self, index: Tensor) -> Tensor:
+        "The captions of held-out images."
+        return self.encoded(self.start + np.asarray(index))
+
+    def prompts(self, n: int) -> Prompts:
+        "The first n evaluation prompts, encoded."
+        found = len(self) - self.start
+        if n > found:
+            raise ParameterError(
+                f"num_samples = {n}: {printable(self.path)} has {found} prompts; "
+                "ask for at most as many, or encode more"
+            )
+        return Prompts(n, lambda a, b: self.encoded(np.arange(self.start + a, self.start + b)))
+
+    def prompt(self, i: int) -> str:
+        "Evaluation prompt i in words."
+        return self.captions[self.start + i]
+
+
+def encode_texts(
+    path,  # the store's folder
+    texts: Texts,
+    encoder: ClipText,  # or anything with encode, length, width, sha256, name
+    dtype="float32",  # float32 | float16
+    batch=64,  # texts encoded at once: part of what decides the bits
+    shard_rows=1024,  # texts in a shard: what a kill can cost
+    say=print,  # progress and damage
+) -> TextStore:
+    "Encode texts once. The same call resumes, repairs, or finds that all is done."
+    rows = ["", *(t for group in texts.captions for t in group), *texts.prompts]
+    job = {
+        "kind": "captions",
+        "texts": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+        "count": len(rows),
+        "encoder": encoder.sha256,
+        "shape": [encoder.length, encoder.width],
+        "dtype": dtype,
+        "batch": batch,
+        "shard_rows": shard_rows,
+    }
+
+    def encode(a: int, b: int, progress) -> tuple[dict, dict]:
+        x = np.empty((b - a, *job["shape"]), dtype)
+        for i in range(a, b, batch):
+            end = min(i + batch, b)
+            x[i - a : end - a] = encoder.encode(rows[i:end]).cpu().numpy()
+            progress(end - i)
+        if not np.isfinite(x).all():
+            raise FloatingPointError(f"contexts not finite as {dtype}: use dtype = float32")
+        return {"contexts": x}, {"captions": rows[a:b]}
+
+    counts = [len(group) for group in texts.captions]
+    index = {**job, "counts": counts, "source": texts.source, "encoder_name": encoder.name}
+    write_store(path, job, encode, lambda records: ({}, index), say)
+    return TextStore(path)
+
+
+def coco_paths(root) -> tuple:
+    "Folders of the two stores: latents, captions."
+    return Path(root) / "mscoco256_latents", Path(root) / "mscoco256_clip"
+
+
+def find_mscoco256(
+    root,  # the folder of the data sets
+) -> tuple:  # the stores of latents and of captions
+    "Where encoded MS-COCO is, or `FileNotFoundError` with the command that makes it."
+    paths = coco_paths(root)
+    absent = [printable(p) for p in paths if not (p / "index.json").is_file()]
+    if absent:
+        raise missing("mscoco256", root, f"{' and '.join(absent)} not there, or not complete")
+    return paths
+
+
+def load_mscoco256(
+    cfg: DataConfig,  # latents of 4x32x32, texts of 77x768
+    root,  # the folder of the data sets
+) -> Data:  # 82,783 training images with five captions or more, 5,000 held-out ones
+    "MS-COCO at 256x256 as latents and encoded captions (Section 5.1)."
+    latents, captions = find_mscoco256(root)
+    images, texts = LatentStore(latents), TextStore(captions)
+    found, want = images.index["source"]["name"], texts.index["source"]
+    if found != want:
+        raise StoreError(
+            f"{printable(latents)} and {printable(captions)} were encoded from different captions "
+            f"or images ({found}; {want}): remove one of them and encode it again"
+        )
+    data = from_store(images, cfg, "mscoco256", root)
+    sha256 = hashlib.sha256(f"{data.sha256} {texts.sha256}".encode()).hexdigest()
+    return replace(data, texts=texts, sha256=sha256)

@@ -1,0 +1,216 @@
+"""Stores of latents as data sets: moments to train on, held-out latents, a decoder to pixels."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uvit_repro.config import DataConfig, ParameterError
+from uvit_repro.data.autoencoder import Autoencoder, load_autoencoder
+from uvit_repro.data.fetch import missing
+from uvit_repro.data.files import printable
+from uvit_repro.data.images import Data, hold_out, locate
+from uvit_repro.data.store import Store, StoreError
+
+
+@dataclass(frozen=True)
+class Source:
+    "Images to be encoded."
+
+    name: str
+    sha256: str  # of the content
+    labels: list  # of each image
+    class_names: list
+    held_out: int  # how many of the last images are held out
+    read: object  # function of (first, end): uint8 (end - first, C, H, W)
+    notes: list = ()
+
+    @property
+    def shape(self) -> tuple:
+        "Of an image, (C, H, W)."
+        return tuple(self.read(0, 1).shape[1:])
+
+
+class LatentStore(Store):
+    "Encoded images: `read(index, mirror)` gives moments, `pixels(index)` the images if kept."
+
+    kind = "latents"
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.shape, self.image_shape = tuple(self.index["shape"]), tuple(self.index["image_shape"])
+        self.labels = torch.from_numpy(np.array(self.load("labels")))
+
+    @property
+    def sha256(self) -> str:
+        "Checksum of the content: images, encoder and number format, not the computed bits."
+        parts = self.index["source"]["sha256"], self.index["autoencoder"]["encoder_sha256"]
+        text = f"{parts[0]} {parts[1]} {self.shape} {self.index['dtype']}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def read(
+        self,
+        index: Tensor,  # examples
+        mirror: Tensor = None,  # bool: the mirror image instead
+    ) -> Tensor:  # moments (B, 2c, h, w)
+        "Moments of some examples."
+        views = [0] * len(index) if mirror is None else mirror.int().tolist()
+        if any(views) and not self.index["mirror"]:
+            where = printable(self.path)
+            raise ParameterError(f"{where} was encoded without mirror images: use flip = False")
+        return torch.from_numpy(self.rows("moments", index, views))
+
+    def pixels(self, index: Tensor) -> Tensor | None:
+        "uint8 (B, C, H, W), or None where pixels were not kept."
+        if "pixels-00000.npy" not in self.index["files"]:
+            return None
+        return torch.from_numpy(self.rows("pixels", index))
+
+
+class Inputs:
+    "Some examples of a store: `len` and `read`, as training wants them."
+
+    def __init__(self, store: LatentStore, index: Tensor):
+        self.store, self.index = store, index
+
+    def __len__(self):
+        return len(self.index)
+
+    def read(self, index: Tensor, mirror: Tensor = None) -> Tensor:
+        "Moments of some examples."
+        return self.store.read(self.index[index], mirror)
+
+
+class LatentDecoder:
+    "From the network's scale to pixels. The autoencoder is loaded when it is first needed."
+
+    def __init__(
+        self,
+        load,  # function of a decoder's name (empty: the default) and a device
+        scale: float,  # factor on the latents
+        finish=lambda u8: u8,  # last step
+    ):
+        self.load, self.scale, self.finish, self._loaded = load, scale, finish, {}
+
+    def large(self, x: Tensor, decoder: str = "") -> Tensor:
+        "What the autoencoder gives: uint8 (B, C, H, W) for x (B, c, h, w)."
+        key = decoder, str(x.device)
+        if key not in self._loaded:
+            self._loaded = {key: self.load(decoder, x.device)}
+        return self._loaded[key].decode(x.float() / self.scale)
+
+    def __call__(self, x: Tensor, decoder: str = "") -> Tensor:
+        return self.finish(self.large(x, decoder))
+
+
+def store_decoder(store: LatentStore, root, device, decoder: str) -> Autoencoder:
+    "The autoencoder that encoded a store, or the one that the configuration names."
+    want = store.index["autoencoder"]
+    ae = load_autoencoder(decoder or want["name"], root, device)
+    if not decoder and ae.sha256 != want["sha256"]:
+        raise StoreError(
+            f"{printable(store.path)} was encoded with {want['name']} of checksum "
+            f"{want['sha256'][:16]}, what is found under this name has {ae.sha256[:16]}: "
+            "name the right one with decoder, or bring it back"
+        )
+    if 2 * ae.latent_chans != store.shape[0]:
+        raise ParameterError(
+            f"decoder = {decoder!r} takes latents of {ae.latent_chans} channels, "
+            f"{printable(store.path)} has {store.shape[0] // 2}"
+        )
+    return ae
+
+
+def _check(store: LatentStore, cfg: DataConfig):
+    "Raise `ParameterError` where a store is not what the configuration says."
+    (c2, h, w), own = store.shape, store.index["source"]["held_out"]
+    where, factor = printable(store.path), store.index["statistics"]["scale"]
+    if (h, w, c2 // 2) != (cfg.img_size, cfg.img_size, cfg.in_chans):
+        raise ParameterError(
+            f"{where}: latents of {c2 // 2}x{h}x{w}, but img_size = {cfg.img_size} and in_chans = "
+            f"{cfg.in_chans}; add -p img_size {h} -p in_chans {c2 // 2}"
+        )
+    if cfg.latent_scale <= 0:
+        raise ParameterError(
+            f"latent_scale = {cfg.latent_scale}: a factor above 0; for unit variance {factor:.5g}"
+        )
+    if own and cfg.holdout not in (0, own):
+        raise ParameterError(
+            f"holdout = {cfg.holdout}: {where} has {own} held-out images of its own; "
+            "use holdout = 0"
+        )
+
+
+def from_store(
+    store: LatentStore,  # opened
+    cfg: DataConfig,  # img_size and in_chans are those of the latents; holdout, latent_scale
+    name: str,  # of the data set
+    root=None,  # the folder of the data sets, where the store's autoencoder is
+    decode: LatentDecoder = None,  # None: the store's own autoencoder
+    pixels: Tensor = None,  # uint8 (N, C, H, W) of all examples; None: those in the store, if any
+) -> Data:
+    "A store as a data set."
+    _check(store, cfg)
+    labels, N, source = store.labels, len(store), store.index["source"]
+    if source["held_out"]:
+        train, test = torch.arange(N).split([N - source["held_out"], source["held_out"]])
+    else:
+        train, test = hold_out(labels, cfg.holdout, source["sha256"])
+    take = store.pixels if pixels is None else pixels.__getitem__
+    shape = store.image_shape if pixels is None else pixels.shape[1:]
+    held = take(test) if len(test) else None
+    if held is None:
+        held = torch.empty((0, *shape), dtype=torch.uint8)
+    means = [store.read(i).float().chunk(2, 1)[0] for i in test.split(1000)]
+    if decode is None:
+        decode = LatentDecoder(lambda d, on: store_decoder(store, root, on, d), cfg.latent_scale)
+    names = list(store.index["class_names"])
+    return Data(
+        name,
+        take(train),
+        labels[train],
+        held,
+        labels[test],
+        len(names),
+        names,
+        store.sha256,
+        list(store.index["notes"]),
+        inputs=Inputs(store, train),
+        test_inputs=cfg.latent_scale * torch.cat(means),
+        decode=decode,
+    )
+
+
+def load_latents(
+    cfg: DataConfig,  # dataset latents:PATH
+    root,  # relative paths are looked for here as well
+) -> Data:
+    "A store of one's own."
+    return from_store(LatentStore(locate(cfg.dataset, root)), cfg, "latents", root)
+
+
+def find_imagenet256(root, name="imagenet256") -> Path:
+    "The store of ImageNet's latents, or `FileNotFoundError` with the command that makes it."
+    path = Path(root) / f"{name}_latents"
+    if not (path / "index.json").is_file():
+        state = "is not complete" if (path / "job.json").is_file() else "is not there"
+        raise missing(name, root, f"{printable(path)} {state}")
+    return path
+
+
+def find_imagenet512(root) -> Path:
+    "The same at 512x512."
+    return find_imagenet256(root, "imagenet512")
+
+
+def load_imagenet256(cfg: DataConfig, root) -> Data:
+    "ImageNet at 256x256 as latents of 4x32x32 (Section 5.1)."
+    return from_store(LatentStore(find_imagenet256(root)), cfg, "imagenet256", root)
+
+
+def load_imagenet512(cfg: DataConfig, root) -> Data:
+    "ImageNet at 512x512 as latents of 4x64x64 (Section 5.1)."
+    return from_store(LatentStore(find_imagenet512(root)), cfg, "imagenet512", root)
