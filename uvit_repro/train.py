@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,10 +43,11 @@ from .diffusion import Diffusion
 from .uvit import init_weights
 from .runs.devices import DistributedContext, make_accelerator, pick_device
 from uvit_repro.runs.execution import (
-    choose_attention,
+    attention_choice,
     compile_blocks,
     graph_pass,
     set_attention,
+    set_residual,
     wants_compile,
 )
 
@@ -107,7 +108,7 @@ class Trainer:
             cuda_graph,
         )
         if compile:
-            compile_blocks(net, strict=compile != "auto")
+            self.compiled = compile_blocks(net, strict=compile != "auto")
         self.acc = make_accelerator(cfg.precision, device)
         if cuda_graph and self.acc.num_processes > 1:
             raise ParameterError(
@@ -570,12 +571,13 @@ def train(
         continued = {"run_id": shorter.parent.name, "step": state["step"]}
     elif state:
         continued = state.get("continued_from")
-    path = (
-        state["attention"]
-        if state and ex.attention == "auto"
-        else team.first(lambda: choose_attention(exp, device))
-    )
+    if state and ex.attention == "auto":
+        choice = {"path": state["attention"]}
+    else:
+        choice = team.first(lambda: attention_choice(exp, device))
+    path = choice["path"]
     set_attention(net, path)
+    set_residual(net, ex.residual)
     tr = Trainer(
         net,
         diffusion,
@@ -663,7 +665,10 @@ def train(
         * cfg.batch_size
         / (time.perf_counter() - start),
         "attention": path,
+        "attention_seconds": choice.get("seconds"),
+        "residual": ex.residual,
         "compile": compiled,
+        "compile_report": asdict(tr.compiled) if compiled else None,
         "cuda_graph": ex.cuda_graph,
         "processes": team.size,
         "continued_from": continued,

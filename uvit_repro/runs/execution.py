@@ -132,9 +132,10 @@ def set_residual(net: nn.Module, kind: str):
     "Keep the residual stream in float32 (as released) or, under autocast, in bfloat16."
     if kind not in ("float32", "bfloat16"):
         raise ParameterError(f"residual = {kind!r}: allowed are 'float32', 'bfloat16'")
-    if kind == "bfloat16" and not hasattr(net, "bf16_residual"):
+    if hasattr(net, "bf16_residual"):
+        net.bf16_residual = kind == "bfloat16"
+    elif kind == "bfloat16":
         raise ParameterError(f"residual = 'bfloat16': {type(net).__name__} has no such option")
-    net.bf16_residual = kind == "bfloat16"
 
 
 # ------------------------------------------------------------------ compilation
@@ -312,12 +313,12 @@ def set_checkpoint(
     blocks = [*model.in_blocks, model.mid_block, *model.out_blocks]
     tokens = model.extras + (model.img_size // model.patch_size) ** 2
     offers = [
-        (-worth, i, name, size)
+        (-worth, name, i, size)
         for i, block in enumerate(blocks)
         for name, (size, worth) in activation_values(block, tokens, model.embed_dim).items()
     ]
     kept, left = [[] for _ in blocks], budget * len(blocks)
-    for _, i, name, size in sorted(offers, key=lambda offer: offer[0]):
+    for _, name, i, size in sorted(offers):  # equals by name: fewer kinds of blocks to compile
         if size <= left:
             kept[i].append(name)
             left -= size

@@ -52,6 +52,7 @@ from uvit_repro.runs.execution import (
     choose_attention,
     compile_blocks,
     set_attention,
+    set_residual,
     wants_compile,
 )
 from uvit_repro.runs.records import conditions, load_results, record, runs_root
@@ -197,6 +198,7 @@ def evaluated_network(
 ) -> tuple:  # (network, diffusion)
     "A network made ready to be evaluated: on its device, with the faster attention, compiled where that pays."
     set_attention(net.to(device), choose_attention(exp, device))
+    set_residual(net, exp.execution.residual)
     if wants_compile(exp.execution.compile, device, exp.train.n_steps):
         compile_blocks(net, strict=exp.execution.compile != "auto")
     return net, Diffusion(exp.diffusion)
