@@ -50,7 +50,15 @@ def test_values_are_brought_to_their_type():
 BAD_VALUES = [
     *(None, "two", "٣", "", b"1", [], {}, {1}, object(), 1j, 2.5, True),
     *(10**400, -(10**400), float("nan"), float("inf"), -float("inf"), ["a", [1]], "nan", "1e999"),
-    *("x" * 10_000, "a\nb\x1b[31m", [float("nan")], "0.9,٣", (10**400,), range(3), ParameterError),
+    *(
+        "x" * 10_000,
+        "a\nb\x1b[31m",
+        [float("nan")],
+        "0.9,٣",
+        (10**400,),
+        range(10**12),
+        ParameterError,
+    ),
 ]
 
 
@@ -81,7 +89,7 @@ def test_every_setting_refuses_wrong_values_in_one_short_line(name):
         ({"dataset": "mnist"}, "cifar10"),
         ({"dataset": 5}, "expected str"),
         ({"dataset": "folder:"}, "a path must follow"),
-        ({"preset_name": 5}, "known are U-ViT-S/P"),
+        ({"preset_name": 5}, "expected str"),
         ({"n_steps": 0}, "at least 1"),
         ({"n_steps": 10**9 + 1}, "at most 1000000000"),
         ({"lr": float("nan")}, "finite"),

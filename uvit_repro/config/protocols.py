@@ -23,7 +23,7 @@ def _released(name: str, dataset: str, n_steps: int, **settings) -> Experiment:
         "betas": (0.99, 0.99),
         "warmup_steps": 5000,
         "features": "inception",
-        "curve_steps": range(50_000, n_steps, 50_000),
+        "curve_steps": tuple(range(50_000, n_steps, 50_000)),
     }
     sizes = preset(name[name.index("U-ViT") :])
     base = _on(Experiment(seed=1234), dataset)
@@ -139,8 +139,11 @@ def experiment(
     **overrides,  # any setting by its flat name; None keeps the protocol's value
 ) -> Experiment:  # resolved and checked
     "The experiment that a chapter's parameters ask for."
-    protocol = coerce("protocol", protocol or default_protocol(), str)
-    dataset = coerce("dataset", dataset or "", str)
+    given = {"protocol": protocol, "dataset": dataset, "preset_name": preset_name}
+    protocol, dataset, preset_name = (
+        "" if value is None else coerce(name, value, str) for name, value in given.items()
+    )
+    protocol = protocol or default_protocol()
     if protocol not in PROTOCOLS:
         refuse("protocol", protocol, f"allowed are {', '.join(PROTOCOLS)}")
     base, kind = PROTOCOLS[protocol], dataset.partition(":")[0]

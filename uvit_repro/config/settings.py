@@ -61,7 +61,7 @@ def coerce(name: str, value, kind):
         kind = typing.get_args(kind)[0]
         if isinstance(value, str):  # 0.9,0.99
             value = [parse(name, v, kind) for v in value.strip("()[] ").split(",") if v.strip()]
-        if not isinstance(value, (list, tuple, range)):
+        if not isinstance(value, (list, tuple)):
             value = [value]
         return tuple(coerce(name, v, kind) for v in value)
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
