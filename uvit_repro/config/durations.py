@@ -7,10 +7,8 @@ from uvit_repro.config.settings import ParameterError
 UNITS = {"s": 1, "m": 60, "h": 3600}  # seconds
 
 
-def format_duration(
-    seconds: float,
-) -> str:  # 42s, 3m05s, 1h02m, 12.5 days, 3.1 years
-    "A duration for people."
+def format_duration(seconds: float) -> str:
+    "A duration for people: 42s, 3m05s, 1h02m, 12.5 days, 3.1 years."
     whole = int(seconds + 0.5)
     if whole < 60:
         return f"{whole}s"
@@ -22,10 +20,8 @@ def format_duration(
     return f"{days:.3g} days" if days < 400 else f"{days / 365.25:.3g} years"
 
 
-def parse_duration(
-    text: str,  # 540, 90s, 9m or 1h
-) -> float:  # seconds
-    "Read a duration. Raises `ParameterError`."
+def parse_duration(text: str) -> float:
+    "Seconds of 540, 90s, 9m or 1h. Raises `ParameterError`."
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", str(text).strip(), re.ASCII)
     if not match:
         raise ParameterError(f"{text!r} is not a duration: write seconds, or 90s, 10m, 1h")

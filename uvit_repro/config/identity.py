@@ -17,10 +17,8 @@ def digest(obj, n: int = 10) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:n]
 
 
-def key_seed(
-    *key,  # anything with a stable repr: seed, purpose, step, name
-) -> int:  # a seed for a random generator, below 2**63
-    "Randomness as a function of its purpose: equal keys give equal numbers, whatever ran before."
+def key_seed(*key) -> int:
+    "A seed below 2**63 from anything with a stable repr: the run's seed, purpose, step, name."
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
 
 
