@@ -31,10 +31,9 @@ from uvit_repro.config import (
     resolve_name,
     with_overrides,
 )
-from uvit_repro.uvit import init_weights
 from uvit_repro.runs.counting import count_macs, macs_of, meta_model, model_inputs, params_of
 from uvit_repro.train import build_model
-from uvit_repro.uvit import UViT, count_parameters
+from uvit_repro.uvit import UViT, count_parameters, init_weights
 
 small = {
     "img_size": 8,
@@ -311,8 +310,8 @@ def test_arms_and_refusals():
 
 
 def test_trains_and_samples(tmp_path):
-    from uvit_repro.runs.run import run_experiment
-    from uvit_repro.train import read_log
+    from uvit_repro.runs.experiment import run_experiment
+    from uvit_repro.runs.training import read_log
 
     r = run_experiment(
         experiment(

@@ -12,7 +12,7 @@ import nbformat
 import pytest
 
 from uvit_repro.config import ParameterError, parameters_cell
-from uvit_repro.runs.run import run_chapter
+from uvit_repro.runs.chapters import run_chapter
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTER = ROOT / "nbs" / "05_ablations.ipynb"

@@ -41,8 +41,8 @@ from uvit_repro.cka import (
 from uvit_repro.config import SMOKE, ParameterError
 from uvit_repro.diffusion import Diffusion
 from uvit_repro.paper.numbers import figure7
+from uvit_repro.runs.experiment import is_done, run_experiment
 from uvit_repro.runs.records import publish
-from uvit_repro.runs.run import is_done, run_experiment
 from uvit_repro.train import build_model
 from uvit_repro.uvit import UViT
 

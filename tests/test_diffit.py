@@ -399,8 +399,9 @@ def test_centre_attention_of_any_backbone():
     ],
 )
 def test_a_smoke_run_lowers_the_loss_and_samples(fields, tmp_path):
-    from uvit_repro.runs.run import read_samples, run_experiment
-    from uvit_repro.train import read_log
+    from uvit_repro.runs.evaluate import read_samples
+    from uvit_repro.runs.experiment import run_experiment
+    from uvit_repro.runs.training import read_log
 
     e = experiment(
         "smoke",

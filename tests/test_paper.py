@@ -19,7 +19,7 @@ from uvit_repro.config import (
 from uvit_repro.paper import numbers as paper
 from uvit_repro.paper.claims import arm_experiment, fixed_list, load_claims, queued_experiments
 from uvit_repro.paper.registry import KEY, KINDS, cell_id, count_published, registry, select
-from uvit_repro.runs.run import run_experiment
+from uvit_repro.runs.experiment import run_experiment
 
 CELLS = registry()
 

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from uvit_repro.config import CONFIGS, SMOKE, ParameterError, eval_id, with_overrides
 from uvit_repro.data.files import CheckpointError, sha256_file
 from uvit_repro.runs import released as R
+from uvit_repro.runs.evaluate import read_samples, samples_folder
 from uvit_repro.runs.records import load_results
-from uvit_repro.runs.run import read_samples, samples_folder
 from uvit_repro.train import build_model, empty_model
 from uvit_repro.uvit import UViT
 

@@ -224,7 +224,7 @@ def test_cost_model():
     assert s["total"] == pytest.approx(s["train"] + s["sample"] + s["loss"]) and predict_seconds(
         e, 1e13, sampling=2e13
     )["sample"] == pytest.approx(s["sample"] / 2)
-    from uvit_repro.runs.run import measurements_of
+    from uvit_repro.runs.evaluate import measurements_of
 
     for e in (*PROTOCOLS.values(), *CONFIGS.values()):
         passes = sum(

@@ -34,7 +34,7 @@ from .data.images import Data, open_data, to_model
 from .diffusion import Diffusion
 from .runs.devices import pick_device
 from .runs.records import COLUMNS, load_runs
-from .train import load_weights
+from .runs.checkpoints import load_weights
 
 # %% ../nbs/09_representations.ipynb #09-gram
 def gram(

@@ -77,7 +77,7 @@ def guidance_sweep(
 ):  # DataFrame of `remeasure`, with `spread` over that of the held-out images
     "Fidelity against variety over the scale of guidance."
     from uvit_repro.data.features import extract
-    from uvit_repro.runs.run import read_samples
+    from uvit_repro.runs.evaluate import read_samples
 
     def spread(images, labels):
         return class_spread(extract(images, features)["features"], labels)

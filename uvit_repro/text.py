@@ -36,7 +36,7 @@ def draw_captions(
     from uvit_repro.diffusion import Diffusion
     from uvit_repro.runs.devices import pick_device
     from uvit_repro.sample import sample
-    from uvit_repro.train import load_weights
+    from uvit_repro.runs.checkpoints import load_weights
 
     e, device = run.exp, pick_device(run.exp.execution.device)
     net = load_weights(e, run.folder, step or e.train.n_steps).to(device)

@@ -33,8 +33,11 @@ from uvit_repro.campaign.plan import (
 from uvit_repro.config import Experiment, ParameterError, experiment, with_overrides
 from uvit_repro.config.durations import format_duration
 from uvit_repro.data.files import run_lock, write_atomic, write_json
+from uvit_repro.runs.certificate import cached_certificate
 from uvit_repro.runs.counting import macs_of, params_of, predict_seconds, training_flops
 from uvit_repro.runs.devices import pick_device
+from uvit_repro.runs.evaluate import read_samples, samples_folder
+from uvit_repro.runs.experiment import open_experiment, run_experiment
 from uvit_repro.runs.records import (
     EVIDENCE,
     conditions,
@@ -43,13 +46,6 @@ from uvit_repro.runs.records import (
     publish,
     published_root,
     runs_root,
-)
-from uvit_repro.runs.run import (
-    cached_certificate,
-    open_experiment,
-    read_samples,
-    run_experiment,
-    samples_folder,
 )
 from uvit_repro.scaling import matmul_rate
 
@@ -397,7 +393,7 @@ def measure_centre(run, z: dict, say) -> str:
     except ImportError:
         return "not run: this version has no centre_attention (chapter 12)"
     from uvit_repro.diffusion import Diffusion
-    from uvit_repro.train import load_weights
+    from uvit_repro.runs.checkpoints import load_weights
 
     e, step, device = run.exp, run.exp.train.n_steps, pick_device(run.exp.execution.device)
     c = centre_attention(

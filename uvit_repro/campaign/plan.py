@@ -47,17 +47,13 @@ from uvit_repro.metrics import recompute
 from uvit_repro.paper.claims import queued_experiments
 from uvit_repro.paper.numbers import as_table5
 from uvit_repro.paper.registry import KINDS, registry, select
+from uvit_repro.runs.certificate import cached_certificate
+from uvit_repro.runs.chapters import run_chapter
 from uvit_repro.runs.devices import pick_device
+from uvit_repro.runs.evaluate import measurements_of, missing_measurements
+from uvit_repro.runs.experiment import chapter_parameters, open_experiment, repeat_command
+from uvit_repro.runs.processes import default_workers
 from uvit_repro.runs.records import SEAL, current_metric_name, load_runs, published_root, runs_root
-from uvit_repro.runs.run import (
-    cached_certificate,
-    chapter_parameters,
-    default_workers,
-    measurements_of,
-    missing_measurements,
-    repeat_command,
-    run_chapter,
-)
 from uvit_repro.train import Trainer, build_model, lr_at, sample_times_and_noise
 
 CIFAR = "CIFAR10 U-ViT-S/2"
@@ -402,12 +398,12 @@ def machine_key(device, threads: int, precision: str) -> str:
 
     import torch
 
-    from uvit_repro.runs.records import _cpu_name
+    from uvit_repro.runs.records import cpu_name
 
     name = (
         torch.cuda.get_device_name(device)
         if str(device).startswith("cuda")
-        else f"{_cpu_name()} x{os.cpu_count()}, {threads} threads"
+        else f"{cpu_name()} x{os.cpu_count()}, {threads} threads"
     )
     return (
         f"{name}, torch {metadata.version('torch')}, {precision}"  # the version as run.json has it
@@ -1942,3 +1938,22 @@ def doctor_machine(found, out_dir=None):
         f"{free:.1f} GiB free at {space}",
         "free some space: a run of U-ViT-S/2 keeps about 2 GiB",
     )
+
+
+def run_sweep(
+    cells: list,  # dicts of chapter parameters, in order of importance
+    nb=None,  # the chapter that runs one cell; None: 05_ablations
+    budget: float = None,  # seconds; None: no limit
+    workers: int = None,  # cells at a time; None: one per core, at most 8, one on a GPU
+    say=print,  # progress lines
+    out_dir=None,  # folder of runs
+    flops_per_second=None,  # of this machine, for the budget; None: measured, or read
+) -> dict:  # lists of cells: done (there before), ran, failed (with `error`), left
+    "Run the cells that are missing through papermill, inside a time budget."
+    jobs = [Job(open_experiment(experiment(**c))[0], (), ()) for c in cells]
+    options = {"say": say, "nb": nb, "flops_per_second": flops_per_second}
+    got = run_jobs(jobs, budget, workers=workers, out_dir=out_dir, **options)
+    cell = {j.exp.run_id: c for j, c in zip(jobs, cells, strict=True)}
+    found = {kind: [cell[i] for i in got[kind]] for kind in ("done", "ran", "left")}
+    failed = [{**cell[i], "error": got["reasons"][i]} for i in got["failed"]]
+    return {**found, "failed": failed}

@@ -124,9 +124,7 @@ def _damage(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-    except OSError as e:
-        if e.errno == errno.EINVAL:  # an offset in the damaged directory points nowhere
-            return "its directory is damaged"
+    except OSError:
         raise
     except Exception as e:  # zipfile has many ways to meet damage
         return f"its directory is damaged ({type(e).__name__})"
@@ -162,9 +160,11 @@ def load_tensors(
         why = _damage(path)
         if not why:
             return torch.load(path, map_location=device, weights_only=True)
-    except (OSError, MemoryError):
+    except MemoryError:
         raise
     except Exception as e:
+        if isinstance(e, OSError) and e.errno != errno.EINVAL:
+            raise  # EINVAL: an offset inside a damaged archive points nowhere
         if "memory" in str(e).lower():  # torch has no exception of its own for it on a CPU
             raise MemoryError(f"{path}: {e}") from None
         why = _why_unusable(path, e)

@@ -29,6 +29,7 @@ from uvit_repro.campaign.plan import (
     ledger,
     measured,
     paper_gpu,
+    run_sweep,
 )
 from uvit_repro.config import (
     PROTOCOLS,
@@ -38,6 +39,7 @@ from uvit_repro.config import (
     project_root,
     variant_name,
 )
+from uvit_repro.config.durations import format_duration
 from uvit_repro.data.files import write_atomic
 from uvit_repro.paper.claims import load_claims
 from uvit_repro.paper.numbers import figure2, figure7, read_table
@@ -53,19 +55,11 @@ from uvit_repro.report.verdicts import (
     load_tests,
     plot_forest,
 )
+from uvit_repro.runs.chapters import cell_seconds, execute, run_chapter
 from uvit_repro.runs.counting import experiment_flops
+from uvit_repro.runs.experiment import is_done, repeat_command, run_folder
+from uvit_repro.runs.processes import default_workers
 from uvit_repro.runs.records import load_runs, publish, published_root
-from uvit_repro.runs.run import (
-    cell_seconds,
-    default_workers,
-    execute,
-    format_duration,
-    is_done,
-    repeat_command,
-    run_chapter,
-    run_folder,
-    run_sweep,
-)
 
 ORDER = ("paper", "gpu", "laptop")  # protocols whose numbers are shown, the paper's own first
 

@@ -21,8 +21,8 @@ from uvit_repro.config import (
 from uvit_repro.paper.claims import load_claims
 from uvit_repro.paper.numbers import figure2, published, table2
 from uvit_repro.runs.counting import macs_of, params_of
+from uvit_repro.runs.experiment import repeat_command
 from uvit_repro.runs.records import load_results
-from uvit_repro.runs.run import repeat_command
 
 
 def all_records(

@@ -2,7 +2,10 @@
 
 import importlib
 
-_PUBLIC = {"run_experiment": "uvit_repro.runs.run", "load_results": "uvit_repro.runs.records"}
+_PUBLIC = {
+    "run_experiment": "uvit_repro.runs.experiment",
+    "load_results": "uvit_repro.runs.records",
+}
 __all__ = list(_PUBLIC)
 
 

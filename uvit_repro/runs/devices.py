@@ -128,11 +128,14 @@ class DistributedContext:
         return result
 
 
+ALONE = DistributedContext()  # one process that is all
+
+
 def join_processes(
     processes: int,  # as the experiment says
     device: torch.device,  # where this process computes
 ) -> DistributedContext:  # rank and size
-    "Join the processes that torchrun started. Raises `ParameterError` when their number is not as asked."
+    "Join the processes that torchrun started. Raises `ParameterError` unless they are as many."
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size != processes:
         raise ParameterError(
@@ -140,7 +143,7 @@ def join_processes(
             f"--nproc_per_node {processes}, or let run_experiment do it"
         )
     if size == 1:
-        return DistributedContext()
+        return ALONE
     from accelerate import PartialState
 
     # The first process computes FID or waits for a lock while the others wait in a collective:

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pandas as pd
 
 from uvit_repro.config import eval_id
-from uvit_repro.runs.run import Run, run_experiment, samples_folder
+from uvit_repro.runs.evaluate import samples_folder
+from uvit_repro.runs.experiment import Run, run_experiment
 
 
 def remeasure(

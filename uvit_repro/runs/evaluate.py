@@ -1,0 +1,394 @@
+"""Evaluation of a run: samples in checked shards, their measurements, the held-out loss, a picture."""
+
+import contextlib
+import json
+import math
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from uvit_repro.config import EvalConfig, Experiment, eval_id, project_root
+from uvit_repro.config.durations import format_duration
+from uvit_repro.data.features import feature_status
+from uvit_repro.data.files import (
+    DamagedFile,
+    read_checked_json,
+    set_aside,
+    sha256_file,
+    write_atomic,
+    write_checked_json,
+)
+from uvit_repro.data.images import Data, image_grid, save_png, to_uint8
+from uvit_repro.diffusion import Diffusion
+from uvit_repro.metrics import MeasureOptions, heldout_loss, measure_images, nearest_training
+from uvit_repro.runs.checkpoints import load_weights
+from uvit_repro.runs.devices import ALONE, DistributedContext, pick_device, tf32_off
+from uvit_repro.runs.execution import (
+    AUTOCAST,
+    choose_attention,
+    compile_blocks,
+    set_attention,
+    set_residual,
+    wants_compile,
+)
+from uvit_repro.runs.records import measured_ids, record
+from uvit_repro.sample import batch_bounds, null_condition, sample_batches, sample_labels
+
+IN_MEMORY = 2**31  # bytes of samples; more are mapped from a file
+WHOLE, PLAN = "whole.json", "plan.json"  # in a folder of samples: complete; how they are drawn
+
+
+class Evaluation(NamedTuple):
+    "One evaluation of a run."
+
+    exp: Experiment  # with its sampling and evaluation
+    step: int  # training step of the weights
+    num_samples: int  # images to draw; 0 for the held-out loss
+
+    @property
+    def eval_id(self) -> str:
+        "Its name in the record."
+        return eval_id(self.exp, self.step, self.num_samples)
+
+
+def measurements_of(exp: Experiment) -> list[Evaluation]:
+    "Everything an experiment measures: losses, the curve, the final samples."
+    e, s = exp.evaluation, exp.sampling
+    on_curve = replace(s, sampler=e.curve_sampler or s.sampler, nfe=e.curve_nfe or s.nfe)
+    curve = replace(exp, sampling=on_curve)
+    last = exp.train.n_steps
+    loss_steps = sorted({*e.loss_steps, *e.curve_steps, last})
+    return [
+        *(Evaluation(exp, step, 0) for step in loss_steps),
+        *(Evaluation(curve, step, e.curve_samples) for step in sorted(e.curve_steps)),
+        Evaluation(exp, last, e.num_samples),
+    ]
+
+
+def missing_measurements(
+    exp: Experiment,  # with its data opened
+    folder: Path,  # of its run
+    info: dict,  # its run.json
+    planned: list | None = None,  # Evaluations; None: all of the experiment
+) -> list[Evaluation]:
+    "Evaluations without statistics, rows or entry, or made before their feature network arrived."
+    evaluations, rows = info.get("evaluations", {}), measured_ids(folder)
+
+    def missing(m: Evaluation) -> bool:
+        entry, eid = evaluations.get(m.eval_id), m.eval_id
+        if entry is None or eid not in rows or not (folder / "stats" / f"{eid}.npz").exists():
+            return True
+        return not entry.get("features_found", True) and feature_status(exp.evaluation.features)[0]
+
+    return [m for m in planned or measurements_of(exp) if missing(m)]
+
+
+@dataclass(frozen=True)
+class RunContext:
+    "What the stages of a run share."
+
+    exp: Experiment  # with its data opened
+    data: Data
+    folder: Path  # of the run
+    say: Callable = print  # progress lines
+    team: DistributedContext = ALONE  # the processes that work together
+    load: Callable | None = None  # gives the network to evaluate; None: the run's own weights
+    where: dict = field(default_factory=dict)  # chapter and paper_ref of the measurements
+    attention: str = ""  # the path that training took; empty: to be chosen
+    about: dict = field(default_factory=dict)  # further fields of the record
+    again: bool = False  # measure again what was measured without data that are there now
+
+    @property
+    def device(self) -> torch.device:
+        "Where this process computes."
+        return pick_device(self.exp.execution.device)
+
+    def planned(self) -> list[Evaluation]:
+        "What is to be measured; given weights have no curve and no held-out loss."
+        return measurements_of(self.exp)[-1:] if self.load else measurements_of(self.exp)
+
+    def missing(self, info: dict) -> list[Evaluation]:
+        "What is planned and not yet recorded."
+        return missing_measurements(self.exp, self.folder, info, self.planned())
+
+    def attention_path(self) -> str:
+        "As asked, as in training, or the faster one: no timing decides it twice."
+        asked = self.exp.execution.attention
+        if asked == "auto":
+            asked = self.attention
+        return asked or self.team.first(lambda: choose_attention(self.exp, self.device))
+
+    def network(self, m: Evaluation, attention: str) -> nn.Module:
+        "The network of a measurement on its device, its blocks compiled where that pays."
+        net = self.load() if self.load else load_weights(m.exp, self.folder, m.step)
+        set_attention(net.to(self.device), attention)
+        set_residual(net, m.exp.execution.residual)
+        choice = m.exp.execution.compile
+        if wants_compile(choice, self.device, m.exp.train.n_steps):
+            compile_blocks(net, strict=choice != "auto")
+        return net
+
+
+def sample_conditions(
+    exp: Experiment,  # of the samples
+    data: Data,  # its data
+    n: int,  # how many images
+    device,  # where the network is
+) -> tuple:  # conditions of all images; those without condition, or None; labels or None
+    "What images 0 .. n - 1 should show: classes in turn or by frequency, or prompts (Appendix A)."
+    s, classes, cond, labels, null = exp.sampling, exp.data.num_classes, {}, None, None
+    if exp.model.condition == "class":
+        counts = data.train_labels.bincount(minlength=classes)
+        by_frequency = counts if s.labels == "frequency" else None
+        labels = sample_labels(s.sample_seed, 0, n, classes, by_frequency)
+        cond = {"y": labels}
+    if exp.model.condition == "text":
+        cond, null = {"context": data.texts.prompts(n)}, data.texts.null
+    return cond, null_condition(s.cfg_scale, cond, classes, null, device), labels
+
+
+def allocate_samples(
+    shape,  # of uint8 images, (N, C, H, W)
+    folder: Path,  # where a file would lie
+) -> Tensor:  # not filled
+    "Memory for images, or a mapped file that disappears with the tensor (50,000 of 512 x 512: 39 GB)."
+    size = math.prod(shape)
+    if size <= IN_MEMORY:
+        return torch.empty(shape, dtype=torch.uint8)
+    with tempfile.NamedTemporaryFile(dir=folder) as f:
+        return torch.from_file(f.name, shared=True, size=size, dtype=torch.uint8).view(shape)
+
+
+def samples_folder(exp: Experiment, folder: Path, step: int, n: int) -> Path:
+    "Where n samples of a step lie: named by sampling alone, so that other measures reuse them."
+    return folder / "samples" / eval_id(replace(exp, evaluation=EvalConfig()), step, n)
+
+
+def read_shard(path: Path) -> np.ndarray:
+    "The images of a shard, compared with their checksum. Raises `DamagedFile`."
+    if not path.exists() and path.with_suffix(".npy").exists():  # before shards had checksums
+        return np.load(path.with_suffix(".npy"))
+    try:
+        with np.load(path) as archive:
+            return archive["images"]
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+        raise DamagedFile(f"{path} is damaged ({type(e).__name__}: {e})") from None
+
+
+def write_shard(path: Path, images: Tensor) -> None:
+    "Write a shard; the archive keeps a checksum of its content."
+    write_atomic(path, lambda p: np.savez(p, images=images.numpy()))
+
+
+def read_whole(where: Path) -> dict:  # shape, batch, labels, attention
+    "What a complete folder of samples says about itself."
+    path = where / WHOLE
+    with contextlib.suppress(ValueError):
+        about = json.loads(path.read_bytes())
+        if isinstance(about, dict) and set(about) == {"shape", "batch", "labels"}:
+            return {**about, "attention": ""}  # before these files had checksums
+    return read_checked_json(path)
+
+
+def read_samples(
+    where: Path,  # folder of shards
+    most: int | None = None,  # only the first ones
+) -> tuple:  # uint8 (n, C, H, W), labels (n,) or None
+    "The samples of a measurement. Raises `FileNotFoundError` when they are incomplete."
+    if not (where / WHOLE).exists():
+        found = len(list(where.glob("[0-9]*.np[yz]")))
+        raise FileNotFoundError(
+            f"{where}: the samples are not complete ({found} shards); rerun the command that "
+            "draws them to resume"
+        )
+    about = read_whole(where)
+    n = min(most or about["shape"][0], about["shape"][0])
+    images = allocate_samples((n, *about["shape"][1:]), where)
+    for a, b in batch_bounds(n, about["batch"]):
+        images[a:b] = torch.from_numpy(read_shard(where / f"{a:07d}.npz")[: b - a])
+    labels = about["labels"]
+    return images, None if labels is None else torch.tensor(labels[:n])
+
+
+def check_samples(where: Path, say=print) -> bool:  # whether all samples are there
+    "Set damaged files of a folder of samples aside, so that they are drawn again."
+    for path in sorted(where.glob("[0-9]*.npz")):
+        try:
+            read_shard(path)
+        except DamagedFile as e:
+            say(f"{e}; set aside as {set_aside(path).name}, to be drawn again")
+            (where / WHOLE).unlink(missing_ok=True)
+    for name, read in ((WHOLE, read_whole), (PLAN, lambda w: read_checked_json(w / PLAN))):
+        path = where / name
+        try:
+            read(where)
+        except FileNotFoundError:
+            continue
+        except DamagedFile as e:
+            say(f"{e}; set aside as {set_aside(path).name}")
+            (where / WHOLE).unlink(missing_ok=True)
+    return (where / WHOLE).exists()
+
+
+def sampling_plan(ctx: RunContext, where: Path) -> dict:  # batch, attention
+    "How samples are drawn; what was begun in one way goes on in it."
+    if not (where / PLAN).exists():
+        plan = {"batch": ctx.exp.execution.sample_batch, "attention": ctx.attention_path()}
+        write_checked_json(where / PLAN, plan)
+        for path in where.glob("[0-9]*.npz"):
+            path.unlink()  # drawn by a plan that is lost
+    return read_checked_json(where / PLAN)
+
+
+def draw_samples(ctx: RunContext, m: Evaluation) -> Path:  # folder of shards, see `read_samples`
+    "Sample the images of a measurement, all processes together; only missing shards are drawn."
+    where, n = samples_folder(m.exp, ctx.folder, m.step, m.num_samples), m.num_samples
+    if ctx.team.first(lambda: check_samples(where, ctx.say)):
+        return where
+    plan = ctx.team.first(lambda: sampling_plan(replace(ctx, team=ALONE), where))
+    shards = batch_bounds(n, plan["batch"], (ctx.team.rank, ctx.team.size))
+    todo = [(a, b) for a, b in shards if not (where / f"{a:07d}.npz").exists()]
+    cond, null, labels = sample_conditions(m.exp, ctx.data, n, ctx.device)
+    decode = ctx.data.decode
+    batches = sample_batches(
+        ctx.network(m, plan["attention"]),
+        Diffusion(m.exp.diffusion),
+        m.exp.sampling,
+        (m.exp.data.in_chans, m.exp.data.img_size, m.exp.data.img_size),
+        todo,
+        cond,
+        null,
+        ctx.device,
+        AUTOCAST[m.exp.train.precision],
+        finish=(lambda z: decode(z, m.exp.sampling.decoder)) if decode else to_uint8,
+    )
+    start = last = time.perf_counter()
+    for done, (a, b, x) in enumerate(batches, 1):
+        write_shard(where / f"{a:07d}.npz", x)
+        now = time.perf_counter()
+        if now - last > 15:
+            last = now
+            left = format_duration((now - start) / done * (len(todo) - done))
+            ctx.say(f"sampled {b}/{n}, {left} left")
+    ctx.team.gather(None)
+    if ctx.team.rank == 0:
+        shape = [n, *read_shard(where / "0000000.npz").shape[1:]]
+        labels = None if labels is None else labels.tolist()
+        about = {"shape": shape, "batch": plan["batch"], "labels": labels}
+        write_checked_json(where / WHOLE, {**about, "attention": plan["attention"]})
+    return where
+
+
+def keep_statistics(ctx: RunContext, m: Evaluation, stats: dict, rows: list) -> dict:
+    "Write the statistics of a measurement, then its rows; the start of its entry in run.json."
+    path = ctx.folder / "stats" / f"{m.eval_id}.npz"
+    write_atomic(path, lambda p: np.savez_compressed(p, **stats))
+    record(ctx.folder, m.exp, m.step, m.num_samples, rows, **ctx.where)
+    return {"step": m.step, "num_samples": m.num_samples, "stats_sha256": sha256_file(path)}
+
+
+def measure_samples(ctx: RunContext, m: Evaluation) -> dict:  # an entry for run.json
+    "Draw the images of a measurement, all processes together; the first one measures and records."
+    start = time.perf_counter()
+    where = draw_samples(ctx, m)
+    if ctx.team.rank:
+        return {}
+    sampled = time.perf_counter() - start
+    features, data = m.exp.evaluation.features, ctx.data
+    images, labels = read_samples(where)
+    options = MeasureOptions(
+        features,
+        ctx.device,
+        project_root() / "results" / "cache",
+        None if data.decode else m.exp.model.patch_size,
+        m.exp.data.flip,
+        m.exp.execution.reference or None,
+    )
+    extra = data.judge(images) if data.judge else None
+    with tf32_off():
+        rows, stats = measure_images(images, labels, data, options, extra=extra)
+    entry = keep_statistics(ctx, m, stats, rows)
+    values = ", ".join(f"{r['metric']} {r['value']:.4g}" for r in rows if r["value"] is not None)
+    ctx.say(f"step {m.step}: {values[:300]}")
+    return {
+        **entry,
+        "sampling": asdict(m.exp.sampling),
+        "features": features,
+        "features_found": feature_status(features)[0],
+        "attention": read_whole(where)["attention"],
+        "sampling_seconds": sampled,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def held_out(data: Data) -> Tensor:
+    "Held-out images as the network sees them: pixels or latents."
+    return data.test_images if data.test_inputs is None else data.test_inputs
+
+
+def loss_statistics(ctx: RunContext, m: Evaluation, n: int, attention: str) -> dict:
+    "The denoising loss by noise level on n held-out images, the same for every run on these data."
+    data, exp, held = ctx.data, m.exp, held_out(ctx.data)
+    pick = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))[:n]
+    cond = {}
+    if exp.model.condition == "class":
+        cond["y"] = data.test_labels[pick]
+    if exp.model.condition == "text":
+        cond["context"] = data.texts.test(pick).float()
+    stats = heldout_loss(
+        ctx.network(m, attention),
+        Diffusion(exp.diffusion),
+        held[pick],
+        cond,
+        exp.evaluation.loss_levels,
+        device=ctx.device,
+        autocast=AUTOCAST[exp.train.precision],
+        part=(ctx.team.rank, ctx.team.size),
+    )
+    return {**stats, "loss": sum(ctx.team.gather(stats["loss"]))}
+
+
+def measure_loss(ctx: RunContext, m: Evaluation) -> dict:  # an entry for run.json
+    "Record the held-out denoising loss of a step."
+    start, attention, stats = time.perf_counter(), ctx.attention_path(), {}
+    n = min(m.exp.evaluation.loss_images, len(held_out(ctx.data)))
+    row = {"metric": "heldout_loss", "value": None, "num_samples": n}
+    if n:
+        stats = loss_statistics(ctx, m, n, attention)
+        row["value"] = float(stats["loss"].mean())
+    else:
+        row["why"] = f"{m.exp.data.dataset} has no held-out images: set holdout"
+    if ctx.team.rank:
+        return {}
+    entry = keep_statistics(ctx, m, {**stats, "n": np.int64(n)}, [row])
+    return {**entry, "attention": attention, "seconds": time.perf_counter() - start}
+
+
+def measure(ctx: RunContext, m: Evaluation) -> dict:  # an entry for run.json
+    "Carry out one measurement."
+    return measure_samples(ctx, m) if m.num_samples else measure_loss(ctx, m)
+
+
+def keep_picture(ctx: RunContext, k: int = 40) -> None:
+    "samples.png (a grid, 10 in a row) and first.npz (k samples and their nearest training images)."
+    m = measurements_of(ctx.exp)[-1]
+    where = samples_folder(m.exp, ctx.folder, m.step, m.num_samples)
+    images, labels = read_samples(where, max(100, k))
+    scale = max(1, 256 // (10 * images.shape[-1]))
+    save_png(image_grid(images[:100], 10, scale=scale), ctx.folder / "samples.png")
+    arrays = {"images": images[:k].numpy()}
+    if ctx.data.train_images is not None:
+        i, d = nearest_training(images[:k], ctx.data.train_images, mirror=ctx.exp.data.flip)
+        arrays["nearest"] = ctx.data.train_images[i[:, 0]].numpy()
+        arrays["distance"] = d[:, 0].numpy()
+    if labels is not None:
+        arrays["labels"] = labels[:k].numpy()
+    write_atomic(ctx.folder / "first.npz", lambda p: np.savez_compressed(p, **arrays))

@@ -1,0 +1,322 @@
+"""One experiment, from images to recorded measurements: prepare, train, evaluate, finish."""
+
+import atexit
+import contextlib
+import os
+import shlex
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from uvit_repro.config import (
+    PARAMETERS,
+    PROTOCOLS,
+    Experiment,
+    content_name,
+    deviations,
+    experiment,
+)
+from uvit_repro.data.files import (
+    CheckpointError,
+    run_lock,
+    set_aside,
+    sha256_file,
+    sweep_unfinished,
+    write_json,
+)
+from uvit_repro.data.images import Data, open_data, summary
+from uvit_repro.diffusion import Diffusion
+from uvit_repro.runs.certificate import cached_certificate
+from uvit_repro.runs.checkpoints import check_weights, weights_path, weights_sums
+from uvit_repro.runs.devices import join_processes, pick_device, thread_count
+from uvit_repro.runs.evaluate import (
+    RunContext,
+    keep_picture,
+    measure,
+    measurements_of,
+    missing_measurements,
+)
+from uvit_repro.runs.processes import run_together
+from uvit_repro.runs.records import conditions, load_results, read_info, runs_root
+from uvit_repro.runs.training import current_path, train
+from uvit_repro.sample import check_sampler
+
+
+@dataclass
+class Run:
+    "A finished run: its folder, its experiment as run, its record."
+
+    folder: Path
+    exp: Experiment
+    info: dict
+    fresh: bool  # whether this call did any work
+
+    @property
+    def run_id(self) -> str:
+        "Its name."
+        return self.folder.name
+
+    def measurements(self):
+        "Its measurements, a DataFrame."
+        df = load_results("runs", self.folder.parent)
+        own = df[df.run_id == self.run_id]
+        return own.drop(columns=["origin", "folder"]).reset_index(drop=True)
+
+    def first(self) -> dict:
+        "Arrays of first.npz: images, labels, nearest training images."
+        with np.load(self.folder / "first.npz") as arrays:
+            return dict(arrays)
+
+
+def with_reference(exp: Experiment) -> Experiment:
+    "The experiment with the checksum of its reference statistics, which is part of what it measures."
+    path, want = exp.execution.reference, exp.evaluation.reference_sha256
+    if not path:
+        return exp
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"reference = {path!r}: no such file. It holds mu and sigma of the features of the "
+            "reference images; leave it out to use the training images"
+        )
+    found = sha256_file(Path(path))
+    if want not in ("", found):
+        raise ValueError(
+            f"reference = {path!r}: its checksum is {found[:16]}..., the experiment was made "
+            f"with {want[:16]}..."
+        )
+    return replace(exp, evaluation=replace(exp.evaluation, reference_sha256=found))
+
+
+def open_experiment(exp: Experiment) -> tuple[Experiment, Data]:
+    "The experiment with what only its files tell (checksums, classes), and its data."
+    exp, data = open_data(exp)
+    return with_reference(exp), data
+
+
+def chapter_parameters(exp: Experiment) -> dict:
+    "Parameters of chapter 05 that give an experiment: protocol, seed, and what differs from them."
+    base, dataset = PROTOCOLS[exp.protocol], exp.data.dataset
+    given = {"protocol": exp.protocol, "seed": exp.seed}
+    if dataset != base.data.dataset:
+        base = experiment(exp.protocol, dataset=dataset)
+        given["dataset"] = dataset
+    for name, (section, _) in PARAMETERS.items():
+        if section == "execution" or name == "dataset" or name.endswith("_sha256"):
+            continue
+        value = getattr(getattr(exp, section), name)
+        if value != getattr(getattr(base, section), name):
+            given[name] = ",".join(map(str, value)) if isinstance(value, tuple) else value
+    return given
+
+
+def repeat_command(exp: Experiment) -> str:
+    "The papermill command that repeats an experiment, ready for a shell."
+    parameters = (f"-p {k} {shlex.quote(str(v))}" for k, v in chapter_parameters(exp).items())
+    return " ".join(["papermill nbs/05_ablations.ipynb out.ipynb", *parameters])
+
+
+def run_folder(
+    exp: Experiment,  # any
+    out_dir=None,  # folder of runs; None: results/runs
+) -> Path:
+    "The folder of an experiment's run; opens its data, whose content is part of the name."
+    return runs_root(out_dir) / open_experiment(exp)[0].run_id
+
+
+def is_done(
+    exp: Experiment,  # any
+    out_dir=None,  # folder of runs; None: results/runs
+) -> bool:
+    "Whether this machine has the run, with all its measurements."
+    folder = run_folder(exp, out_dir)
+    info = read_info(folder)
+    return info.get("status") == "ok" and not missing_measurements(exp, folder, info)
+
+
+def root_of(exp: Experiment, out_dir=None) -> Path:
+    "The folder of runs; smoke runs go to a temporary one that is removed at exit."
+    if exp.protocol != "smoke" or out_dir:
+        return runs_root(out_dir)
+    folder = Path(tempfile.mkdtemp(prefix="uvit-smoke-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def run_experiment(
+    exp: Experiment,  # what to do
+    out_dir=None,  # folder of runs; None: results/runs (smoke: a temporary folder)
+    say=print,  # progress lines
+    chapter: str = "",  # noted beside each measurement
+    paper_ref: str = "",  # likewise
+) -> Run:  # finished
+    "From an experiment to recorded measurements; completed work is cached, failures are recorded."
+    with thread_count(exp.execution.threads):
+        exp, data = open_experiment(exp)
+        for m in measurements_of(exp):
+            s = m.exp.sampling
+            check_sampler(s.sampler, s.nfe, Diffusion(exp.diffusion).process)
+        folder = root_of(exp, out_dir) / exp.run_id
+        where = {"chapter": chapter, "paper_ref": paper_ref}
+        if exp.execution.processes > 1 and "WORLD_SIZE" not in os.environ:
+            return share_run(exp, folder, say, where)
+        team = join_processes(exp.execution.processes, pick_device(exp.execution.device))
+        return perform(RunContext(exp, data, folder, say, team, where=where))
+
+
+def share_run(exp: Experiment, folder: Path, say, where: dict) -> Run:
+    "Let several processes of this machine carry out an experiment."
+    job = {"experiment": exp.to_dict(), "out_dir": str(folder.parent), "where": where}
+    path = write_json(folder / f"job-{os.getpid()}.json", job)
+    before = read_info(folder)
+    try:
+        run_together(exp, path, say)
+    finally:
+        path.unlink(missing_ok=True)
+    info = read_info(folder)
+    return Run(folder, exp, info, fresh=info != before)
+
+
+def perform(ctx: RunContext) -> Run:
+    "Train what is to be trained, measure what is missing, record both. A file lock protects the run."
+    lead = ctx.team.rank == 0
+    with run_lock(ctx.folder, ctx.say) if lead else contextlib.nullcontext():
+        info, todo = ctx.team.first(lambda: prepare(ctx))
+        finished = info.get("status") == "ok" and not ctx.again
+        if finished and not todo:
+            return Run(ctx.folder, ctx.exp, info, fresh=False)
+        if lead and ctx.data.notes:
+            summary(ctx.data.notes)
+        (add_measurements if finished else complete)(ctx, info)
+        return Run(ctx.folder, ctx.exp, info, fresh=True)
+
+
+def prepare(ctx: RunContext) -> tuple[dict, list]:
+    "The record of a run and what it lacks; unfinished files go, damaged weights are set aside."
+    sweep_unfinished(ctx.folder)
+    info = read_info(ctx.folder)
+    todo = ctx.missing(info)
+    for step in {m.step for m in todo} if ctx.load is None else ():
+        path = weights_path(ctx.folder, step)
+        try:
+            if path.exists():
+                check_weights(path)
+        except CheckpointError as e:
+            ctx.say(f"{e}; set aside as {set_aside(path).name}")
+    return info, todo
+
+
+def keep_info(ctx: RunContext, info: dict) -> None:
+    "Write run.json."
+    if ctx.team.rank == 0:
+        write_json(ctx.folder / "run.json", info)
+
+
+def about_run(ctx: RunContext) -> dict:
+    "What a record says about a run before its results."
+    exp, data, about = ctx.exp, ctx.data, dict(ctx.about)
+    if ctx.load is None:
+        about["images_seen"] = exp.train.n_steps * exp.train.batch_size
+    return {
+        "run_id": exp.run_id,
+        "experiment": exp.to_dict(),
+        "command": repeat_command(exp),
+        "deviations": [list(d) for d in deviations(exp)],
+        "certificate": cached_certificate(ctx.device) if ctx.team.rank == 0 else None,
+        "conditions": conditions(ctx.device),
+        "data": {
+            "name": content_name(exp.data)[0],
+            "sha256": data.sha256,
+            "train": len(data),
+            "held_out": len(data.test_images),
+            "notes": data.notes[:50],
+        },
+        **about,
+    }
+
+
+def complete(ctx: RunContext, info: dict) -> None:
+    "Carry out a run; its outcome, time and failure become part of the record, whatever happens."
+    info.setdefault("started", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    info.setdefault("evaluations", {})
+    info.update(status="running", run_id=ctx.exp.run_id, experiment=ctx.exp.to_dict())
+    keep_info(ctx, info)
+    start = time.perf_counter()
+    try:
+        info.update(about_run(ctx))
+        ctx = with_weights(ctx, info)
+        for m in ctx.team.first(lambda: ctx.missing(info)):
+            info["evaluations"][m.eval_id] = measure(ctx, m)
+            keep_info(ctx, info)
+        if ctx.team.rank == 0:
+            keep_picture(ctx)
+        info.update(status="ok", error=None)
+    except BaseException as e:
+        status = "failed" if isinstance(e, Exception) else "stopped"
+        info.update(status=status, error=f"{type(e).__name__}: {e}")
+        raise
+    finally:
+        # What a killed attempt took is known from its parts alone.
+        own = {m.eval_id for m in ctx.planned()}
+        parts = [e.get("seconds", 0) for i, e in info["evaluations"].items() if i in own]
+        known = info.get("training", {}).get("seconds", 0) + sum(parts)
+        spent = info.get("wall_seconds", 0) + time.perf_counter() - start
+        info["wall_seconds"] = max(spent, known)
+        keep_info(ctx, info)
+
+
+def add_measurements(ctx: RunContext, info: dict) -> None:
+    "Measure a finished run in another way; what its record says about the run stays as it is."
+    made = {"command": ctx.about.get("command") or repeat_command(ctx.exp)}
+    made["conditions"] = conditions(ctx.device)
+    failed = info.pop("failed_evaluations", {})
+    try:
+        ctx = with_weights(ctx, info)
+        for m in ctx.team.first(lambda: ctx.missing(info)):
+            info["evaluations"][m.eval_id] = {**measure(ctx, m), **made}
+            failed.pop(m.eval_id, None)
+            keep_info(ctx, info)
+    except Exception as e:
+        note = {"error": f"{type(e).__name__}: {e}", **made}
+        failed.update({m.eval_id: note for m in ctx.missing(info)})
+        raise
+    finally:
+        if failed:
+            info["failed_evaluations"] = failed
+        keep_info(ctx, info)
+
+
+def with_weights(ctx: RunContext, info: dict) -> RunContext:  # with the attention path of training
+    "Train if the final weights are missing, and record that before anything is measured."
+    if ctx.load is not None:
+        return ctx
+
+    def keep(training: dict) -> None:
+        info["training"] = training
+        keep_info(ctx, info)
+
+    trained = train(ctx.exp, ctx.data, ctx.folder, ctx.say, ctx.team, keep)["steps"] > 0
+    if ctx.team.rank == 0:
+        known, found = info.get("weights_sha256", {}), weights_sums(ctx.folder)
+        if trained:
+            forget_other_weights(ctx.folder, info, found)
+        info["weights_sha256"] = {**known, **found} if trained else {**found, **known}
+        keep_info(ctx, info)
+    path = ctx.team.first(lambda: info.get("training", {}).get("attention", ""))
+    return replace(ctx, attention=current_path(path))
+
+
+def forget_other_weights(folder: Path, info: dict, found: dict) -> None:
+    "Drop what was measured with weights that a new training, as on a GPU, did not end at again."
+    known = info.get("weights_sha256", {})
+    changed = {stem for stem, sha in found.items() if known.get(stem, sha) != sha}
+    if changed:
+        info["evaluations"] = {
+            eid: entry
+            for eid, entry in info["evaluations"].items()
+            if weights_path(folder, entry["step"]).stem not in changed
+        }
+        shutil.rmtree(folder / "samples", ignore_errors=True)
