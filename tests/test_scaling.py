@@ -1,4 +1,4 @@
-"What a network costs: counts against closed forms, predictions against what is allocated, and the plan's arithmetic."
+"""Counts against the closed form and the published tables; Figure 3; costs; memory."""
 
 import random
 from dataclasses import replace
@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from uvit_repro.config import CONFIGS, PROTOCOLS, ParameterError, experiment
+from uvit_repro.config import CONFIGS, PROTOCOLS, ParameterError, experiment, with_overrides
+from uvit_repro.paper.numbers import load_paper
 from uvit_repro.runs.counting import (
     count_macs,
     evaluations,
@@ -18,75 +19,82 @@ from uvit_repro.runs.counting import (
     predict_seconds,
     training_flops,
 )
+from uvit_repro.runs.evaluate import measurements_of
 from uvit_repro.runs.execution import set_attention
+from uvit_repro.runs.timing import matmul_rate, time_calls
 from uvit_repro.scaling import (
-    allocated_peak,
-    allreduce_bytes,
-    constructor,
+    collect_figure3,
     cost_table,
-    count_training_macs,
     figure3,
     figure3_base,
     figure3_cells,
-    forward_loss,
-    group_of,
-    machines_table,
-    macs_formula,
-    matmul_rate,
-    measured_memory,
-    memory_parts,
-    model_flop_utilisation,
+    figure3_costs,
+    figure3_paper,
+    macs_parts,
     paper_hours,
-    pass_bytes,
-    plan_step,
-    predict_cost,
-    random_sizes,
+    plot_figure3,
     saved_bytes,
-    step_profile,
-    time_calls,
-    training_step,
 )
 from uvit_repro.uvit import UViT
 
-rng = random.Random(1)
-SIZES = [random_sizes(rng) for _ in range(7)]
+H2 = CONFIGS["ImageNet 256x256 U-ViT-H/2"]
 
 
-def on_meta(**kw):
+def on_meta(**kw) -> UViT:
+    "A U-ViT without values."
     with torch.device("meta"):
         return UViT(**kw)
 
 
-@pytest.mark.parametrize(
-    "kw", SIZES, ids=[f"{k['skip']}-{k['time']}-{k['conv']}-{k['patch_embed']}" for k in SIZES]
-)
-def test_count_equals_closed_form(kw):
-    net = on_meta(**kw)
+def random_experiment(seed: int):
+    "A small U-ViT of random sizes and a random variant."
+    rng = random.Random(seed)
+    base = with_overrides(PROTOCOLS["smoke"], condition="none", p_uncond=0, cfg_scale=1)
+    heads, patch = rng.choice([1, 2, 3]), rng.choice([1, 2, 3, 4, 6])
+    model = replace(
+        base.model,
+        patch_size=patch,
+        embed_dim=4 * heads * rng.randint(1, 5),
+        depth=rng.choice([1, 3, 5]),
+        num_heads=heads,
+        mlp_ratio=rng.choice([2.0, 4.0, 4.43]),
+        mlp_time_embed=rng.random() < 0.3,
+        skip=rng.choice(["concat", "add", "add_linear", "linear_add", "none", "add_scaled"]),
+        time=rng.choice(["token", "adaln", "adaln_literal", "adaln_zero"]),
+        conv=rng.choice(["after", "before", "none"]),
+        patch_embed=rng.choice(["linear", "conv"]),
+        pos_embed=rng.choice(["learned", "sincos2d", "none"]),
+        condition=rng.choice(["none", "class", "text"]),
+    )
+    size = patch * rng.randint(1, 4)
+    data = replace(base.data, img_size=size, in_chans=rng.randint(1, 4), text_dim=5, text_tokens=3)
+    return replace(base, model=model, data=data)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_count_equals_closed_form(seed):
+    exp = random_experiment(seed)
+    assert sum(macs_parts(exp).values()) == macs_of(exp)
+
+
+def test_both_attention_paths_count_alike():
+    net = on_meta(img_size=8, patch_size=2, in_chans=3, embed_dim=24, depth=3, num_heads=2)
+    counts = set()
     for path, batch in (("sdpa", 1), ("math", 3)):
         set_attention(net, path)
-        assert count_macs(net, batch) == macs_formula(**kw)
+        counts.add(count_macs(net, batch))
+    assert len(counts) == 1
 
 
-def test_every_choice():
-    base = {
-        "img_size": 8,
-        "patch_size": 4,
-        "in_chans": 3,
-        "embed_dim": 24,
-        "depth": 3,
-        "num_heads": 2,
-    }
-    for field, values in {
-        "skip": ("concat", "add", "add_linear", "linear_add", "none", "add_scaled"),
-        "time": ("adaln", "adaln_literal", "adaln_zero"),
-        "conv": ("before", "none"),
-        "patch_embed": ("conv",),
-        "pos_embed": ("sincos2d", "none"),
-    }.items():
-        for v in values:
-            assert count_macs(on_meta(**base, **{field: v})) == macs_formula(
-                **base, **{field: v}
-            ), (field, v)
+def test_counts_equal_the_published_tables():
+    exact = load_paper("Table 2 (exact)")
+    for name, e in CONFIGS.items():
+        known = exact[(exact.dataset + " " + exact.method) == name].set_index("metric").number
+        assert params_of(e) == known["params_exact"]
+        assert macs_of(e) / 1e9 == pytest.approx(known["gflops"], abs=0.0501)
+        assert sum(macs_parts(e).values()) == macs_of(e)
+    assert params_of(CONFIGS["CIFAR10 U-ViT-S/2"]) == 44_255_328
+    assert round(macs_of(H2) / 1e9) == 133  # Table 7
 
 
 def test_counting_leaves_the_model_alone_and_takes_any_backbone():
@@ -104,178 +112,109 @@ def test_counting_leaves_the_model_alone_and_takes_any_backbone():
             self.fc = nn.Linear(32, 32)
 
         def forward(self, x, t, y=None, context=None):
-            return self.fc(x.flatten(1) + (0 if y is None else y[:, None])).view_as(x)
+            return self.fc(x.flatten(1)).view_as(x)
 
-    assert count_macs(Other()) == count_macs(Other(), y=torch.tensor([1])) == 32 * 32
-
-
-def test_training_counts():
-    net = on_meta(img_size=16, patch_size=2, in_chans=3, embed_dim=64, depth=5, num_heads=2)
-    set_attention(net, "math")
-    macs = count_macs(net)
-    assert (
-        count_training_macs(net) == pytest.approx(3 * macs, rel=0.01)
-        and training_flops(macs) == 6 * macs
-        and training_flops(macs, 1.0) == 8 * macs
-    )
-    again = on_meta(
-        img_size=16,
-        patch_size=2,
-        in_chans=3,
-        embed_dim=64,
-        depth=5,
-        num_heads=2,
-        use_checkpoint=True,
-    )
-    set_attention(again, "math")
-    assert 3.5 * macs < count_training_macs(again) < 4 * macs
+    assert count_macs(Other()) == 32 * 32
 
 
-def test_table2():
-    e = CONFIGS["ImageNet 256x256 U-ViT-H/2"]
-    assert (
-        params_of(e) == 500_832_016
-        and round(macs_of(e) / 1e9) == 133
-        and macs_formula(**constructor(e)) == macs_of(e)
-    )
+def test_training_takes_three_passes_and_checkpointing_repeats_one():
+    e = PROTOCOLS["laptop"]
+    macs = macs_of(e)
+    assert count_macs(meta_model(e), training=True) == pytest.approx(3 * macs, rel=0.01)
+    assert training_flops(macs) == 6 * macs and training_flops(macs, 1.0) == 8 * macs
+    again = replace(e, execution=replace(e.execution, use_checkpoint=True))
+    assert 3.5 * macs < count_macs(meta_model(again), training=True) < 4 * macs
 
 
-def test_figure3_cells_are_chapter_parameters():
-    for p, n in {"smoke": 7, "gpu": 8}.items():
-        cells = figure3_cells(p, seeds=(0, 3))
-        assert len(cells) == 2 * n
-        assert {experiment(**c).run_id for c in cells} == {
-            replace(e, seed=s).run_id for *_, e in figure3(figure3_base(p)) for s in (0, 3)
-        }
-    assert figure3_base("gpu") == PROTOCOLS["gpu"] and figure3_base("paper").train.n_steps == 50_000
-    with pytest.raises(ParameterError, match="depth, width, patch"):
-        figure3(PROTOCOLS["gpu"], "colour")
+def test_counts_do_not_depend_on_the_data_set():
+    e = PROTOCOLS["gpu"]
+    other = replace(e, data=replace(e.data, dataset="folder:/nowhere", data_sha256="0" * 64))
+    assert macs_of(other) == macs_of(e)
 
 
-@pytest.mark.parametrize("ck", (False, True))
-@pytest.mark.parametrize("attention", ("sdpa", "math"))
-def test_predicted_peak_is_the_allocators(ck, attention):
-    net = UViT(16, 2, 3, 64, 3, 4, use_checkpoint=ck).train()
-    set_attention(net, attention)
-
-    def run():
-        forward_loss(net, 4, "cpu", "fp32").backward()
-        net.zero_grad(set_to_none=True)
-
-    assert pass_bytes(net, 4, "fp32", attention)["peak"] == pytest.approx(
-        allocated_peak(run), rel=0.01
-    )
-
-
-def test_kept_bytes_are_what_autograd_saves():
-    net = UViT(8, 2, 3, 32, 3, 2)
-    kept, saved = pass_bytes(net, 4, "fp32")["kept"], saved_bytes(net, 4, "fp32")
-    assert saved <= kept <= saved + 4 * (4 * 3 * 8 * 8 + 1)  # the prediction and the loss
-
-
-def test_memory_of_an_update():
-    e = PROTOCOLS["smoke"]
-    guess, real = memory_parts(e, attention="math"), measured_memory(e)
-    assert all(guess[k] == real[k] for k in ("weights", "optimizer", "ema")) and guess[
-        "total"
-    ] == pytest.approx(real["total"], rel=0.15)
-    plain, less = (
-        memory_parts(meta_model(x), 128, "bf16")
-        for x in (e, replace(e, execution=replace(e.execution, use_checkpoint=True)))
-    )
-    assert (
-        less["kept"] < plain["kept"] / 3
-        and less["total"] < plain["total"]
-        and plain["optimizer"] == 2 * plain["weights"] == 8 * params_of(e)
-    )
-    assert all(p.device.type == "meta" for p in meta_model(e).parameters())
+def test_networks_of_figure3():
+    networks = figure3(figure3_base("paper"))
+    assert [(n.panel, n.value) for n in networks] == [
+        *[("depth", v) for v in (9, 13, 17)],
+        *[("width", v) for v in (256, 512, 768)],
+        *[("patch", v) for v in (1, 2, 4, 8)],
+    ]
+    assert [n.exp.model.num_heads for n in networks if n.panel == "width"] == [4, 8, 12]
+    base = networks[1].exp
+    assert all(replace(n.exp, model=base.model) == base for n in networks)
+    costs = figure3_costs(base).set_index(["panel", "field_value"])
+    for r in load_paper("Figure 3 (cost)").itertuples():
+        panel, value = r.method.split()[:2]
+        mine = costs.loc[(panel, int(value))]
+        if r.metric == "params_exact":
+            assert mine.parameters == r.number
+        else:
+            assert mine.macs / 1e9 == pytest.approx(r.number, abs=0.0501)
 
 
-def test_rates_and_profile():
-    assert (
-        len(time_calls(lambda: None, repeats=4)) == 4
-        and matmul_rate("cpu", sizes=(32, 64), repeats=3) > 0
-    )
-    assert model_flop_utilisation(5, 100, 3000) == 1.0
-    _, step = training_step(PROTOCOLS["smoke"])
-    p = step_profile(lambda: step(4), steps=1)
-    assert (
-        min(p.values()) >= 0
-        and p["matrix products"] > 0
-        and p["optimiser"] > 0
-        and p["moving average"] > 0
-        and p["attention"] > 0
-    )
-    assert (
-        group_of("aten::addmm") == "matrix products"
-        and group_of("aten::_softmax") == "attention"
-        and group_of("aten::gelu") == "normalisation, activation, pointwise"
-    )
+@pytest.mark.parametrize("protocol, runs", [("smoke", 7), ("gpu", 8)])
+def test_cells_of_figure3_are_chapter_parameters(protocol, runs):
+    cells = figure3_cells(protocol, seeds=(0, 3))
+    assert len(cells) == 2 * runs and cells[0] == {"protocol": protocol, "seed": 0}
+    ids = {replace(n.exp, seed=s).run_id for n in figure3(figure3_base(protocol)) for s in (0, 3)}
+    assert {experiment(**c).run_id for c in cells} == ids
 
 
-def test_cost_model():
-    e, m = PROTOCOLS["gpu"], macs_of(PROTOCOLS["gpu"])
+def test_figure3_shows_the_papers_points_apart_from_ours():
+    results = collect_figure3("laptop", origin="published")
+    assert results.run_id.nunique() >= 7
+    figure = plot_figure3(results, "fd_digits_cnn_test", "laptop")
+    assert len(figure.axes) == 6  # no second axis in any panel
+    assert set(figure3_paper().field_value) == {2, 4, 8, 9, 13, 256, 512}
+
+
+def test_checkpointing_keeps_less():
+    plain = UViT(8, 2, 3, 32, 5, 2)
+    released = UViT(8, 2, 3, 32, 5, 2, use_checkpoint=True)
+    full, less = saved_bytes(plain, 4), saved_bytes(released, 4)
+    assert less < full / 3
+    assert saved_bytes(plain, 8) - full == pytest.approx(full, rel=0.05)  # grows with the batch
+    assert saved_bytes(plain, 4, "fp32", "math") > full  # keeps the scores
+
+
+def test_the_timer_measures_calls():
+    assert len(time_calls(lambda: None, repeats=4)) == 4
+    assert matmul_rate("cpu", sizes=(32, 64), repeats=3) > 0
+
+
+def test_predicted_seconds():
+    e, macs = PROTOCOLS["gpu"], macs_of(PROTOCOLS["gpu"])
     s = predict_seconds(e, 1e13)
-    assert (
-        s["train"] == pytest.approx(10_000 * 128 * 6 * m / 1e13)
-        and s["sample"] == pytest.approx(15_000 * 50 * 2 * m / 1e13)
-        and s["loss"] == pytest.approx(4 * 2000 * 20 * 2 * m / 1e13)
-    )
-    assert s["total"] == pytest.approx(s["train"] + s["sample"] + s["loss"]) and predict_seconds(
-        e, 1e13, sampling=2e13
-    )["sample"] == pytest.approx(s["sample"] / 2)
-    from uvit_repro.runs.evaluate import measurements_of
-
-    for e in (*PROTOCOLS.values(), *CONFIGS.values()):
-        passes = sum(
-            (
-                n * x.sampling.nfe * (2 if x.sampling.cfg_scale != 1 else 1)
-                if n
-                else x.evaluation.loss_images * x.evaluation.loss_levels
-            )
-            for x, _, n in measurements_of(e)
-        )
-        assert sum(n for _, n in evaluations(e)) == passes
-    assert predict_cost(e, 1e14, 0.4)["train_hours"] == pytest.approx(
-        experiment_flops(e)["train"] / 4e13 / 3600
-    )
-    for bad in (0, -1.0, 1.2):
-        with pytest.raises(ParameterError):
-            predict_cost(e, 1e14, bad)
-    with pytest.raises(ParameterError):
+    assert s["train"] == pytest.approx(10_000 * 128 * 6 * macs / 1e13)
+    assert s["sample"] == pytest.approx(15_000 * 50 * 2 * macs / 1e13)
+    assert s["loss"] == pytest.approx(4 * 2000 * 20 * 2 * macs / 1e13)
+    assert s["total"] == pytest.approx(s["train"] + s["sample"] + s["loss"])
+    assert predict_seconds(e, 1e13, sampling=2e13)["sample"] == pytest.approx(s["sample"] / 2)
+    with pytest.raises(ParameterError, match="above 0"):
         predict_seconds(e, 0)
 
 
-def test_paper_costs():
-    h = paper_hours().set_index("configuration")
-    r = h.loc["ImageNet 256x256 U-ViT-H/2"]
-    assert (
-        r.hours == 208
-        and r.gpu_hours == 8 * 208
-        and r.flops_per_device
-        == pytest.approx(6 * 133.19668224e9 * 1024 * 500_000 / (8 * 208 * 3600))
-    )
-    assert len(cost_table(1e15, 0.5)) == len(CONFIGS) == len(h)
+def passes_of_measurement(exp, n: int) -> int:
+    "Forward passes of one measurement of a run: n samples, or (n = 0) a held-out loss."
+    if n == 0:
+        return exp.evaluation.loss_images * exp.evaluation.loss_levels
+    return n * exp.sampling.nfe * (2 if exp.sampling.cfg_scale != 1 else 1)
 
 
-def test_plan():
-    assert (
-        allreduce_bytes(10, 1) == 0
-        and allreduce_bytes(10, 2) == 40
-        and allreduce_bytes(10, 4, 2) == 30
-    )
-    e = CONFIGS["ImageNet 256x256 U-ViT-L/2"]
-    one, two = (plan_step(e, n, 4e14, 50e9) for n in (1, 2))
-    assert (
-        one["communicate"] == 0
-        and one["update"] == one["compute"] == pytest.approx(2 * two["compute"])
-        and two["communicate"] == pytest.approx(286_763_172 * 4 / 50e9)
-    )
-    slow = plan_step(e, 512, 4e14, 1e9)
-    assert slow["update"] == pytest.approx(slow["compute"] + slow["communicate"] - slow["backward"])
-    t = machines_table(1e18)
-    assert (t["machines"] == 1).all() and (
-        machines_table(1e12)["more than one machine"] == "yes"
-    ).any()
-    with pytest.raises(ParameterError):
-        allreduce_bytes(10, 0)
+@pytest.mark.parametrize("exp", [*PROTOCOLS.values(), H2], ids=lambda e: e.protocol)
+def test_every_measurement_of_a_run_is_counted(exp):
+    passes = sum(passes_of_measurement(e, n) for e, _, n in measurements_of(exp))
+    assert sum(n for _, n in evaluations(exp)) == passes
+
+
+def test_costs_of_the_released_configurations():
+    hours = paper_hours().set_index("configuration").loc["ImageNet 256x256 U-ViT-H/2"]
+    flops = 6 * macs_of(H2) * 1024 * 500_000
+    assert (hours.hours, hours.device_hours) == (208, 8 * 208)
+    assert hours.flops_per_device == pytest.approx(flops / (8 * 208 * 3600))
+    table = cost_table(5e14).set_index("configuration")
+    assert len(table) == len(CONFIGS)
+    row = table.loc["ImageNet 256x256 U-ViT-H/2"]
+    assert row["hours of training"] == pytest.approx(experiment_flops(H2)["train"] / 5e14 / 3600)
+    with pytest.raises(ParameterError, match="above 0"):
+        cost_table(0)

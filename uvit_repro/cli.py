@@ -81,7 +81,7 @@ def bench_options(p: argparse.ArgumentParser):
         "--what",
         type=words,
         default=(),
-        help="any of train,sample,features,data,start (default: train,sample)",
+        help="any of train,sample,checkpointing,features,data,start (default: train,sample)",
     )
     p.add_argument(
         "--models",
@@ -120,21 +120,13 @@ def bench_options(p: argparse.ArgumentParser):
         default=10,
         help="timed repetitions of each contestant (sampling: a third of them, at least 3)",
     )
-    p.add_argument("--warmup", type=int, default=3, help="calls before them")
     p.add_argument(
         "--compile",
         default="auto",
         help="torch.compile of the blocks: auto (as training decides), on, off",
     )
-    p.add_argument("--cuda-graph", action="store_true", help="training replays CUDA graphs (GPU)")
     p.add_argument(
         "--checkpoint", default="off", help="gradient checkpointing of ours: off, full, selective"
-    )
-    p.add_argument(
-        "--keep",
-        type=float,
-        default=2.0,
-        help="selective: what each block keeps, in tensors of its width",
     )
     p.add_argument(
         "--peer",
@@ -175,7 +167,9 @@ def run_bench_command(
     "Run `bench`."
     from dataclasses import fields
 
-    from uvit_repro.bench.bench import OutputsDiffer, Settings, publish_bench, run_bench
+    from uvit_repro.bench.peer import OutputsDiffer
+    from uvit_repro.bench.results import publish_bench
+    from uvit_repro.bench.run import Settings, run_bench
 
     s = Settings(
         **{f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
@@ -186,6 +180,8 @@ def run_bench_command(
         raise Failed(str(e)) from None
     if args.publish:
         say(f"published as {publish_bench(rec.folder)}")
+    if rec.info["errors"]:
+        raise Failed(f"failed: {', '.join(rec.info['errors'])}; the rest is recorded")
     return dict(rec.info, folder=str(rec.folder), rows=rec.rows)
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 
-from uvit_repro.bench.bench import free, many_variants
 from uvit_repro.campaign.plan import (
     committed,
     held,
@@ -47,7 +46,7 @@ from uvit_repro.runs.records import (
     published_root,
     runs_root,
 )
-from uvit_repro.scaling import matmul_rate
+from uvit_repro.runs.timing import free_memory, matmul_rate
 
 
 @dataclass(frozen=True)
@@ -738,7 +737,7 @@ def read_state(keep: Path) -> dict:
 
 def free_device(device):
     "Nothing of a run stays behind on the GPU, and compiled code does not pile up over runs."
-    free(device)
+    free_memory(device)
     if device.type == "cuda":
         import torch
 
@@ -901,11 +900,8 @@ class Queue:
                     ),
                 )
             self.save()
-            with (
-                many_variants() if self.device.type == "cuda" else contextlib.nullcontext()
-            ):  # compiled code of a training, a loss and several samplers
-                while (e := self.next()) is not None:
-                    run_entry(self, e)
+            while (e := self.next()) is not None:
+                run_entry(self, e)
             self.save(finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
             self.say(state_lines(self.state)[-1])
         finally:

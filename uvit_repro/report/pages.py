@@ -1655,7 +1655,7 @@ def published_figures(
 ) -> dict:  # name: (words, function that draws)
     "The figures of the Markdown report."
     from uvit_repro.ablations import collect, plot_rows, sample_rows
-    from uvit_repro.bench.bench import load_bench, newest, plot_speedup
+    from uvit_repro.bench.results import load_bench, newest, plot_speedup
 
     out, at = {}, dict(cells[cells.paper == "U-ViT"].groupby("place"))
     if len(found) and (found.n > 0).any():
@@ -1773,7 +1773,7 @@ def md_sections(ev: Evidence, cells, filled: dict, claims, figures: dict) -> lis
     "The report, part by part."
     import pandas as pd
 
-    from uvit_repro.bench.bench import load_bench, newest, speed_table
+    from uvit_repro.bench.results import load_bench, newest, speed_table
 
     picture = lambda *names: "".join(
         f"![{figures[n][0]}](report/{n}.png)\n\n*{figures[n][0]}*\n\n"

@@ -2,30 +2,26 @@
 
 import copy
 import functools
-import hashlib
 import inspect
 import itertools
-import json
-from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from uvit_repro.config import MODELS, Experiment, ParameterError, digest, project_root, resolve_name
-from uvit_repro.data.files import source_sum, write_json
+from uvit_repro.config import MODELS, Experiment, ParameterError, resolve_name
 from uvit_repro.runs.execution import uncompile
 
 
 def hollow(
     model: nn.Module,  # on any device; may be compiled
-    device="meta",  # of the copy; under a `FakeTensorMode` the CPU too is free
-) -> nn.Module:  # the same modules with uninitialised tensors
-    "A copy of a network without its values; the weights are not copied on the way."
+) -> nn.Module:  # the same modules on the meta device
+    "Copy a network without its values."
     model = getattr(model, "_orig_mod", model)
 
     def empty(t):
-        new = torch.empty(t.shape, dtype=t.dtype, device=device)
+        new = torch.empty_like(t, device="meta")
         return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
 
     empties = {id(t): empty(t) for t in itertools.chain(model.parameters(), model.buffers())}
@@ -33,16 +29,14 @@ def hollow(
 
 
 def model_inputs(
-    model: nn.Module,  # has img_size and in_chans, and num_classes or clip_dim and num_clip_token where it is conditional
+    model: nn.Module,  # has img_size, in_chans; num_classes, or clip_dim and num_clip_token
     batch: int = 1,  # images
     device="meta",  # of the inputs
-    **cond,  # y or context, when they are not to be made here; None: leave it out
+    **cond,  # y or context, when zeros of the model's own shapes will not do; None: leave it out
 ) -> tuple:  # (x, t, dict of conditions)
     "Inputs of the right shapes for a backbone that is called as model(x, t, y=, context=)."
-    x, t = (
-        torch.zeros(batch, model.in_chans, model.img_size, model.img_size, device=device),
-        torch.zeros(batch, device=device),
-    )
+    x = torch.zeros(batch, model.in_chans, model.img_size, model.img_size, device=device)
+    t = torch.zeros(batch, device=device)
     if "y" not in cond and getattr(model, "num_classes", None):
         cond["y"] = torch.zeros(batch, dtype=torch.long, device=device)
     if "context" not in cond and getattr(model, "clip_dim", None):
@@ -50,133 +44,80 @@ def model_inputs(
     return x, t, {k: v.to(device) for k, v in cond.items() if v is not None}
 
 
-def flop_counter():
-    "A `FlopCounterMode` that knows fused attention on a CPU in every version of torch: two products forward; in the backward pass five, one of which repeats the scores."
-    from torch.utils.flop_counter import FlopCounterMode
-
-    ops = torch.ops.aten
-
-    def forward(q, k, v, *a, **kw):
-        return 4 * torch.Size(q).numel() * k[-2]
-
-    def backward(g, q, k, v, *a, **kw):
-        return 10 * torch.Size(q).numel() * k[-2]
-
-    return FlopCounterMode(
-        display=False,
-        custom_mapping={
-            ops._scaled_dot_product_flash_attention_for_cpu: forward,
-            ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-        },
-    )
-
-
 def count_macs(
     model: nn.Module,  # any backbone called as model(x, t, y=, context=); it is not changed
     batch: int = 1,  # images in the counted pass
-    **cond,  # y or context of `batch` images, when zeros of the model's own shapes will not do
-) -> int:  # multiply-accumulates of one forward pass, per image
-    "Count the multiply-accumulates of matrix products, convolutions and attention (either path) on a copy without values."
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode(), torch.no_grad():
-        like = {k: v if v is None else torch.empty(v.shape, dtype=v.dtype) for k, v in cond.items()}
-        net = hollow(model, "cpu").eval()
-        x, t, cond = model_inputs(net, batch, "cpu", **like)
-        with flop_counter() as counter:
-            net(x, t, **cond)
+    training: bool = False,  # add the backward pass, and what gradient checkpointing repeats
+    **cond,  # y or context of `batch` images, when zeros will not do
+) -> int:  # multiply-accumulates per image
+    "Count the multiply-accumulates of matrix products, convolutions and attention."
+    net = hollow(model).train(training)
+    x, t, cond = model_inputs(net, batch, **cond)
+    with torch.set_grad_enabled(training), FlopCounterMode(display=False) as counter:
+        out = net(x, t, **cond)
+        if training:
+            out.sum().backward()
     return counter.get_total_flops() // (2 * batch)
 
 
 def training_flops(
     macs: int,  # of one forward pass
-    recomputed: float = 0.0,  # share of the forward pass that gradient checkpointing does again; 1: all of it
+    recomputed: float = 0.0,  # share of the forward pass that checkpointing repeats
 ) -> float:  # floating-point operations of one image in training
     "Two per multiply-accumulate in the forward pass, four in the backward pass (each product has two gradients), two for what is recomputed."
     return (6 + 2 * recomputed) * macs
 
 
 def meta_model(
-    exp: Experiment,  # any; the number of classes must be known
+    exp: Experiment,  # the number of classes must be known
 ) -> nn.Module:  # its network, on the meta device, in training mode
     "An experiment's network without its values, with its gradient checkpointing."
-    build, ex = resolve_name(MODELS, exp.model.model), exp.execution
-    extra = {
-        k: getattr(ex, k)
-        for k in ("use_checkpoint", "activation_budget")
-        if k in inspect.signature(build).parameters
-    }
+    build = resolve_name(MODELS, exp.model.model)
+    known = inspect.signature(build).parameters
+    names = [n for n in ("use_checkpoint", "activation_budget") if n in known]
     with torch.device("meta"):
-        return build(exp.model, exp.data, exp.train.p_uncond, **extra).train()
-
-
-@functools.lru_cache(None)
-def _kept_counts() -> tuple:
-    "The file of counts that this code and this torch have made, and what it holds."
-    path = (
-        project_root()
-        / "results"
-        / "cache"
-        / f"counts-{hashlib.sha256(f'{source_sum()} {torch.__version__}'.encode()).hexdigest()[:12]}.json"
-    )
-    try:
-        return path, json.loads(path.read_text())
-    except (OSError, ValueError):
-        return path, {}
-
-
-@functools.lru_cache(None)
-def _counts(model, data, p_uncond) -> tuple:
-    "Parameters and multiply-accumulates: counted once, then read."
-    path, known = _kept_counts()
-    key = digest(
-        [
-            asdict(model),
-            asdict(replace(data, data_sha256="", dataset="digits")),
-            p_uncond,
-        ],
-        16,
-    )
-    if key not in known:
-        net = meta_model(
-            replace(
-                Experiment(),
-                model=model,
-                data=data,
-                train=replace(Experiment().train, p_uncond=p_uncond),
-            )
+        net = build(
+            exp.model,
+            exp.data,
+            exp.train.p_uncond,
+            **{n: getattr(exp.execution, n) for n in names},
         )
-        known[key] = (
-            sum(p.numel() for p in net.parameters() if p.requires_grad),
-            count_macs(net),
-        )
-        with suppress(OSError):
-            write_json(path, known)
-    return tuple(known[key])
+    return net.train()
+
+
+@functools.cache
+def _counts(model, data, p_uncond: float) -> tuple:
+    "Trainable parameters and multiply-accumulates of a network."
+    train = replace(Experiment().train, p_uncond=p_uncond)
+    net = meta_model(replace(Experiment(), model=model, data=data, train=train))
+    return sum(p.numel() for p in net.parameters() if p.requires_grad), count_macs(net)
+
+
+def _size(exp: Experiment) -> tuple:
+    "The counts of an experiment's network; the same for every data set of its shapes."
+    return _counts(
+        exp.model, replace(exp.data, data_sha256="", dataset="digits"), exp.train.p_uncond
+    )
 
 
 def macs_of(exp: Experiment) -> int:
-    "Multiply-accumulates of one forward pass of an experiment's network, per image; counted once."
-    return _counts(exp.model, exp.data, exp.train.p_uncond)[1]
+    "Multiply-accumulates of one forward pass of an experiment's network, per image."
+    return _size(exp)[1]
 
 
 def params_of(exp: Experiment) -> int:
-    "Trainable numbers of an experiment's network."
-    return _counts(exp.model, exp.data, exp.train.p_uncond)[0]
+    "Trainable parameters of an experiment's network."
+    return _size(exp)[0]
 
 
-def evaluations(
-    exp: Experiment,  # any
-) -> list:  # (what, forward passes of one image)
+def evaluations(exp: Experiment) -> list:  # (what, forward passes of one image)
     "Every forward pass that an experiment makes outside training."
     e, s = exp.evaluation, exp.sampling
     passes = 2 if s.cfg_scale != 1 else 1
     losses = len({*e.loss_steps, *e.curve_steps, exp.train.n_steps})
+    curve = len(e.curve_steps) * e.curve_samples * (e.curve_nfe or s.nfe)
     return [
-        (
-            "curve samples",
-            len(e.curve_steps) * e.curve_samples * (e.curve_nfe or s.nfe) * passes,
-        ),
+        ("curve samples", curve * passes),
         ("final samples", e.num_samples * s.nfe * passes),
         ("held-out loss", losses * e.loss_images * e.loss_levels),
     ]
@@ -193,19 +134,20 @@ def experiment_flops(exp: Experiment) -> dict:
 
 
 def predict_seconds(
-    exp: Experiment,  # any
-    flops_per_second: float,  # what one device reaches in training, in the model's own operations
-    sampling: float = None,  # what it reaches in sampling; None: the same
+    exp: Experiment,
+    flops_per_second: float,  # of one device in training, in the model's own operations
+    sampling: float = None,  # of one device in sampling; None: the same
 ) -> dict:  # seconds: train, sample, loss, total
     "How long an experiment takes on one device."
-    if not flops_per_second > 0 or not (sampling is None or sampling > 0):
+    sampling = flops_per_second if sampling is None else sampling
+    if not (flops_per_second > 0 and sampling > 0):
         raise ParameterError(
             f"flops_per_second = {flops_per_second}, sampling = {sampling}: both must be above 0"
         )
-    f = experiment_flops(exp)
-    secs = {
-        "train": f["train"] / flops_per_second,
-        "sample": f["sample"] / (sampling or flops_per_second),
-        "loss": f["loss"] / (sampling or flops_per_second),
+    flops = experiment_flops(exp)
+    seconds = {
+        "train": flops["train"] / flops_per_second,
+        "sample": flops["sample"] / sampling,
+        "loss": flops["loss"] / sampling,
     }
-    return dict(secs, total=sum(secs.values()))
+    return {**seconds, "total": sum(seconds.values())}
