@@ -1,5 +1,4 @@
-"""The way of one parameter: `-p patch_size 2`, `experiment`, `run_experiment`, `train`, `build_model`,
-`UViT`, `PatchEmbed`; the helpers between them are few."""
+"""The way of one parameter from `-p patch_size 2` to the convolution has few steps."""
 
 import traceback
 from pathlib import Path
