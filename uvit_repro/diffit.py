@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint as recomputing
 from einops import rearrange
 from torch import Tensor, nn
-from .ablations import parameters_of
+from .runs.counting import params_of
 from uvit_repro.config import (
     Experiment,
     ModelConfig,
@@ -871,7 +871,7 @@ def match_mlp(
 ) -> float:  # the MLP ratio that comes closest, at this width and depth
     "MLP ratio for a number of parameters, which is linear in it."
     D = exp.model.embed_dim
-    at = lambda hidden: parameters_of(with_overrides(exp, mlp_ratio=(hidden + 0.5) / D))
+    at = lambda hidden: params_of(with_overrides(exp, mlp_ratio=(hidden + 0.5) / D))
     here = at(2 * D)
     slope = here - at(2 * D - 1)
     hidden = 2 * D + round((params - here) / slope)
@@ -890,7 +890,7 @@ def time_variants(
     "D04 and D06: where the time goes, as overrides of an experiment."
     rest = [o for o in exp.model.options.split(",") if o and not o.startswith("time=")]
     opts = lambda t: ",".join(rest + [f"time={t}"] * (t != "tmsa"))
-    target = parameters_of(with_overrides(exp, options=opts("tmsa")))
+    target = params_of(with_overrides(exp, options=opts("tmsa")))
     out = []
     for t in which:
         kw = {"options": opts(t)}

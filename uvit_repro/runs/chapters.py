@@ -28,6 +28,8 @@ def check_names(nb: Path, given) -> None:
     known = list(papermill.inspect_notebook(str(nb)))
     if not known:
         raise ParameterError(f"{nb.name} has no cell tagged parameters")
+    if "patch_size" in known:  # its cell lists some settings of an experiment, and takes all
+        known += [name for name in PARAMETERS if name not in known]
     for name in given:
         if name not in known:
             close = difflib.get_close_matches(name, known)
