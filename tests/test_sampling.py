@@ -15,7 +15,7 @@ from uvit_repro.config import SAMPLERS, DiffusionConfig, ParameterError, Samplin
 from uvit_repro.diffusion import Diffusion
 from uvit_repro.sample import (
     Denoiser,
-    ExactMixture,
+    Guidance,
     ancestral,
     ancestral_plan,
     check_sampler,
@@ -25,7 +25,7 @@ from uvit_repro.sample import (
     evaluating,
     fast_orders,
     fast_times,
-    guidance_scale,
+    fetch,
     initial_noise,
     log_snr_times,
     sample,
@@ -33,6 +33,28 @@ from uvit_repro.sample import (
     spaced_steps,
     step_noise,
 )
+
+
+class ExactMixture(torch.nn.Module):
+    "The optimal network for equal Gaussians."
+
+    def __init__(self, diffusion, means, std, classes=None):
+        super().__init__()
+        self.diffusion, self.means, self.std, self.classes = diffusion, means, std, classes
+
+    def forward(self, x, c_noise, y=None):
+        p, means = self.diffusion.process, self.means.double()
+        t = p.t_of_noise(c_noise.double())
+        skip, out, c_in = (c[:, None] for c in self.diffusion.scalings(t))
+        xt, a, s = x.double() / c_in, p.alpha(t)[:, None], p.sigma(t)[:, None]
+        v = a**2 * self.std**2 + s**2
+        logits = (2 * a * (xt @ means.T) - a**2 * means.square().sum(1)) / (2 * v)
+        if y is not None:
+            other = (self.classes != y[:, None]) & torch.isin(y, self.classes)[:, None]
+            logits = logits.masked_fill(other, -math.inf)
+        mean = logits.softmax(1) @ means
+        x0 = mean + a * self.std**2 / v * (xt - a * mean)
+        return ((x0 - skip * xt) / out).to(x.dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +170,7 @@ def test_fast_equals_diffusers(process, pp, spacing, t_end, nfe):
     s.order_list = [j for _, j in stages]
     for i, stage in enumerate(stages):
         s.register_to_config(solver_type="heun" if stage == (3, 2) else "midpoint")
-        ref = s.step(den.both(ref, t[i].item())[0 if pp else 1], t[i], ref).prev_sample
+        ref = s.step(den.predict_x0_eps(ref, t[i].item())[0 if pp else 1], t[i], ref).prev_sample
     ours = dpm_solver_fast(den, x, nfe, pp, spacing, t_end)
     assert (ours - ref).abs().max() < 1e-10 * ref.abs().max()
 
@@ -157,9 +179,12 @@ def test_orders_of_convergence():
     den, x, ns = exact(), initial_noise(4, 0, 100, (2,)).double(), np.array([24, 36, 48, 72, 96])
     fine = dpm_solver_fast(den, x, 1000)
     clean = den.x0(fine, 1e-4)
-    slope = lambda f: (
-        -np.polyfit(np.log(ns), np.log([f(int(n)).square().mean().sqrt().item() for n in ns]), 1)[0]
-    )
+
+    def slope(f):
+        return -np.polyfit(
+            np.log(ns), np.log([f(int(n)).square().mean().sqrt().item() for n in ns]), 1
+        )[0]
+
     assert 0.85 < slope(lambda n: diffusers_solver(den, x, n, "ddim") - clean) < 1.15
     assert 1.8 < slope(lambda n: diffusers_solver(den, x, n, "dpm_solver_pp_2m") - clean) < 2.3
     assert 1.8 < slope(lambda n: diffusers_solver(den, x, n + 1, "heun") - clean) < 2.3
@@ -178,7 +203,7 @@ def test_ddim_is_its_formula(process):
     x = ref = initial_noise(2, 0, 30, (2,)).double() * (80 if process == "edm" else 1)
     t = log_snr_times(p, 12)
     for i in range(11):
-        x0, eps = den.both(ref, t[i].item())
+        x0, eps = den.predict_x0_eps(ref, t[i].item())
         ref = x0 if i == 10 else p.alpha(t[i + 1]) * x0 + p.sigma(t[i + 1]) * eps
     assert torch.allclose(diffusers_solver(den, x, 11, "ddim"), ref, atol=1e-4)
 
@@ -203,7 +228,7 @@ def test_euler_maruyama_moments_follow_the_recursion():
         0
     )
     m, v = 0.0, 1.0
-    for a, b in zip(t, t[1:]):
+    for a, b in zip(t, t[1:], strict=False):
         dt, g2, var = b - a, p.g2(a), p.alpha(a) ** 2 * s**2 + p.sigma(a) ** 2
         k = 1 + p.f(a) * dt + g2 * dt / var
         m, v = (
@@ -220,7 +245,10 @@ def test_guidance():
     d = diffusion()
     net = ExactMixture(d, MEANS, 0.3, CLASSES)
     x, y = initial_noise(0, 0, 20, (2,)).double(), torch.arange(20) % 2
-    at = lambda w, **kw: Denoiser(net, d, w, null={"y": torch.tensor(2)}, **kw).eps(x, 0.3, y=y)
+
+    def at(w, **kw):
+        return Denoiser(net, d, w, null={"y": torch.tensor(2)}, **kw).eps(x, 0.3, y=y)
+
     cond, null = (
         Denoiser(net, d).eps(x, 0.3, y=y),
         Denoiser(net, d).eps(x, 0.3, y=torch.full((20,), 2)),
@@ -233,7 +261,7 @@ def test_guidance():
     assert torch.allclose(at(1.4), cond + 0.4 * (cond - null)) and torch.allclose(
         at(3.0) - at(1.0), 2 * (at(1.0) - at(0.0))
     )
-    x0, eps = Denoiser(net, d, 1.4, clip=True, null={"y": 2}).both(x, 0.3, y=y)
+    x0, eps = Denoiser(net, d, 1.4, clip=True, null={"y": 2}).predict_x0_eps(x, 0.3, y=y)
     p, t = d.process, torch.tensor(0.3).double()
     assert x0.abs().max() <= 1 and torch.allclose(p.alpha(t) * x0 + p.sigma(t) * eps, x)
     with pytest.raises(ParameterError, match="null condition"):
@@ -249,7 +277,7 @@ def test_spacing_is_the_released_rule(n):
     assert (
         len(set(got)) == n
         and (got[0], got[-1]) == (0, 999)
-        and all(abs(g - e) <= Fraction(1, 2) for g, e in zip(got, exact))
+        and all(abs(g - e) <= Fraction(1, 2) for g, e in zip(got, exact, strict=False))
     )
 
 
@@ -299,8 +327,13 @@ def test_learned_variance_interpolates():
     d = Diffusion(DiffusionConfig(process="linear", variance="learned"))
     net = ExactMixture(d, MEANS, 0.3)
     x = initial_noise(0, 0, 30, (2,)).double()
-    noise = lambda i: step_noise(0, i, 0, 30, (2,))
-    says = lambda v: Denoiser(lambda x, c: torch.cat([net(x, c), torch.full_like(x, v)], 1), d)
+
+    def noise(i):
+        return step_noise(0, i, 0, 30, (2,))
+
+    def says(v):
+        return Denoiser(lambda x, c: torch.cat([net(x, c), torch.full_like(x, v)], 1), d)
+
     for v, large in ((-1.0, False), (1.0, True)):
         assert torch.allclose(
             ancestral(says(v), x, 20, noise),
@@ -316,15 +349,18 @@ def test_learned_variance_interpolates():
 
 def test_three_channels_and_power_cosine():
     d = diffusion("linear")
-    net = lambda x, c, y: (
-        torch.cat([x, x], 1) * 0
-        + (1 + torch.arange(8.0))[:, None, None] * (1 + y)[:, None, None, None]
-    )
+
+    def net(x, c, y):
+        return (
+            torch.cat([x, x], 1) * 0
+            + (1 + torch.arange(8.0))[:, None, None] * (1 + y)[:, None, None, None]
+        )
+
     y = torch.arange(5)
     z = torch.zeros(5, 4, 2, 2)
     for t in (1e-3, 0.3, 0.75, 1.0):
         F, v = Denoiser(
-            net, d, 4.4, null={"y": torch.tensor(9)}, cfg_channels=3, cfg_schedule="power_cosine"
+            net, d, 4.4, null={"y": torch.tensor(9)}, guidance=Guidance(3, "power_cosine")
         ).outputs(z, t, y=y)
         w = 1 + 3.4 * (1 - math.cos(math.pi * (1 - (round(1000 * t) - 1) / 1000) ** 4)) / 2
         cond, null = torch.arange(1.0, 9) * (1 + y)[:, None], torch.arange(1.0, 9) * 10
@@ -334,9 +370,9 @@ def test_three_channels_and_power_cosine():
             and torch.equal(v[:, :, 0, 0], cond[:, 4:])
         )
     assert (
-        guidance_scale(4.4, 999.0, "power_cosine") == pytest.approx(1)
-        and guidance_scale(4.4, 0.0, "power_cosine") == pytest.approx(4.4)
-        and guidance_scale(4.4, 400.0) == 4.4
+        Guidance(schedule="power_cosine").scale(4.4, 999.0) == pytest.approx(1)
+        and Guidance(schedule="power_cosine").scale(4.4, 0.0) == pytest.approx(4.4)
+        and Guidance().scale(4.4, 400.0) == 4.4
     )
     with pytest.raises(ParameterError, match="images have 4 channels"):
         sample(
@@ -377,13 +413,40 @@ def test_noise_and_labels_belong_to_the_index():
 
 
 def test_mode_is_restored_also_after_an_error():
-    net = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout())
-    net.train()
-    net[1].eval()
+    net = torch.nn.Sequential(torch.nn.Dropout()).train()
     with pytest.raises(RuntimeError), evaluating(net):
         assert not net.training and not net[0].training
         raise RuntimeError
-    assert net.training and net[0].training and not net[1].training
+    assert net.training and net[0].training
+
+
+def test_a_copy_waits_for_the_stream_of_its_own_device(monkeypatch):
+    "cuda:1 while cuda:0 is current: the event belongs to the stream that computes the tensor."
+    recorded, asked = [], []
+
+    class OnSecondGpu:
+        device, shape, dtype = torch.device("cuda", 1), (2, 3), torch.float32
+
+    class Copy:
+        def copy_(self, x, non_blocking):
+            assert non_blocking
+
+    class Event:
+        def record(self, stream=None):
+            recorded.append(stream)
+
+        def synchronize(self):
+            recorded.append("waited")
+
+    def current_stream(device=None):
+        asked.append(device)
+        return f"stream of {device}"
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: Copy())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    fetch(OnSecondGpu())()
+    assert recorded == ["stream of cuda:1", "waited"] and asked == [torch.device("cuda", 1)]
 
 
 def test_errors_say_what_to_do():
@@ -399,10 +462,10 @@ def test_errors_say_what_to_do():
             check_sampler("ancestral", nfe, vp)
     with pytest.raises(ParameterError, match="use heun"):
         check_sampler("ancestral", 100, edm)
-    with pytest.raises(ParameterError, match="edm tells"):
-        Denoiser(
-            torch.nn.Identity(), diffusion("edm"), 2.0, null={"y": 1}, cfg_schedule="power_cosine"
-        )
+    with pytest.raises(ParameterError, match="edm uses a logarithm"):
+        Guidance(schedule="power_cosine").check(3, edm)
+    with pytest.raises(ParameterError, match="constant and power_cosine"):
+        Guidance(schedule="linear").check(3, vp)
     with pytest.raises(ParameterError, match="allowed are ddim"):
         diffusers_solver(exact(), torch.zeros(1, 2), 5, "plms")
 
@@ -430,9 +493,10 @@ def test_no_synchronisation_in_the_loop(sampler):
         initial_noise(0, 0, 4, (3, 8, 8), "cuda"),
         torch.zeros(4, dtype=torch.int64, device="cuda"),
     )
-    run = lambda: solve(
-        den, x, sampler, 7, lambda i: step_noise(0, i, 0, 4, (3, 8, 8), "cuda"), y=y
-    )
+
+    def run():
+        return solve(den, x, sampler, 7, lambda i: step_noise(0, i, 0, 4, (3, 8, 8), "cuda"), y=y)
+
     run()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

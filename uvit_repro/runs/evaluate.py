@@ -40,7 +40,13 @@ from uvit_repro.runs.execution import (
     wants_compile,
 )
 from uvit_repro.runs.records import measured_ids, record
-from uvit_repro.sample import batch_bounds, null_condition, sample_batches, sample_labels
+from uvit_repro.sample import (
+    batch_bounds,
+    make_denoiser,
+    null_condition,
+    sample_batches,
+    sample_labels,
+)
 
 IN_MEMORY = 2**31  # bytes of samples; more are mapped from a file
 WHOLE, PLAN = "whole.json", "plan.json"  # in a folder of samples: complete; how they are drawn
@@ -258,16 +264,20 @@ def draw_samples(ctx: RunContext, m: Evaluation) -> Path:  # folder of shards, s
     todo = [(a, b) for a, b in shards if not (where / f"{a:07d}.npz").exists()]
     cond, null, labels = sample_conditions(m.exp, ctx.data, n, ctx.device)
     decode = ctx.data.decode
-    batches = sample_batches(
+    denoiser = make_denoiser(
         ctx.network(m, plan["attention"]),
         Diffusion(m.exp.diffusion),
+        m.exp.sampling,
+        null,
+        AUTOCAST[m.exp.train.precision],
+    )
+    batches = sample_batches(
+        denoiser,
         m.exp.sampling,
         (m.exp.data.in_chans, m.exp.data.img_size, m.exp.data.img_size),
         todo,
         cond,
-        null,
         ctx.device,
-        AUTOCAST[m.exp.train.precision],
         finish=(lambda z: decode(z, m.exp.sampling.decoder)) if decode else to_uint8,
     )
     start = last = time.perf_counter()
