@@ -25,7 +25,6 @@ from uvit_repro.data.features import (
     SPATIAL_LAYER,
     FeatureNetwork,
     feature_extractor,
-    full_float32,
     knows_classes,
 )
 from .data.images import to_model
@@ -36,6 +35,7 @@ from uvit_repro.data.references import (
     require_samples,
     subset,
 )
+from .runs.devices import tf32_off
 
 # %% ../nbs/04b_measuring.ipynb #04b-frechet
 def frechet(a: FeatureStatistics, b: FeatureStatistics) -> float:
@@ -86,7 +86,7 @@ def nearest_training(
         return indices.gather(1, order)[:, :k], distances[:, :k]
     a, b = images.cpu().flatten(1), train_images.cpu().flatten(1)
     rows = max(1, min(500, 2**26 // (a.shape[1] * (k + 4))))  # at most a gigabyte
-    with full_float32():
+    with tf32_off():
         parts = [_nearest(part, b, k, device) for part in a.split(rows)]
     return tuple(torch.cat(v) for v in zip(*parts, strict=True))
 

@@ -4,7 +4,6 @@ import hashlib
 import io
 import os
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib import resources
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uvit_repro.config import CONTENT, ParameterError, data_root
+from uvit_repro.runs.devices import tf32_off
 
 SPATIAL_LAYER = "Mixed_6d.branch1x1"  # of Inception, behind its ReLU: the features of sFID
 
@@ -283,19 +283,6 @@ def build_extractor(name: str) -> nn.Module:
     return net.eval().requires_grad_(False)
 
 
-@contextmanager
-def full_float32():
-    "Matrix products and convolutions in full float32, whatever the process has set for training."
-    precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = convolutions
-
-
 def check_images(images: Tensor, name: str) -> Tensor:
     "Images as a network takes them, grey repeated to RGB. Raises `ParameterError` otherwise."
     shape, dtype = tuple(getattr(images, "shape", ())), getattr(images, "dtype", type(images))
@@ -334,7 +321,7 @@ class FeatureNetwork:
         if self.spec is NO_FEATURES:
             read_weights(self.name)
         images, out = check_images(images, self.name), {}
-        with full_float32():
+        with tf32_off():
             for batch in images.split(self.spec.batch):
                 outputs = self.net(batch.to(self.device).contiguous())
                 for kind, v in zip(("features", "logits", "spatial"), outputs, strict=False):
