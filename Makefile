@@ -33,9 +33,9 @@ publish: $(READY)         ## copy the evidence of finished cells (PROTOCOL, SEED
 	@$(PY) -m uvit_repro.report --budget 0 --publish $(if $(PROTOCOL),--protocol $(PROTOCOL)) --seeds $(SEEDS)
 
 test: export OMP_NUM_THREADS = 1
-test: $(READY)            ## import check, export and clean leave no diff, ruff, nbdev_test, pytest
+test: $(READY)            ## import check, style, chapters at protocol smoke, pytest
 	@echo "test: the notebook stack imports"; $(PY) -c "import nbdev.export, nbdev.test, nbdev.clean, nbdev.showdoc"
-	@echo "test: undefined and redefined names"; $(PY) -m ruff check --quiet --select F821,F811 uvit_repro tests
+	@echo "test: style"; $(PY) -m ruff format --check --quiet . && $(PY) -m ruff check --quiet uvit_repro nbs tests
 	@echo "test: chapters run at protocol smoke"; .venv/bin/nbdev_test --n_workers 2
 	@echo "test: pytest, with export and clean on a copy"; $(PY) -m pytest
 
