@@ -44,6 +44,7 @@ from uvit_repro.config.schema import (
     describe,
     from_dict,
     parameters_cell,
+    refuse_fields,
     resolve_name,
     with_overrides,
 )

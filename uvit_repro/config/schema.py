@@ -199,9 +199,16 @@ def check(values: dict, *rules: tuple):
             settings.refuse(name, values[name], allowed)
 
 
-def check_geometry(img_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int):
+def check_geometry(
+    img_size: int,
+    patch_size: int,
+    embed_dim: int,
+    depth: int,
+    num_heads: int,
+    paired: bool = True,  # layers are paired around a middle one, as in U-ViT
+):
     "Raise `ParameterError`, before any tensor exists, for sizes that do not fit together."
-    values = dict(locals())
+    values = {k: v for k, v in locals().items() if k != "paired"}
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             settings.refuse(name, value, "must be a whole number of at least 1")
@@ -210,10 +217,23 @@ def check_geometry(img_size: int, patch_size: int, embed_dim: int, depth: int, n
     check(
         values,
         (img_size % patch_size, "patch_size", f"must divide {img_size}: try one of {patches}"),
-        (depth % 2 == 0, "depth", f"{pairs}: try {depth - 1} or {depth + 1}"),
+        (paired and depth % 2 == 0, "depth", f"{pairs}: try {depth - 1} or {depth + 1}"),
         (embed_dim % num_heads, "num_heads", f"must divide {embed_dim}: try one of {heads}"),
         (embed_dim % 2, "embed_dim", f"{even}: try {embed_dim + 1}"),
     )
+
+
+def refuse_fields(
+    model: ModelConfig,  # of an experiment
+    *names: str,  # choices of U-ViT that this backbone does not have
+    **instead: str,  # what it offers in place of a choice
+):
+    "Raise `ParameterError` where an experiment sets a choice that its backbone does not read."
+    for name in names:
+        if getattr(model, name) != getattr(ModelConfig, name):
+            hint = f"; {instead[name]}" if name in instead else ""
+            reason = f"{model.model} has no such choice; leave it out{hint}"
+            settings.refuse(name, getattr(model, name), reason)
 
 
 def check_experiment(exp):

@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 UNFINISHED = ".unfinished-"  # how names of files begin that were being written
@@ -171,6 +172,46 @@ def load_tensors(
     raise CheckpointError(
         f"{path} can't be used: {why}. Nothing was changed; fetch or make the file again."
     )
+
+
+@dataclass(frozen=True)
+class ReleasedWeights:
+    "The state dictionary of a released network, and what to call it in messages."
+
+    kind: str  # of network, as in "U-ViT"
+    name: str  # of the file
+    state: dict  # tensors by name
+
+    @classmethod
+    def read(
+        cls,
+        source,  # path of a checkpoint, or its state dictionary
+        kind: str,  # of network
+        needed: tuple,  # tensors that every such network has
+        unwrap=lambda state: state,  # finds the network's tensors in what the file holds
+    ) -> "ReleasedWeights":
+        "Read released weights; `CheckpointError` for a file of another kind of network."
+        is_dict = isinstance(source, dict)
+        state = unwrap(source if is_dict else load_tensors(source))
+        name = "the state dictionary" if is_dict else str(source)
+        for tensor in needed:
+            if tensor not in state:
+                raise CheckpointError(
+                    f"{name} is not a {kind} checkpoint: it has no {tensor} "
+                    f"(it has {', '.join(list(state)[:4])}, ...)"
+                )
+        return cls(kind, name, state)
+
+    def fill(self, net):
+        "Load the weights into a network of their sizes, and return it in eval mode."
+        try:
+            net.load_state_dict(self.state)
+        except RuntimeError as e:
+            raise CheckpointError(
+                f"{self.name} does not fit a {self.kind} of width {net.embed_dim} "
+                f"with {net.depth} layers: {e}"
+            ) from None
+        return net.eval()
 
 
 def set_aside(
