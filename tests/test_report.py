@@ -1,403 +1,327 @@
-"Every row of the record has its cell, every number of ours its run, every link its target, and the committed report is what the committed records give."
+"""The report from planted records: claims with every seed, one scale per cell, inert text."""
 
 import csv
+import json
 import re
-import time
 from html.parser import HTMLParser
-from pathlib import Path
-from urllib.parse import unquote
 
-import pandas as pd
+import numpy as np
 import pytest
 
-from uvit_repro.paper.claims import load_claims
-from uvit_repro.paper.registry import registry
-from uvit_repro.report import pages as R
-from uvit_repro.runs.records import load_results, published_root
+from uvit_repro.config import ParameterError, eval_id, experiment
+from uvit_repro.paper.claims import arm_experiment, fixed_list
+from uvit_repro.report import appendix, chapters, pages
+from uvit_repro.report.evidence import (
+    band_differences,
+    judged,
+    listed_claims,
+    read_evidence,
+    seen,
+    transferred,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-DATA, CELLS = ROOT / "uvit_repro" / "paper" / "tables", registry()
-quiet = lambda line: None
+LOG_SNR = np.linspace(-11.9, 11.9, 21)
+HOSTILE = '<script>alert(1)</script>|`[x](javascript:y)\n"&'
+EFFECTS = {"none": 0.03, "add": 0.04, "adaln": -0.02, "no positions": 1.0, "U-Net": -0.2}
+
+
+def levels(arm, seed, step):
+    "Held-out loss by noise level of a planted run, 21 levels."
+    shift = 0.1 * (seed - 20) + EFFECTS.get(arm, 0.0) * (1 + 0.05 * np.sign(LOG_SNR))
+    noise = np.random.default_rng([len(arm), seed]).normal(0, 0.001)
+    return np.exp(-3 + shift + noise - step / 10_000 - 0.02 * LOG_SNR)
+
+
+def plant(root, e, loss, **info):
+    "Write a finished run with held-out losses (step -> loss by level)."
+    folder = root / e.run_id
+    (folder / "stats").mkdir(parents=True)
+    rows = []
+    for step, values in loss.items():
+        eid = eval_id(e, step, 0)
+        np.savez(folder / "stats" / f"{eid}.npz", lam=LOG_SNR / 2, loss=values)
+        row = {"run_id": e.run_id, "eval_id": eid, "metric": "heldout_loss", "step": step}
+        rows.append(row | {"value": repr(float(values.mean())), "weights": "ema", "status": "ok"})
+    with open(folder / "measurements.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    text = {"status": "ok", "run_id": e.run_id, "experiment": e.to_dict(), "wall_seconds": 1800}
+    (folder / "run.json").write_text(json.dumps(text | info), encoding="utf-8")
+    steps = np.arange(10, e.train.n_steps + 1, 10)
+    losses = np.mean(list(loss.values())) * (1 + 0.01 * np.sin(steps))
+    log = "\n".join(f"{s},{v}" for s, v in zip(steps, losses, strict=True))
+    (folder / "log.csv").write_text("step,loss\n" + log + "\n", encoding="utf-8")
+    return folder
+
+
+def plant_list(root, arms=None):
+    "Plant every run of the fixed list at protocol cpu, or those of some arms."
+    entry = fixed_list("cpu")
+    for arm in arms or entry["arms"]:
+        for seed in entry["seeds"].get(arm, entry["seeds"]["default"]):
+            e = arm_experiment("cpu", arm, seed)
+            steps = {*e.evaluation.loss_steps, e.train.n_steps}
+            plant(root, e, {step: levels(arm, seed, step) for step in sorted(steps)})
 
 
 class Page(HTMLParser):
-    "Texts of elements that have an id, all ids, all links."
+    "Cells of the table of headline claims, and the tags of a page."
 
     def __init__(self, text):
         super().__init__()
-        self.ids, self.hrefs, self.text, self.links, self.marks, self.open = [], [], {}, {}, {}, []
+        self.rows, self.tags, self.links = {}, set(), []
+        self.row = self.label = None
         self.feed(text)
 
-    def handle_starttag(self, tag, attrs):
-        a = dict(attrs)
-        if "id" in a:
-            self.ids.append(a["id"])
-            self.marks[a["id"]] = set(a.get("class", "").split())
-        if tag == "a" and "href" in a:
-            self.hrefs.append(a["href"])
-            for _, i in self.open:
-                if i:
-                    self.links.setdefault(i, []).append(a["href"])
-        if tag in ("td", "tr", "th"):
-            self.open.append((tag, a.get("id")))
-            if a.get("id"):
-                self.text.setdefault(a["id"], "")
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.tags.add(tag)
+        self.links += [given["href"]] if "href" in given else []
+        if tag == "tr":
+            name = given.get("id", "")
+            self.row = self.rows.setdefault(name, {}) if name.startswith("claim-") else None
+        elif tag == "td":
+            self.label = given.get("data-label", "claim")
 
     def handle_endtag(self, tag):
-        if tag in ("td", "tr", "th") and self.open:
-            self.open.pop()
+        if tag == "td":
+            self.label = None
 
     def handle_data(self, data):
-        for _, i in self.open:
-            if i:
-                self.text[i] += data
+        if self.row is not None and self.label:
+            self.row[self.label] = self.row.get(self.label, "") + data
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    "A report with its tables and the pages of the chapters."
-    root = tmp_path_factory.mktemp("results")
-    start = time.perf_counter()
-    R.write_report(quiet, root)
-    print(f"\n  report in {time.perf_counter() - start:.1f} s", end=" ")
+def planted(tmp_path_factory):
+    "A folder of runs with the whole fixed list and no other records."
+    root = tmp_path_factory.mktemp("planted")
+    plant_list(root)
     return root
 
 
 @pytest.fixture(scope="module")
-def page(root):
-    return Page((root / "report.html").read_text())
-
-
-def record():
-    "The rows of the record as the files have them: (key, value)."
-    for name, fixed in (("uvit_tables.csv", {"paper": "U-ViT"}), ("other_tables.csv", {})):
-        for r in csv.DictReader(open(DATA / name, newline="")):
-            r = {**r, **fixed}
-            yield (
-                (r["paper"], r["source"], r["dataset"], r["method"], r["metric"], r["condition"]),
-                r["value"],
-            )
-    for r in csv.DictReader(open(DATA / "uvit_fig7_cka.csv", newline="")):
-        yield (
-            (
-                "U-ViT",
-                "Figure 7",
-                "CIFAR10",
-                r["setting"],
-                f"cka_{r['block_i']}_{r['block_j']}",
-                "entry of the matrix",
-            ),
-            r["cka"],
-        )
-
-
-def test_every_row_of_the_record_has_its_value_in_its_cell(page):
-    name = {
-        k: c
-        for c, *k in CELLS[
-            ["cell", "paper", "place", "dataset", "row", "column", "condition"]
-        ].itertuples(index=False, name=None)
-        for k in [tuple(k)]
-    }
-    bad = [
-        (k, v, page.text.get(f"cell-{name[k]}"))
-        for k, v in record()
-        if page.text.get(f"cell-{name[k]}") != v
-    ]
-    assert len(name) == sum(1 for _ in record()) == 832 + 216 + 507 and not bad, bad[:5]
-
-
-def test_names_of_elements_are_unique(page):
-    assert len(page.ids) == len(set(page.ids))
-
-
-def test_marks_of_confidence_and_quotation(root, page):
-    text, kinds = (
-        (root / "report.html").read_text(),
-        {c: page.marks[f"cell-{c}"] for c in CELLS.cell},
-    )
-    for c in CELLS.itertuples():
-        assert (c.confidence if c.confidence != "high" else "v") in kinds[c.cell] and (
-            "quoted" in kinds[c.cell]
-        ) == (c.kind == "quoted"), c.cell
-    assert ".v.low{" in text and ".v.quoted{" in text
-
-
-def test_ours_stands_beside_the_paper_with_its_run(root, page):
-    ev = R.evidence(page=root)
-    filled = R.fill(CELLS, ev)
-    for c in CELLS.itertuples():
-        for p, runs in filled.get(c.cell, {}).items():
-            i = f"ours-{'' if p == 'paper' else p + '-'}{c.cell}"
-            hits = [h for g in runs for h in g]
-            assert [float(v) for v in re.findall(r"-?[\d.]+(?:e-?\d+)?", page.text[i])] == [
-                float(f"{h['value']:.4g}") for h in hits
-            ], i
-            assert [Path(h).parts[-2] for h in page.links[i]] == [
-                h["run_id"] for h in hits
-            ] and all((root / h).resolve().is_file() for h in page.links[i])
-        if c.kind in R.MEASURED and "paper" not in filled.get(c.cell, {}) and not R.is_entry(c):
-            assert page.text[f"ours-{c.cell}"] == "not run", c.cell
-        if c.kind == "computed":
-            assert page.text[f"ours-{c.cell}"] == R.counted(c) != ""
-
-
-def test_measured_values_are_those_of_the_ledger(root):
-    df = load_results("all")
-    filled = R.fill(CELLS, R.evidence(page=root))
-    for at in filled.values():
-        for h in (
-            h for runs in at.values() for g in runs for h in g if not h["eval_id"].startswith("cka")
-        ):
-            assert h["value"] in set(
-                df[(df.run_id == h["run_id"]) & (df.eval_id == h["eval_id"])].value
-            )
-
-
-def test_all_claims_with_verdicts_and_what_would_decide_them(root, page):
-    df = pd.read_csv(root / "report" / "claims.csv", keep_default_na=False)
-    claims = load_claims()
-    assert [i for i in page.ids if i.startswith("claim-")] == [
-        f"claim-{i}" for i in claims.id
-    ] and len(claims) == 70
-    first = df.drop_duplicates("id").set_index("id")
-    for c in claims.itertuples():
-        t, r = page.text[f"claim-{c.id}"], first.loc[c.id]
-        assert (
-            c.claim in t
-            and r.verdict in t
-            and ("exploratory" in t.replace(r.reason, "")) == (r.exploratory in (True, "True"))
-        )
-        if r.verdict not in ("supported", "contradicted"):
-            assert (r.command and r.command in t) or (r.needs and r.needs in t), c.id
-    for h in page.links.get("claim-U06", []):
-        assert (root / h).resolve().is_file()
-
-
-def test_every_place_is_in_the_contents_and_has_its_data(root, page):
-    for paper, place in R.places(CELLS):
-        n = R.anchor(paper, place)
-        assert n in page.ids and f"#{n}" in page.hrefs and f"report/{n}.csv" in page.hrefs, n
-        df = pd.read_csv(root / "report" / f"{n}.csv", dtype=str, keep_default_na=False)
-        mine = CELLS[(CELLS.paper == paper) & (CELLS.place == place)]
-        assert list(df.cell) == list(mine.cell) and list(df.paper) == list(mine.value), n
-    for f in (root / "report").glob("*.png"):
-        assert f.with_suffix(".svg").exists() and f"report/{f.name}" in page.hrefs
-    for n in ("figure2_laptop", "figure3_laptop", "figure5", "figure7", "forest"):
-        if (root / "report" / f"{n}.png").exists():
-            assert (root / "report" / f"{n}.csv").stat().st_size > 100
-
-
-def dead(path: Path) -> list:
-    "Internal links of a page that lead nowhere."
-    here, out = Page(path.read_text()), []
-    for h in here.hrefs:
-        file, _, name = h.partition("#")
-        if re.match(r"[a-z]+:", h):
-            continue
-        at = (path.parent / unquote(file)).resolve() if file else path
-        if not at.exists():
-            out.append(h)
-        elif (
-            name
-            and at.suffix == ".html"
-            and not {name, unquote(name)} & set((here if at == path else Page(at.read_text())).ids)
-        ):
-            out.append(h)  # browsers try both
-    return out
-
-
-def test_no_internal_link_is_dead(root, page):
-    pages = [root / "report.html", *sorted((root / "chapters").glob("*.html"))]
-    assert (
-        len(pages) == len(list((published_root() / "chapters").glob("[0-9]*.ipynb")))
-        and sum(h.startswith("chapters/") for h in page.hrefs) == len(pages) - 1
-    )
-    assert {p.name: d for p in pages if (d := dead(p))} == {}
-    assert dead_is_found(root)
-
-
-def dead_is_found(root):
-    (root / "x.html").write_text(
-        '<a href="report.html#summary-of-nothing">a</a><a href="nowhere.csv">b</a><a href="report.html#forest">c</a>'
-    )
-    found = dead(root / "x.html")
-    (root / "x.html").unlink()
-    return found == ["report.html#summary-of-nothing", "nowhere.csv"]
-
-
-def test_pages_of_chapters_are_made_again_only_when_they_change(root):
-    said = []
-    R.chapter_pages(root / "chapters", said.append)
-    assert said == []
-    one = next((root / "chapters").glob("01*.html"))
-    whole = one.read_text()
-    one.write_text(whole[:-20])
-    R.chapter_pages(root / "chapters", said.append)
-    assert said == [f"page {one.name}"] and one.read_text() == whole
-
-
-def test_an_empty_record_still_has_every_cell(tmp_path):
-    ev = R.evidence("runs", tmp_path, tmp_path)
-    (tmp_path / "report").mkdir()
-    text = "".join(
-        R.place_html(g, {}, ev, tmp_path / "report") for _, g in CELLS.groupby(["paper", "place"])
-    )
-    p = Page(text)
-    assert (
-        all(p.text[f"cell-{c.cell}"] == c.value for c in CELLS.itertuples())
-        and sum(t == "not run" for t in p.text.values()) > 300
-    )
-    assert not re.search(r"href=\"[^\"]*run\.json", text)
+def report(planted, tmp_path_factory):
+    "The report of the planted list and of the published digits."
+    return pages.Report(read_evidence("all", planted), tmp_path_factory.mktemp("page"))
 
 
 @pytest.fixture(scope="module")
-def published():
-    return R.published_report()
+def text(report):
+    return pages.render(report, "report.html.j2", [])
 
 
-def test_the_committed_report_is_what_the_records_give(published):
-    text, figures = published
-    path = published_root() / "report.md"
-    assert path.read_text() == text, "the records changed: make publish"
-    for n in figures:
-        assert (published_root() / "report" / f"{n}.png").stat().st_size < 400_000
-    assert {p.stem for p in (published_root() / "report").glob("*.png")} == set(figures)
+# ---- Claims ----
 
 
-def test_the_committed_report_is_whole(published):
-    text, _ = published
-    rows = [l for l in text.splitlines() if l.startswith("|")]
-    for l in re.findall(r"\]\(([^)#]+)\)", text):
-        assert "://" in l or (published_root() / l).exists(), l
-    assert (
-        all(f"| {i} |" in text for i in load_claims().id)
-        and "Equivalence certificate" in text
-        and "44,255,328" in text
-    )
-    for c in CELLS.itertuples():
-        if not R.is_entry(c):
-            assert R.md_value(c).replace("|", "\\|") in text, c.cell
-    width = 0
-    for l in text.splitlines():  # every row of a table has as many columns as its head
-        n = len(re.findall(r"(?<!\\)\|", l)) if l.startswith("|") else 0
-        assert not (n and width) or n == width, l[:200]
-        width = n
-    assert len(rows) > 400 and "/runs/" not in text
+def test_the_fixed_list_becomes_claims():
+    claims = {c.id: c for c in listed_claims("cpu")}
+    assert list(claims) == [c["id"] for c in fixed_list("cpu")["claims"]]
+    skip = {c.worse: c for c in claims["U01"].comparisons}
+    assert skip["none"].seeds == (20, 21, 22)
+    assert skip["add"].seeds == (20, 21)
+    assert "adaln" in claims["U01"].figure
+    at_steps, in_time = claims["U44"].comparisons
+    assert (at_steps.kind, at_steps.margin, at_steps.steps) == ("at_least", 0.01, ())
+    assert dict(in_time.steps) == {"adopted": 3000, "U-Net": 900}
 
 
-def test_the_report_has_nothing_of_today_or_of_this_machine(published):
-    text, _ = published
-    import datetime
-    import os
+def test_effect_and_bands_of_one_claim_by_hand(planted):
+    verdicts, values = judged(read_evidence("runs", planted), "cpu")
+    claim = next(v for v in verdicts if v.id == "U01")
+    effect = next(e for e in claim.effects if e.comparison.worse == "none")
+    by_hand = {
+        seed: np.log(levels("none", seed, 3000).mean() / levels("adopted", seed, 3000).mean())
+        for seed in (20, 21, 22)
+    }
+    assert effect.differences == pytest.approx(by_hand)
+    assert effect.effect == pytest.approx(np.mean(list(by_hand.values())))
+    assert claim.word == "agrees"
+    bands = band_differences(effect, values, 3000)
+    low = (LOG_SNR >= -12) & (LOG_SNR < -3)
+    means = [levels(arm, 21, 3000)[low].mean() for arm in ("adopted", "none")]
+    assert list(bands)[0] == "log-SNR -12 to -3"
+    assert bands["log-SNR -12 to -3"][21] == pytest.approx(np.log(means[1] / means[0]))
 
-    assert (
-        str(ROOT) not in text
-        and os.uname().nodename not in text
-        and not re.search(r"\b20\d\d-\d\d-\d\d\b", text)
-    )
+
+def test_words_of_the_planted_list(planted):
+    words = {v.id: v.word for v in judged(read_evidence("runs", planted), "cpu")[0]}
+    assert words["U06"] == "disagrees"  # adaln was planted better
+    assert words["U11"] == "agrees"
+    assert words["U44"] == "disagrees"  # the U-Net is better at equal steps
 
 
-def test_the_committed_report_stays_small():
-    files = [published_root() / "report.md", *(published_root() / "report").iterdir()]
-    assert sum(p.stat().st_size for p in files) < 800_000
+def test_only_the_named_evaluation_at_the_named_step_counts(tmp_path):
+    plant_list(tmp_path, ["adopted", "none"])
+    ev = read_evidence("runs", tmp_path)
+    before = judged(ev, "cpu")[1]
+    e = arm_experiment("cpu", "none", 20)
+    folder = tmp_path / e.run_id
+    with open(folder / "measurements.csv", "a", encoding="utf-8") as file:
+        file.write(f"{e.run_id},0003000-loss-00000000,heldout_loss,3000,99.0,raw,ok\n")
+    after = judged(read_evidence("runs", tmp_path), "cpu")[1]
+    assert after.value.tolist() == before.value.tolist()
 
 
-def test_a_page_hides_code_or_shows_it_in_colours(tmp_path):
-    import nbformat
+def test_a_value_that_is_not_the_mean_of_its_statistics_is_left_out(tmp_path):
+    plant_list(tmp_path, ["adopted", "none"])
+    run_id = arm_experiment("cpu", "none", 21).run_id
+    path = tmp_path / run_id / "measurements.csv"
+    path.write_text(re.sub(r"(3000,0\.0)\d", r"\g<1>9", path.read_text()), encoding="utf-8")
+    verdicts, values = judged(read_evidence("runs", tmp_path), "cpu")
+    assert [name for name, _ in values.attrs["problems"]] == [run_id]
+    assert next(v for v in verdicts if v.id == "U01").missing["none"] == (21,)
+
+
+def test_an_arm_at_another_protocol():
+    assert transferred("depth 5", "laptop") == "depth=3"
+    assert transferred("patch 8", "laptop") == "patch_size=4"
+    assert transferred("width 64", "laptop") == "embed_dim=32"
+    assert transferred("none", "laptop") == "skip=none"
+    assert transferred("adopted", "laptop") == ""
+
+
+def test_digits_are_described_with_every_published_seed():
+    ev = read_evidence("published")
+    claim = next(c for c in fixed_list("cpu")["claims"] if c["id"] == "U01")
+    found = seen(ev, claim, "laptop")
+    loss = found[(found.worse == "none") & (found.measure == "heldout_loss")]
+    assert sorted(loss.seed) == [0, 1, 2]
+    assert (loss.difference < 0).all()  # without a skip the loss on digits is lower
+
+
+# ---- Records ----
+
+
+def test_damaged_and_foreign_records_are_named_and_left_out(tmp_path):
+    plant_list(tmp_path, ["adopted"])
+    names = [arm_experiment("cpu", "adopted", seed).run_id for seed in (20, 21, 22)]
+    (tmp_path / names[0] / "run.json").write_text("{", encoding="utf-8")
+    (tmp_path / names[1]).rename(tmp_path / "another-run")
+    ev = read_evidence("runs", tmp_path)
+    assert list(ev.records) == [names[2]]
+    assert sorted(name for name, _ in ev.refused) == sorted([names[0], "another-run"])
+
+
+def test_unfinished_and_smoke_runs_are_no_evidence(tmp_path):
+    plant(tmp_path, experiment("smoke"), {20: levels("adopted", 20, 20)})
+    plant(tmp_path, experiment("cpu"), {3000: levels("adopted", 20, 3000)}, status="failed")
+    ev = read_evidence("runs", tmp_path)
+    assert (ev.records, ev.refused) == ({}, ())
+
+
+def test_a_hostile_record_renders_inert(tmp_path):
+    e = arm_experiment("cpu", "adopted", 20)
+    check = {"what": HOSTILE, "file": HOSTILE, "tolerance": 1.0, "difference": 0.1}
+    machine = {"cpu": HOSTILE, "commit": HOSTILE, "versions": {"torch": HOSTILE}}
+    info = {"command": HOSTILE, "started": HOSTILE, "conditions": machine, "certificate": [check]}
+    plant(tmp_path, e, {3000: levels("adopted", 20, 3000)}, **info)
+    bad = tmp_path / "bad<script>"
+    bad.mkdir()
+    (bad / "run.json").write_text(json.dumps({"status": HOSTILE}), encoding="utf-8")
+    report = pages.Report(read_evidence("runs", tmp_path), tmp_path)
+    page = pages.render(report, "report.html.j2", [])
+    assert "script" not in Page(page).tags
+    assert "&lt;script&gt;" in page
+    assert not [link for link in Page(page).links if link.startswith("javascript")]
+    markdown = pages.render(report, "report.md.j2", [])
+    assert "<script" not in markdown
+    assert "[x](" not in markdown
+    widths = {line.count("|") for line in markdown.splitlines() if "&lt;script" in line}
+    assert len(widths - {0}) <= 2  # one per table: no cell broke a row
+
+
+# ---- Page ----
+
+
+def test_each_headline_claim_shows_its_seeds_and_no_cell_mixes_scales(report, text):
+    rows = Page(text).rows
+    assert list(rows) == [f"claim-{v.id}" for v in report.verdicts["cpu"]]
+    for claim, verdict in zip(listed_claims("cpu"), report.verdicts["cpu"], strict=True):
+        cells = rows[f"claim-{verdict.id}"]
+        ours, digits = cells["CIFAR-10, small model, CPU"], cells["digits, 8x8 pixels"]
+        seeds = {int(s) for s in re.findall(r"\bs(\d+) ", ours)}
+        assert seeds == {s for c in claim.comparisons for s in c.seeds}
+        assert not re.search(r"\bs2\d ", digits)
+        assert "Fréchet" not in ours
+        assert verdict.word in cells["word at cpu"]
+
+
+def test_every_link_of_the_page_leads_to_a_file_or_a_place(report, text):
+    ids = set(re.findall(r'id="([^"]+)"', text))
+    for link in Page(text).links:
+        if link.startswith("#"):
+            assert link[1:] in ids
+        elif not link.startswith("report/"):
+            assert (report.page / link).resolve().is_file()
+
+
+def test_not_run_appears_once_per_table(report, text):
+    tables = [report.cost, *report.published_tables, *report.appendix]
+    claims = text.count("not run; needs")
+    assert text.count("Not run:") + text.count("not run") - claims <= len(tables) + 5
+
+
+def test_surprises_come_from_records(report):
+    texts = [s["text"] for s in report.surprises]
+    assert texts[0].startswith("CIFAR-10") and "disagrees" in texts[0]
+    digits = next(t for t in texts if t.startswith("digits") and "none against adopted" in t)
+    assert "held-out loss against the paper" in digits and "Fréchet distance with it" in digits
+
+
+def test_arithmetic_claims_hold(report):
+    status = appendix.arithmetic(report.numbers)
+    assert set(status) == set(appendix.ARITHMETIC)
+    assert all(words.startswith("holds") for words in status.values())
+
+
+def test_every_claim_has_a_status(report):
+    table = next(t for t in report.appendix if t.name == "claims")
+    assert len(table.rows) == len(report.claim_words)
+    assert all(row["status"] for row in table.rows)
+
+
+def test_the_report_is_written_once_and_in_parts(planted, tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "write_pages", lambda folder: [])
+    monkeypatch.setattr(pages, "FIGURES", {"fig7": pages.figures.draw_figure7})
+    said = []
+    page = pages.write_report(said.append, tmp_path, planted)
+    for name in ("effects_cpu", "figure7", "running_cpu_3000"):
+        for suffix in ("png", "svg", "csv"):
+            assert (tmp_path / "report" / f"{name}.{suffix}").stat().st_size > 500
+    assert (tmp_path / "report" / "claims.csv").is_file()
+    assert pages.write_report(said.append, tmp_path, planted) == page
+    assert said[-1] == "report: up to date"
+    part = pages.write_report(said.append, tmp_path / "part", planted, only="fig7")
+    assert part.name == "figure7.png" and part.is_file()
+    with pytest.raises(ParameterError, match="allowed are fig7, cost"):
+        pages.write_report(said.append, tmp_path, planted, only="fig9")
+
+
+# ---- Chapters ----
+
+
+def test_a_home_folder_of_slash_changes_no_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/")
+    assert chapters.without_machine("a/b and /tmp/c/d") == "a/b and TMP/c/d"
+    monkeypatch.setenv("HOME", "/root")
+    assert chapters.without_machine("/root/x, /roots") == "~/x, /roots"
+
+
+def test_a_chapter_becomes_a_page_and_a_copy(tmp_path):
     import nbformat.v4 as v4
+    from nbformat import write
 
-    nb = v4.new_notebook(
-        cells=[
-            v4.new_markdown_cell("# T\n\n## One\n\n[next](02_x.ipynb)"),
-            v4.new_code_cell("#| hide\nsecret = 1 < 2"),
-            v4.new_code_cell(
-                "1+1",
-                outputs=[
-                    v4.new_output("execute_result", data={"text/plain": "2"}),
-                    v4.new_output("display_data", data={"text/html": "<b>bold</b>"}),
-                ],
-            ),
-        ]
-    )
-    nbformat.write(nb, tmp_path / "t.ipynb")
-    page = R.to_html(tmp_path / "t.ipynb", tmp_path / "t.html").read_text()
-    assert (
-        'href="02_x.html"' in page
-        and "secret" not in page
-        and ">2<" in page.replace("\n", "")
-        and 'href="#One"' in page
-        and "viewport" in page
-        and "<b>bold</b>" in page
-    )
-    page = R.to_html(
-        tmp_path / "t.ipynb",
-        tmp_path / "t.html",
-        code=True,
-        back='<a href="r.html">r</a>',
-        note="<!-- n -->",
-    ).read_text()
-    assert (
-        "#| hide" not in page
-        and 'href="r.html"' in page
-        and page.endswith("<!-- n -->")
-        and "<i>part" not in page
-        and page.index("secret") < page.index("<b>bold</b>")
-    )
-    assert (
-        re.search(r'<span class="n">secret</span>.*<span class="o">&lt;</span>', page)
-        and ".highlight .n" in page
-    )
-
-
-def test_an_executed_copy_says_nothing_of_this_machine(tmp_path):
-    import nbformat
-    import nbformat.v4 as v4
-
-    out, err = (
-        v4.new_output("stream", name=n, text=t)
-        for n, t in (("stdout", f"wrote {ROOT}/x"), ("stderr", "noise"))
-    )
-    nb = v4.new_notebook(
-        metadata={"papermill": {"a": 1}},
-        cells=[
-            v4.new_code_cell(
-                "1", outputs=[out, err], metadata={"tags": ["parameters"], "papermill": {"b": 2}}
-            )
-        ],
-    )
-    nbformat.write(nb, tmp_path / "e.ipynb")
-    text = R.publish_copy(tmp_path / "e.ipynb", tmp_path / "copy.ipynb").read_text()
-    assert (
-        not any(w in text for w in ("papermill", "noise", str(ROOT)))
-        and "wrote ./x" in text
-        and "parameters" in text
-    )
-
-
-def test_large_tables_are_left_out_of_executed_copies(tmp_path):
-    import nbformat
-
-    nb = nbformat.v4.new_notebook()
-    nb.cells = [
-        nbformat.v4.new_code_cell(
-            "1",
-            outputs=[
-                nbformat.v4.new_output("display_data", data={"text/html": "x" * n})
-                for n in (10, R.LARGE + 1)
-            ],
-        )
+    output = v4.new_output("stream", name="stdout", text=f"wrote {pages.project_root()}/x")
+    noise = v4.new_output("stream", name="stderr", text="noise")
+    cells = [
+        v4.new_markdown_cell("# Title\n\n[next](02_x.ipynb)"),
+        v4.new_code_cell("#| export\nanswer = 42", outputs=[output, noise]),
     ]
-    nbformat.write(nb, tmp_path / "e.ipynb")
-    texts = [
-        o.data["text/html"]
-        for o in nbformat.read(R.publish_copy(tmp_path / "e.ipynb", tmp_path / "c.ipynb"), 4)
-        .cells[0]
-        .outputs
-    ]
-    assert texts[0] == "x" * 10 and "left out" in texts[1]
-
-
-def test_disagreements_are_data_with_a_source():
-    df = R.disagreements()
-    assert len(df) >= 14 and not (df == "").any().any() and df.subject.is_unique
+    write(v4.new_notebook(cells=cells, metadata={"papermill": {}}), tmp_path / "01_t.ipynb")
+    copy = chapters.publish_copy(tmp_path / "01_t.ipynb", tmp_path / "copy.ipynb")
+    assert "wrote ./x" in copy.read_text() and "noise" not in copy.read_text()
+    assert "papermill" not in copy.read_text()
+    page = chapters.to_html(copy, tmp_path / "01_t.html").read_text()
+    assert 'href="02_x.html"' in page and "answer" in page and "#| export" not in page

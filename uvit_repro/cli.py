@@ -8,6 +8,7 @@ import sys
 from collections import namedtuple
 
 from uvit_repro.config import ParameterError
+from uvit_repro.config.durations import parse_duration
 
 Command = namedtuple("Command", "help options run examples")
 COMMANDS = {}  # name -> Command
@@ -67,10 +68,8 @@ def words(text: str) -> tuple:
 
 def duration(text: str) -> float:
     "Seconds from `540`, `90s`, `9m` or `1h`."
-    from uvit_repro.report.pages import seconds
-
     try:
-        return seconds(text)
+        return parse_duration(text)
     except ParameterError as e:
         raise argparse.ArgumentTypeError(str(e)) from None
 
@@ -289,11 +288,16 @@ def run_run_command(args, argv: list, say=print) -> dict:
     return out
 
 
+def report_options(p: argparse.ArgumentParser):
+    "Options of `report`."
+    p.add_argument("--only", metavar="PART", help="one part: fig2, fig3, fig7, claims, cost")
+
+
 def run_report_command(args, argv: list, say=print) -> dict:
     "Run `report`."
     from uvit_repro.report.pages import write_report
 
-    page = write_report(say)
+    page = write_report(say, only=args.only)
     say(f"done: {page}")
     return {"page": str(page)}
 
@@ -360,9 +364,9 @@ COMMANDS.update(
     ),
     report=Command(
         "Write results/report.html from the records; nothing is trained.",
-        lambda p: None,
+        report_options,
         run_report_command,
-        ("uvit-repro report",),
+        ("uvit-repro report", "uvit-repro report --only fig2"),
     ),
     verify=Command(
         "Recompute every recorded number from the statistics that were kept with it.",

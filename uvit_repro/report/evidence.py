@@ -1,0 +1,357 @@
+"""Read the records and work out what they say about the paper's claims."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from uvit_repro.config import (
+    PROTOCOLS,
+    Experiment,
+    ModelConfig,
+    ParameterError,
+    eval_id,
+    experiment,
+    from_dict,
+    main_metric,
+)
+from uvit_repro.paper.claims import (
+    arm_experiment,
+    fixed_list,
+    load_claims,
+)
+from uvit_repro.paper.numbers import read_table
+from uvit_repro.report.statistics import Claim, Comparison, Effect, Verdict, judge
+from uvit_repro.runs.records import current_metric_name, published_root, runs_root
+
+SCALES = {  # protocol: what its numbers are about; in the order of the report
+    "cpu": "CIFAR-10, small model, CPU",
+    "gpu": "CIFAR-10, S/2, one GPU",
+    "paper": "the paper's settings",
+    "laptop": "digits, 8x8 pixels",
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    "One finished run as it was recorded."
+
+    folder: Path
+    origin: str  # this machine | published
+    info: dict  # run.json
+    experiment: Experiment
+    measurements: tuple[dict, ...]  # rows of measurements.csv that hold a number
+
+    @property
+    def run_id(self) -> str:
+        "Name of the run and of its folder."
+        return self.folder.name
+
+    @property
+    def machine(self) -> str:
+        "What computed the run."
+        c = self.info.get("conditions", {})
+        name = c.get("gpu") or c.get("cpu") or "unknown machine"
+        return f"{name}, torch {c.get('versions', {}).get('torch', '?')}"
+
+    def value(
+        self,
+        metric: str,  # as in measurements.csv
+        step: int | None = None,  # of training; None: the last
+    ) -> float:  # NaN without a measurement
+        "The value of the evaluation that the run's own experiment names."
+        e = self.experiment
+        step = e.train.n_steps if step is None else step
+        loss = metric == "heldout_loss"
+        wanted = eval_id(e, step, 0 if loss else e.evaluation.num_samples)
+        for row in self.measurements:
+            if (row["metric"], row["eval_id"]) == (metric, wanted) and int(row["step"]) == step:
+                return float(row["value"])
+        return np.nan
+
+    @property
+    def loss_steps(self) -> list[int]:
+        "The steps at which the held-out loss was measured."
+        rows = [row for row in self.measurements if row["metric"] == "heldout_loss"]
+        return sorted({int(row["step"]) for row in rows})
+
+    def loss_by_level(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        "Log-SNR and held-out loss of each noise level; `ValueError` if they contradict the value."
+        path = self.folder / "stats" / f"{eval_id(self.experiment, step, 0)}.npz"
+        with np.load(path, allow_pickle=False) as arrays:
+            log_snr, loss = 2 * arrays["lam"], arrays["loss"]
+        if not np.isclose(loss.mean(), self.value("heldout_loss", step), rtol=1e-9):
+            raise ValueError(f"{path.name}: the recorded loss at step {step} is not its mean")
+        return log_snr, loss
+
+    def training_log(self) -> pd.DataFrame:
+        "The training loss, columns step and loss; empty without a log."
+        path = self.folder / "log.csv"
+        return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["step", "loss"])
+
+
+def read_record(
+    folder: Path,  # of a run
+    origin: str,  # this machine | published
+) -> Record | None:  # None: not finished, or of protocol smoke
+    "Read one run; an exception says why it can't be used."
+    info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    if info["status"] != "ok" or info["experiment"]["protocol"] == "smoke":
+        return None
+    e = from_dict(info["experiment"])
+    if folder.name not in (e.run_id, info["run_id"]) or info["run_id"] != e.run_id:
+        raise ValueError(f"the folder holds another run: {e.run_id}")
+    text = (folder / "measurements.csv").read_text(encoding="utf-8")
+    rows = [row for row in csv.DictReader(io.StringIO(text)) if row["status"] == "ok"]
+    for row in rows:
+        if row["run_id"] != e.run_id or not np.isfinite(float(row["value"])):
+            raise ValueError("measurements.csv holds another run or a value that is no number")
+        row["metric"] = current_metric_name(row["metric"])
+    return Record(folder, origin, info, e, tuple(rows))
+
+
+@dataclass(frozen=True)
+class Evidence:
+    "The records that a report is made from."
+
+    records: dict[str, Record]  # by run id
+    refused: tuple[tuple[str, str], ...]  # (folder, why) of damaged and foreign records
+
+    @property
+    def protocols(self) -> list[str]:
+        "The protocols that have records, in the order of the report."
+        have = {r.experiment.protocol for r in self.records.values()}
+        return [p for p in SCALES if p in have]
+
+    def at(self, protocol: str) -> list[Record]:
+        "The records of one protocol."
+        return [r for r in self.records.values() if r.experiment.protocol == protocol]
+
+    @cached_property
+    def differences(self) -> pd.DataFrame:
+        "Every run against the adopted model that was trained alike (see `against_adopted`)."
+        return against_adopted(self.records)
+
+
+def read_evidence(
+    origin: str = "all",  # runs | published | all
+    out_dir=None,  # folder of this machine's runs; None: results/runs
+) -> Evidence:
+    "Read every record once; a run that is in both places is taken from this machine."
+    roots = {"runs": runs_root(out_dir), "published": published_root()}
+    records, refused = {}, []
+    for name, root in roots.items():
+        paths = sorted(root.glob("*/run.json")) if origin in (name, "all") else []
+        for folder in (path.parent for path in paths):
+            try:
+                record = read_record(folder, "this machine" if name == "runs" else name)
+            except Exception as error:  # a damaged record is named and does not stop the report
+                refused.append((folder.name, f"{type(error).__name__}: {error}"[:300]))
+                continue
+            if record:
+                records.setdefault(folder.name, record)
+    return Evidence(records, tuple(refused))
+
+
+# ---- The fixed list ----
+
+
+def has_list(protocol: str) -> bool:
+    "Whether claims of this protocol were fixed before their runs."
+    try:
+        return bool(fixed_list(protocol))
+    except ParameterError:
+        return False
+
+
+def pairs_of(claim: dict) -> list[tuple[str, str]]:
+    "The pairs (better, worse) of a claim of the fixed list."
+    if claim["kind"] == "best_of":
+        return [(claim["best"], other) for other in claim["others"]]
+    if claim["kind"] == "no_gain":
+        return [(claim["from"], claim["to"])]
+    return [(claim["better"], claim["worse"])]
+
+
+def listed_claims(protocol: str) -> list[Claim]:
+    "The fixed list as claims of `statistics`."
+    entry = fixed_list(protocol)
+
+    def seeds(arm):
+        return entry["seeds"].get(arm, entry["seeds"]["default"])
+
+    def comparisons(claim):
+        kind = "direction" if claim["kind"] == "best_of" else claim["kind"]
+        for better, worse in pairs_of(claim):
+            common = tuple(s for s in seeds(better) if s in seeds(worse))
+            c = Comparison(better, worse, kind, claim.get("margin", 0.0), common)
+            yield c
+            if "equal_time" in claim:
+                yield replace(c, steps=tuple(claim["equal_time"].items()))
+
+    figures = {}
+    for claim in entry["claims"]:
+        arms = [arm for pair in pairs_of(claim) for arm in pair]
+        figures.setdefault(claim["figure"], []).extend(arms)
+    return [
+        Claim(
+            claim["id"],
+            protocol,
+            tuple(dict.fromkeys(figures[claim["figure"]])),
+            tuple(comparisons(claim)),
+            tuple(sorted({s for pair in pairs_of(claim) for arm in pair for s in seeds(arm)})),
+            entry["measure"],
+            entry["step"],
+        )
+        for claim in entry["claims"]
+    ]
+
+
+def arm_values(
+    ev: Evidence,
+    protocol: str,  # with a fixed list
+) -> pd.DataFrame:  # arm, seed, step, measure, value, run_id, one column per band; .attrs: problems
+    "The held-out loss of every arm of the fixed list at every seed and measured step."
+    entry = fixed_list(protocol)
+    seeds = sorted({r.experiment.seed for r in ev.at(protocol)})
+    bands = {band_name(b): b for b in entry["log_snr_bands"]}
+    rows, problems = [], []
+    for arm, seed in ((arm, seed) for arm in entry["arms"] for seed in seeds):
+        record = ev.records.get(arm_experiment(protocol, arm, seed).run_id)
+        for step in record.loss_steps if record else ():
+            value = record.value(entry["measure"], step)
+            row = {"arm": arm, "seed": seed, "step": step, "measure": entry["measure"]}
+            row |= {"value": value, "run_id": record.run_id}
+            try:
+                log_snr, loss = record.loss_by_level(step)
+            except (OSError, ValueError, KeyError) as error:
+                problems.append((record.run_id, f"left out: {error}"[:300]))
+                continue
+            for name, (low, high) in bands.items():
+                row[name] = loss[(low <= log_snr) & (log_snr < high)].mean()
+            rows.append(row)
+    columns = ["arm", "seed", "step", "measure", "value", "run_id", *bands]
+    frame = pd.DataFrame(rows, columns=columns)
+    frame.attrs["problems"] = problems
+    return frame
+
+
+def band_name(band: tuple[float, float]) -> str:
+    "A band of log-SNR in words."
+    return f"log-SNR {band[0]:g} to {band[1]:g}"
+
+
+def band_differences(
+    effect: Effect,  # of one comparison
+    values: pd.DataFrame,  # of `arm_values`
+    step: int,  # of the claim
+) -> dict[str, dict[int, float]]:  # band -> seed -> log(worse / better)
+    "The same comparison in each band of noise."
+    steps = dict(effect.comparison.steps)
+    out = {}
+    for band in (c for c in values.columns if c.startswith("log-SNR")):
+        arms = []
+        for arm in (effect.comparison.better, effect.comparison.worse):
+            rows = values[(values.arm == arm) & (values.step == steps.get(arm, step))]
+            arms.append(np.log(rows.set_index("seed")[band]))
+        found = (arms[1] - arms[0]).reindex(list(effect.differences)).dropna()
+        out[band] = found.to_dict()
+    return out
+
+
+def judged(ev: Evidence, protocol: str) -> tuple[list[Verdict], pd.DataFrame]:
+    "The verdicts on the fixed list and the measurements behind them."
+    values = arm_values(ev, protocol)
+    return judge(listed_claims(protocol), values), values
+
+
+# ---- What was seen outside the fixed list ----
+
+
+def variant_label(model: ModelConfig, base: ModelConfig) -> str:
+    "What distinguishes a model from the adopted one of its protocol."
+    if model.model != base.model:
+        return model.model
+    changed = {
+        f.name: getattr(model, f.name)
+        for f in fields(model)
+        if getattr(model, f.name) != getattr(base, f.name) and f.name != "num_heads"
+    }
+    return ", ".join(
+        f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in changed.items()
+    )
+
+
+def against_adopted(
+    records: dict[str, Record],  # by run id
+) -> pd.DataFrame:  # protocol, variant, steps, seed, measure, difference, value, run_id, adopted_id
+    "The log ratio of each run to the adopted model with the same data, training and seed."
+    rows = []
+    for r in records.values():
+        e = r.experiment
+        base = PROTOCOLS[e.protocol].model
+        try:
+            adopted = records.get(replace(e, model=base).run_id)
+        except ParameterError:  # these data do not fit the adopted model
+            continue
+        label = variant_label(e.model, base)
+        if adopted is None or not label:
+            continue
+        for measure in ("heldout_loss", main_metric(e)):
+            value, reference = r.value(measure), adopted.value(measure)
+            if value > 0 and reference > 0:
+                row = {"protocol": e.protocol, "variant": label, "steps": e.train.n_steps}
+                row |= {"seed": e.seed, "measure": measure, "value": value, "run_id": r.run_id}
+                row |= {"difference": np.log(value / reference), "adopted_id": adopted.run_id}
+                rows.append(row)
+    columns = ("protocol", "variant", "steps", "seed", "measure", "difference", "value")
+    return pd.DataFrame(rows, columns=[*columns, "run_id", "adopted_id"])
+
+
+def transferred(
+    arm: str,  # of the fixed list at protocol cpu
+    protocol: str,  # another one
+) -> str:  # as `variant_label`; empty for the adopted model
+    "An arm at another protocol: as many layers more or fewer, other sizes in proportion."
+    here, there = PROTOCOLS["cpu"].model, PROTOCOLS[protocol].model
+    change = {k: v for k, v in fixed_list("cpu")["arms"][arm].items() if k != "loss_steps"}
+    if "model" in change:
+        return change["model"]
+    if "depth" in change:
+        change["depth"] += there.depth - here.depth
+    for k in {"embed_dim", "num_heads", "patch_size"} & set(change):
+        change[k] = max(1, change[k] * getattr(there, k) // getattr(here, k))
+    return variant_label(experiment(protocol, **change).model, there)
+
+
+def seen(
+    ev: Evidence,
+    claim: dict,  # of the fixed list at protocol cpu
+    protocol: str,  # another one, without a fixed list
+) -> pd.DataFrame:  # worse, better, measure, steps, seed, difference, run_id
+    "A claim's comparisons in runs that no list named: described, never judged."
+    d = ev.differences[ev.differences.protocol == protocol]
+    keys = ["measure", "steps", "seed"]
+    out = []
+    for better, worse in pairs_of(claim):
+        found = d[d.variant == transferred(worse, protocol)]
+        found = found[[*keys, "difference", "run_id"]]
+        if label := transferred(better, protocol):
+            other = d[d.variant == label][[*keys, "difference"]]
+            found = found.merge(other, on=keys, suffixes=("", "_better"))
+            found["difference"] -= found.pop("difference_better")
+        out.append(found.assign(worse=worse, better=better))
+    frame = pd.concat(out, ignore_index=True)
+    return frame[frame.steps == frame.steps.max()]
+
+
+def claims_status() -> pd.DataFrame:  # id, paper, claim, source, paper_numbers, needs, command
+    "All claims with what each still needs and the command for it."
+    return load_claims().merge(read_table("claims_status.csv"), on="id", validate="one_to_one")

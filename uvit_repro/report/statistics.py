@@ -1,0 +1,377 @@
+"""Judge the paper's claims from measurements at seeds that were named before the runs.
+
+Every comparison asks one question: does the 95 % interval of log(worse / better) lie above its
+threshold? The threshold is 0 when the paper claims a direction, and minus the margin when it
+claims "no gain" or "at least as good". A claim agrees when all its comparisons do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+AGREES = "agrees"
+DISAGREES = "disagrees"
+OPEN = "open"
+NOT_RUN = "not run"
+NOT_COMPARABLE = "not comparable"  # a value at or below its floor has no logarithm
+KINDS = ("direction", "no_gain", "at_least")
+LEVEL = 0.05  # of each test and, after Holm, of the whole list of claims
+
+
+@dataclass(frozen=True)
+class Comparison:
+    "Two arms and the side on which the paper expects their difference."
+
+    better: str  # arm that the paper says is lower or comparable; for no_gain: before the change
+    worse: str  # the other arm; for no_gain: after the change
+    kind: str = "direction"  # one of KINDS
+    margin: float = 0.0  # difference that still counts as none, in log units; 0 for a direction
+    seeds: tuple[int, ...] = ()  # at which both arms are compared; empty: those of the claim
+    steps: tuple[tuple[str, int], ...] = ()  # (arm, step) where an arm is read at another step
+
+    def __post_init__(self):
+        object.__setattr__(self, "margin", float(given(self.margin, 0.0)))
+        if self.kind not in KINDS:
+            raise ValueError(f"kind = {self.kind!r}: allowed are {', '.join(KINDS)}")
+        if self.margin < 0 or (self.kind == "direction" and self.margin):
+            raise ValueError(f"margin = {self.margin}: must be 0 for a direction, else at least 0")
+
+    @property
+    def threshold(self) -> float:
+        "The value of log(worse / better) above which the comparison agrees with the paper."
+        return -self.margin
+
+
+@dataclass(frozen=True)
+class Claim:
+    "A claim of the paper with everything that must be fixed before its runs."
+
+    id: str  # U01, ...
+    protocol: str  # whose runs count
+    figure: tuple[str, ...]  # arms that share the residual standard deviation
+    comparisons: tuple[Comparison, ...]  # all must hold
+    seeds: tuple[int, ...]  # all must be measured before a comparison is tested
+    measure: str | None = None  # the primary measure; None: the table holds only one
+    step: int | None = None  # of training; None: the table holds only one
+    floor: float | None = None  # subtracted before the logarithm; None: 0
+
+    def __post_init__(self):
+        defaults = {"figure": (), "measure": None, "step": None, "floor": 0.0}
+        for name, default in defaults.items():
+            object.__setattr__(self, name, given(getattr(self, name), default))
+        if isinstance(self.figure, str):
+            raise ValueError(f"{self.id}: figure = {self.figure!r}: must list the arms")
+        object.__setattr__(self, "figure", tuple(self.figure))
+        object.__setattr__(self, "comparisons", tuple(self.comparisons))
+        object.__setattr__(self, "seeds", tuple(int(seed) for seed in self.seeds))
+        if not self.comparisons or not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"{self.id}: needs at least one comparison and distinct seeds")
+
+    @property
+    def arms(self) -> list[str]:
+        "The compared arms and the rest of the figure."
+        compared = [arm for c in self.comparisons for arm in (c.better, c.worse)]
+        return list(dict.fromkeys([*compared, *self.figure]))
+
+
+def given(
+    value,  # an optional field; None, NaN and NA all mean that it is missing
+    default,  # returned when it is missing
+):
+    "Replace a missing value by its default (pandas turns None into NaN)."
+    missing = pd.api.types.is_scalar(value) and pd.isna(value)
+    return default if missing else value
+
+
+def best_of(
+    best: str,  # arm with the lowest value according to the paper
+    others: Iterable[str],  # the arms that it beats
+) -> tuple[Comparison, ...]:
+    "Compare one arm with each of the others."
+    return tuple(Comparison(best, other) for other in others)
+
+
+def order(
+    chain: Sequence[str],  # arms from the lowest to the highest value
+) -> tuple[Comparison, ...]:
+    "Compare each arm of a ranking with the next."
+    return tuple(Comparison(*pair) for pair in zip(chain[:-1], chain[1:], strict=True))
+
+
+@dataclass(frozen=True)
+class Effect:
+    "What was measured for one comparison."
+
+    comparison: Comparison
+    differences: dict[int, float]  # named seed -> log(worse / better)
+    effect: float  # mean difference; above the threshold is the paper's side
+    low: float  # 95 % interval, not corrected; NaN without degrees of freedom
+    high: float
+    sd: float  # residual standard deviation of one run, pooled over the figure
+    df: int  # its degrees of freedom
+    p: float  # two-sided, of the threshold; 1 while it can't be tested
+    missing: dict[str, tuple[int, ...]]  # arm -> named seeds without a measurement
+    below_floor: bool  # whether a value at a named seed is at or below the floor
+
+    @property
+    def n_seeds(self) -> int:
+        "The number of named seeds at which both arms were measured."
+        return len(self.differences)
+
+    @property
+    def favourable(self) -> bool:
+        "Whether the effect is on the paper's side of the threshold."
+        return self.effect > self.comparison.threshold
+
+    @property
+    def word(self) -> str:
+        "The word for this comparison alone, before any correction."
+        if self.below_floor:
+            return NOT_COMPARABLE
+        if not self.differences:
+            return NOT_RUN
+        if self.p >= LEVEL:
+            return OPEN
+        return AGREES if self.favourable else DISAGREES
+
+
+@dataclass(frozen=True)
+class Verdict:
+    "What the runs of one protocol say about one claim."
+
+    id: str
+    protocol: str
+    effects: tuple[Effect, ...]  # one per comparison
+    p: float  # of the claim
+    p_holm: float  # the same after Holm over all claims of the protocol
+
+    @property
+    def word(self) -> str:
+        "The word that the reader sees: after Holm, with all comparisons."
+        words = {effect.word for effect in self.effects}
+        if self.p_holm < LEVEL:
+            return AGREES if all(effect.favourable for effect in self.effects) else DISAGREES
+        if NOT_COMPARABLE in words:
+            return NOT_COMPARABLE
+        return NOT_RUN if words == {NOT_RUN} else OPEN
+
+    @property
+    def missing(self) -> dict[str, tuple[int, ...]]:
+        "The named seeds that each compared arm still lacks."
+        return {arm: seeds for e in self.effects for arm, seeds in e.missing.items()}
+
+    @property
+    def reason(self) -> str:
+        "The word explained in one sentence, by the comparison that is least on the paper's side."
+        alike = [effect for effect in self.effects if effect.word == self.word]
+        weakest = max(alike or self.effects, key=lambda e: e.p / 2 if e.favourable else 1 - e.p / 2)
+        return f"{opening(self)}: {describe(weakest)}."
+
+
+def residual_sd(
+    logs: np.ndarray,  # log values, (..., arms, seeds); not finite where there is none
+) -> tuple[np.ndarray, int]:  # standard deviation of one run (NaN without df), degrees of freedom
+    "Fit log m = arm + seed and return the residual standard deviation."
+    logs = np.asarray(logs, float)
+    n_arms, n_seeds = logs.shape[-2:]
+    present = np.isfinite(logs).reshape(-1, n_arms, n_seeds).all(axis=0)
+    arm, seed = np.nonzero(present)
+    design = np.hstack([np.eye(n_arms)[arm], np.eye(n_seeds)[seed]])
+    to_residuals = np.eye(len(arm)) - design @ np.linalg.pinv(design, rcond=1e-10)
+    df = round(np.trace(to_residuals))  # observations minus the rank of the design
+    residuals = logs[..., present] @ to_residuals
+    if df < 1:
+        return np.full(residuals.shape[:-1], np.nan)[()], 0
+    return np.sqrt((residuals**2).sum(axis=-1) / df), df
+
+
+def t_interval(
+    effect: float,  # estimate, or an array of them
+    se: float,  # its standard error
+    df: int,  # degrees of freedom of the standard error
+) -> tuple[float, float]:
+    "The 95 % interval, NaN without degrees of freedom."
+    half_width = stats.t.ppf(1 - LEVEL / 2, df) * se
+    return effect - half_width, effect + half_width
+
+
+def p_value(
+    effect: float,  # estimate, or an array of them
+    se: float,  # its standard error
+    df: int,  # degrees of freedom of the standard error
+    threshold: float = 0.0,  # tested value
+) -> float:  # below 0.05 exactly when the 95 % interval excludes the threshold; 1 if unknown
+    "Two-sided t-test of the threshold."
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.abs(np.subtract(effect, threshold)) / se
+    return np.nan_to_num(2 * stats.t.sf(t, df), nan=1.0)[()]
+
+
+def claim_p(
+    favourable: np.ndarray,  # whether each effect is on the paper's side, (..., comparisons)
+    p: np.ndarray,  # of each comparison, (..., comparisons)
+) -> np.ndarray:  # (...)
+    "The p-value of a claim: all must agree (the largest p), or one disagrees (Bonferroni)."
+    p_agree = np.where(favourable, p, 1.0).max(axis=-1)
+    p_disagree = np.where(favourable, 1.0, p).min(axis=-1) * np.shape(p)[-1]
+    return np.minimum(p_agree, p_disagree).clip(max=1.0)
+
+
+def holm(
+    p: Sequence[float],  # one per claim of the fixed list; NaN: the claim was not run
+) -> np.ndarray:
+    "Holm's correction, in which claims that were not run count with p = 1."
+    return multipletests(np.nan_to_num(np.asarray(p, float), nan=1.0), method="holm")[1]
+
+
+def claim_rows(
+    claim: Claim,
+    measurements: pd.DataFrame,  # columns arm, seed, value; protocol, measure, step if they vary
+    steps: Sequence[tuple[str, int]] = (),  # arms that are read at another step than the claim's
+) -> pd.DataFrame:  # arm, seed, value, at any seed
+    "Select the finite measurements of the claim's arms."
+    keep = measurements["arm"].isin(claim.arms)
+    for name in ("protocol", "measure", "step"):
+        wanted = getattr(claim, name)
+        if name == "step" and steps:
+            wanted = measurements["arm"].map(dict(steps)).fillna(wanted)
+        if name in measurements and wanted is not None:
+            keep &= measurements[name].eq(wanted)
+    rows = measurements.loc[keep, ["arm", "seed", "value"]]
+    for name in ("seed", "value"):
+        numbers = pd.to_numeric(rows[name], errors="coerce").astype(float)
+        rows = rows.assign(**{name: numbers.where(np.isfinite(numbers))})
+    rows = rows.dropna().astype({"seed": int}).drop_duplicates()
+    if rows.duplicated(["arm", "seed"]).any():
+        raise ValueError(f"{claim.id}: an arm has several values at one seed; keep one")
+    return rows
+
+
+def log_table(
+    claim: Claim,
+    measurements: pd.DataFrame,  # as for `claim_rows`
+    steps: Sequence[tuple[str, int]] = (),  # as for `claim_rows`
+) -> pd.DataFrame:  # arms x named seeds; NaN where nothing was measured, -inf at or below the floor
+    "The logarithm of each value above the floor."
+    rows = claim_rows(claim, measurements, steps)
+    values = rows.pivot(index="arm", columns="seed", values="value")
+    values = values.reindex(index=claim.arms, columns=list(claim.seeds))
+    with np.errstate(divide="ignore"):
+        return np.log((values - claim.floor).clip(lower=0))
+
+
+def compare(
+    comparison: Comparison,
+    logs: pd.DataFrame,  # of `log_table`
+) -> Effect:
+    "Estimate one comparison, and test it once all its named seeds are measured."
+    pair = logs.loc[[comparison.better, comparison.worse]]
+    pair = pair[list(comparison.seeds)] if comparison.seeds else pair
+    missing = {arm: tuple(row.index[row.isna()]) for arm, row in pair.iterrows()}
+    missing = {arm: seeds for arm, seeds in missing.items() if seeds}
+    below_floor = bool(np.isneginf(pair).to_numpy().any())
+    common = pair.iloc[:, :0] if below_floor else pair.dropna(axis="columns")
+    differences = common.loc[comparison.worse] - common.loc[comparison.better]
+    sd, df = residual_sd(logs.to_numpy())
+    effect = differences.mean()
+    se = sd * np.sqrt(2 / max(len(differences), 1))
+    low, high = t_interval(effect, se, df)
+    # a test before the last named seed would be a second look at the data
+    p = 1.0 if missing else p_value(effect, se, df, comparison.threshold)
+    numbers = [float(x) for x in (effect, low, high, sd)]
+    return Effect(comparison, differences.to_dict(), *numbers, df, float(p), missing, below_floor)
+
+
+def judge(
+    claims: Sequence[Claim],  # the whole fixed list, whether or not its runs exist
+    measurements: pd.DataFrame,  # as for `claim_rows`
+) -> list[Verdict]:  # in the order of the claims
+    "Judge a fixed list of claims, with one Holm correction per protocol."
+    verdicts = []
+    for claim in claims:
+        effects = tuple(
+            compare(comparison, log_table(claim, measurements, comparison.steps))
+            for comparison in claim.comparisons
+        )
+        p = float(claim_p([e.favourable for e in effects], [e.p for e in effects]))
+        verdicts.append(Verdict(claim.id, claim.protocol, effects, p, p_holm=p))
+    p_holm = pd.Series([v.p for v in verdicts], dtype=float)
+    p_holm = p_holm.groupby([v.protocol for v in verdicts]).transform(holm)
+    return [replace(v, p_holm=float(p)) for v, p in zip(verdicts, p_holm, strict=True)]
+
+
+def describe(effect: Effect) -> str:
+    "One comparison in words, in percent of the better arm's value."
+    c = effect.comparison
+    if not effect.differences:
+        return f"{c.worse} against {c.better} has no result"
+    percent, low, high = (100 * np.expm1(x) for x in (effect.effect, effect.low, effect.high))
+    interval = f"95 % interval {low:+.1f} to {high:+.1f} %" if effect.df else "no interval"
+    margin = f", margin {100 * np.expm1(c.threshold):+.1f} %" if c.margin else ""
+    seeds = "1 seed" if effect.n_seeds == 1 else f"{effect.n_seeds} seeds"
+    return (
+        f"{c.worse} measures {percent:+.1f} % relative to {c.better} "
+        f"({interval}{margin}, {seeds}, {effect.df} degrees of freedom)"
+    )
+
+
+def opening(verdict: Verdict) -> str:
+    "Why a verdict has its word."
+    fixed = {
+        AGREES: "On the paper's side",
+        DISAGREES: "Against the paper",
+        NOT_RUN: "Not run",
+        NOT_COMPARABLE: "Not comparable, a value is at or below its floor",
+    }
+    if verdict.word in fixed:
+        return fixed[verdict.word]
+    if verdict.missing:
+        runs = [f"{arm} at seed {', '.join(map(str, s))}" for arm, s in verdict.missing.items()]
+        return f"Needs {' and '.join(runs)}"
+    if not any(effect.df for effect in verdict.effects):
+        return "No degrees of freedom for an interval"
+    if verdict.p < LEVEL:
+        return f"Clear alone but not after Holm's correction (p = {verdict.p_holm:.2g})"
+    return "Undecided at this precision"
+
+
+def power(
+    effect: float,  # distance of the true effect from the threshold, log units
+    sd: float,  # residual standard deviation of one run
+    n_seeds: int,  # pairs of runs
+    df: int,  # degrees of freedom of sd
+    alpha: float = LEVEL,  # two-sided; divide by the number of claims for the first step of Holm
+) -> float:
+    "The probability that a comparison agrees (non-central t)."
+    noncentrality = effect / (sd * np.sqrt(2 / n_seeds))
+    return float(stats.nct.sf(stats.t.ppf(1 - alpha / 2, df), df, noncentrality))
+
+
+def paired_difference(
+    log_a: pd.DataFrame,  # columns step and loss
+    log_b: pd.DataFrame,  # the other run, on the same data and noise
+    window: int = 250,  # steps that are averaged
+) -> pd.DataFrame:  # step (last of its window), difference = log(mean a / mean b), se
+    "The running difference of two training losses, with the noise that both share removed."
+    columns = ["step", "loss"]
+    pairs = log_a[columns].merge(
+        log_b[columns], on="step", suffixes=("_a", "_b"), validate="one_to_one"
+    )
+    pairs = pairs.dropna().sort_values("step")
+    if len(pairs) < 2:
+        raise ValueError("the two logs share fewer than two steps")
+    n_rows = max(2, round(window / pairs["step"].diff().median()))
+    a = pairs["loss_a"].rolling(n_rows)
+    b = pairs["loss_b"].rolling(n_rows)
+    # variance of a / mean(a) - b / mean(b) in the window: the delta method for the log ratio
+    covariance = a.cov(pairs["loss_b"]) / (a.mean() * b.mean())
+    variance = a.var() / a.mean() ** 2 + b.var() / b.mean() ** 2 - 2 * covariance
+    se = np.sqrt(variance.clip(lower=0) / n_rows)
+    difference = np.log(a.mean() / b.mean())
+    return pd.DataFrame({"step": pairs["step"], "difference": difference, "se": se}).dropna()
