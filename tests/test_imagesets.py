@@ -1,0 +1,484 @@
+"""Folders of images, CelebA, ImageNet: what is read, left out, kept in the index."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from uvit_repro.config import CONFIGS, DataConfig, ParameterError
+from uvit_repro.data import folders
+from uvit_repro.data.folders import (
+    imagenet_folder,
+    index_files,
+    load_celeba64,
+    load_folder,
+    load_imagenet64,
+    prepare,
+    read_image,
+)
+from uvit_repro.data.images import Batches
+
+CELEBA = CONFIGS["CelebA 64x64 U-ViT-S/4"].data
+IMAGENET = CONFIGS["ImageNet 64x64 U-ViT-M/4"].data
+WNIDS = ("n02102040", "n01440764", "n01443537")
+
+
+def noise(w=40, h=36, seed=0):
+    x = np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8)
+    return Image.fromarray(x)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    base = tmp_path / "set"
+    for c, k in (("b", 5), ("a", 6)):
+        (base / c).mkdir(parents=True)
+        for i in range(k):
+            noise(seed=10 * k + i).save(base / c / f"{i}.png")
+    return base
+
+
+def load(base, **kw):
+    sizes = {"resident_bytes": kw.pop("resident_bytes")} if "resident_bytes" in kw else {}
+    cfg = DataConfig(dataset=f"folder:{base}", **{"img_size": 16, **kw})
+    return load_folder(cfg, ".", **sizes)
+
+
+def named(notes, kind):
+    return sorted(n.partition(": ")[2].split(" (")[0] for n in notes if n.startswith(f"{kind}: "))
+
+
+# ---------------------------------------------------------------- single files
+def cut(path):
+    noise().save(path)
+    path.write_bytes(path.read_bytes()[:700])
+
+
+def turned(path):
+    exif = Image.Exif()
+    exif[274] = 3
+    noise().save(path, exif=exif)
+
+
+def animated(path):
+    frames = [noise(seed=k).convert("L") for k in (1, 2)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def deep(path):
+    Image.fromarray(np.full((40, 40), 257 * 100, np.uint16)).save(path)
+
+
+def clear(path):
+    Image.new("RGBA", (20, 20), (9, 9, 9, 0)).save(path, lossless=True)
+
+
+def converted(mode):
+    return lambda path: noise().convert(mode).save(path)
+
+
+UNREADABLE, RGB = "left out, not readable", "converted to RGB"
+FILES = {  # name: (writer, kind of note, kept)
+    "cut.jpg": (cut, UNREADABLE, False),
+    "cut.png": (cut, UNREADABLE, False),
+    "empty.gif": (Path.touch, UNREADABLE, False),
+    "words.jpeg": (lambda f: f.write_text("no image", encoding="utf-8"), UNREADABLE, False),
+    "lost.png": (lambda f: f.symlink_to(f.parent / "nowhere.png"), UNREADABLE, False),
+    "folder.png": (Path.mkdir, None, False),
+    "pipe.png": (os.mkfifo, UNREADABLE, False),
+    "two\nlines.png": (Path.touch, UNREADABLE, False),
+    "grey.png": (converted("L"), RGB, True),
+    "bits.png": (converted("1"), RGB, True),
+    "palette.gif": (converted("P"), RGB, True),
+    "print.jpg": (converted("CMYK"), RGB, True),
+    "deep.png": (deep, RGB, True),
+    "alpha.png": (converted("RGBA"), "alpha put on white", True),
+    "clear.webp": (clear, "alpha put on white", True),
+    "phone.jpg": (turned, "turned as EXIF says", True),
+    "tiny.bmp": (lambda f: noise(5, 9).save(f), "enlarged", True),
+    "one.TIF": (lambda f: Image.new("RGB", (1, 1)).save(f, "TIFF"), "enlarged", True),
+    "anim.gif": (animated, "first frame used", True),
+    "other.png": (lambda f: noise().save(f, "JPEG"), None, True),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_odd_files(folder, name):
+    write, kind, kept = FILES[name]
+    write(folder / "a" / name)
+    d = load(folder)
+    assert len(d) == 11 + kept
+    assert kind is None or named(d.notes, kind) == [f"a/{name}".replace("\n", r"\n")]
+
+
+def test_values_after_conversion(tmp_path):
+    deep(tmp_path / "x.png")
+    assert (read_image(tmp_path / "x.png", 16)[0] == 100).all()
+    clear(tmp_path / "y.webp")
+    assert (read_image(tmp_path / "y.webp", 16, 1)[0] == 255).all()
+    turned(tmp_path / "z.png")
+    upright = np.rot90(np.asarray(noise()), 2)
+    assert np.array_equal(read_image(tmp_path / "z.png", 36)[0], upright[:, 2:38])
+    Image.new("RGB", (1, 60_000)).save(tmp_path / "line.png")
+    with pytest.raises(ValueError, match="would become"):
+        read_image(tmp_path / "line.png", 64)
+
+
+# ---------------------------------------------------------------- folders
+def test_a_good_folder(folder):
+    d = load(folder)
+    assert (d.class_names, d.train_labels.tolist(), d.notes) == (["a", "b"], [0] * 6 + [1] * 5, [])
+    want = {prepare(Image.open(f), 16).tobytes() for f in (folder / "a").iterdir()}
+    x = d.train_images[:6].permute(0, 2, 3, 1).contiguous()
+    assert {image.numpy().tobytes() for image in x} == want
+
+
+def test_other_things_in_a_folder(folder):
+    for name in ("empty", "onlybad", ".git", "a/deep/er"):
+        (folder / name).mkdir(parents=True)
+    for name in ("onlybad/x.png", "a/notes.txt", "a/list.csv"):
+        (folder / name).write_text("?", encoding="utf-8")
+    for name in ("loose.png", ".git/x.png", "a/._hidden.png", "a/deep/er/x.JPEG"):
+        noise(seed=len(name)).save(folder / name)
+    (folder / "b" / "copy.png").write_bytes((folder / "b" / "0.png").read_bytes())
+    d = load(folder)
+    assert d.class_names == ["a", "b"] and d.train_labels.bincount().tolist() == [7, 6]
+    assert named(d.notes, "empty class, dropped") == ["empty", "onlybad"]
+    assert named(d.notes, "duplicate, kept") == ["b/copy.png"]
+    assert named(d.notes, "left out, beside the class folders") == ["loose.png"]
+    assert named(d.notes, UNREADABLE) == ["onlybad/x.png"]
+    assert any(n.startswith("not an image, ignored: 2 file(s) (1 .csv, 1 .txt") for n in d.notes)
+
+
+@pytest.mark.parametrize("place", ("a", "."))
+def test_links_in_circles_end(folder, place):
+    before = load(folder)
+    for n in ("one", "two", "three"):
+        (folder / place / n).symlink_to(folder / place, target_is_directory=True)
+    start = time.monotonic()
+    d = load(folder)
+    assert d.sha256 == before.sha256 and len(d) == 11
+    folders_seen = list(folders.walk(folder))
+    assert len(folders_seen) == 3 and time.monotonic() - start < 30
+
+
+def test_the_checksum_ignores_names_not_content(folder):
+    a = load(folder)
+    (folder / "a" / "0.png").rename(folder / "a" / "zzz.png")
+    (folder / "b" / "sub").mkdir()
+    (folder / "b" / "1.png").rename(folder / "b" / "sub" / "1.png")
+    moved = folder.rename(folder.with_name("moved"))
+    b = load(moved)
+    assert a.sha256 == b.sha256 and torch.equal(a.train_images, b.train_images)
+    (moved / "a" / "2.png").rename(moved / "b" / "2b.png")
+    assert load(moved).sha256 != a.sha256
+
+
+def test_folders_that_cannot_be_used(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load(tmp_path / "no")
+    with pytest.raises(ValueError, match="is a file"):
+        load(folder / "a" / "0.png")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "x.png").touch()
+    with pytest.raises(ValueError, match=r"no usable image among 1 candidate.*empty file"):
+        load(tmp_path / "bare")
+    with pytest.raises(ParameterError, match="in_chans = 4"):
+        load(folder, in_chans=4)
+    with pytest.raises(ParameterError, match="at most 10"):
+        load(folder, holdout=11)
+    d = load(folder / "a", holdout=2)
+    assert (d.num_classes, len(d), len(d.test_labels)) == (0, 4, 2)
+
+
+# ---------------------------------------------------------------- streams
+def test_streamed_equals_resident(folder):
+    r, s = load(folder, holdout=3), load(folder, holdout=3, resident_bytes=0)
+    assert r.stream is None and s.train_images is None and r.sha256 == s.sha256
+    assert torch.equal(r.test_images, s.test_images)
+    assert torch.equal(r.train_labels, s.train_labels) and s.shape == (3, 16, 16)
+    kw = {"batch_size": 3, "seed": 1, "flip": True, "p_uncond": 0.3, "null_class": 2}
+    R, S, W = Batches(r, **kw), Batches(s, **kw), Batches(s, workers=2, **kw)
+    state = torch.random.get_rng_state()
+    for step, w in zip(range(5, 13), W.iterate(5), strict=False):
+        for other in (R.at(step), S.at(step)):
+            assert torch.equal(w[0], other[0]) and torch.equal(w[1], other[1])
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("harm", ("damaged", "changed", "gone"))
+def test_a_file_that_went_bad_is_replaced_with_its_label(folder, harm):
+    "The last image of class a gives way to the first of class b; both bring their label."
+    s = load(folder, resident_bytes=0)
+    file = s.stream.rows[5][1]
+    if harm == "gone":
+        file.unlink()
+    elif harm == "changed":
+        noise(seed=77).save(file)
+    else:
+        file.write_bytes(file.read_bytes()[:300])
+    b = Batches(s, 11, seed=0, flip=False, p_uncond=0, null_class=None)
+    with pytest.warns(RuntimeWarning, match="no longer what it was"):
+        x, y = b.at(0)
+    kinds = {image.numpy().tobytes(): int(label) for image, label in (s.stream[6], s.stream[4])}
+    at = b.order.at(0).tolist().index(5)
+    pixels = ((x[at] + 1) * 127.5).round().to(torch.uint8)
+    assert y[at] == kinds[pixels.numpy().tobytes()] == 1
+
+
+def test_a_stream_without_a_usable_file_ends(folder):
+    s = load(folder, resident_bytes=0)
+    for _, file, _ in s.stream.rows:
+        file.unlink()
+    with (
+        pytest.warns(RuntimeWarning, match="no longer"),
+        pytest.raises(FileNotFoundError, match="none of the 11"),
+    ):
+        s.stream[0]
+
+
+# ---------------------------------------------------------------- CelebA
+def picture(seed, w=178, h=218):
+    "Smooth colours, another one for each seed."
+    return noise(5, 6, seed).resize((w, h), Image.BICUBIC)
+
+
+def celeba(root, counts=(7, 2, 3)):
+    base = root / "celeba"
+    (base / "img_align_celeba").mkdir(parents=True)
+    rows = [k for k, n in enumerate(counts) for _ in range(n)]
+    for i in range(len(rows)):
+        picture(i).save(base / "img_align_celeba" / f"{i + 1:06d}.jpg")
+    lines = [f"{i + 1:06d}.jpg {k}\n" for i, k in enumerate(rows)]
+    (base / "list_eval_partition.txt").write_text("".join(lines), encoding="utf-8")
+    return base, partial(load_celeba64, CELEBA, root, dict(enumerate(counts)), root / "cache")
+
+
+def test_celeba_splits_and_crop(tmp_path):
+    base, load_it = celeba(tmp_path)
+    for _ in range(2):  # from the files, then from the cache
+        d = load_it()
+        assert (len(d), d.test_images.shape, d.notes) == (7, (3, 3, 64, 64), [])
+        for i, x in [(1, d.train_images[0]), (7, d.train_images[6]), (10, d.test_images[0])]:
+            face = Image.open(base / "img_align_celeba" / f"{i:06d}.jpg")
+            face = transforms.functional.crop(face, 57, 25, 128, 128)
+            want = np.array(transforms.Resize(64)(face))
+            assert np.array_equal(want, x.permute(1, 2, 0).numpy())
+
+
+def test_celeba_is_whole_or_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"list_eval_partition.txt"):
+        load_celeba64(CELEBA, tmp_path)
+    base, load_it = celeba(tmp_path)
+    with pytest.raises(ValueError, match="names 7, 2 and 3 images"):
+        load_celeba64(CELEBA, tmp_path, cache_dir=tmp_path / "cache")
+    (base / "img_align_celeba" / "000008.jpg").unlink()  # validation: not used, not missed
+    assert len(load_it()) == 7
+    (base / "img_align_celeba" / "000012.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match="1 of 12 images .*first 000012.jpg"):
+        load_it()
+    (base / "list_eval_partition.txt").write_text("000001.jpg train\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="line 1: '000001.jpg train'"):
+        load_it()
+    with pytest.raises(ParameterError, match="img_size = 32"):
+        load_celeba64(replace(CELEBA, img_size=32), tmp_path)
+    with pytest.raises(ParameterError, match="test split of its own"):
+        load_celeba64(replace(CELEBA, holdout=5), tmp_path)
+
+
+def test_celeba_other_sizes_and_damage_are_named(tmp_path):
+    base, load_it = celeba(tmp_path)
+    files = base / "img_align_celeba"
+    picture(1, 200, 200).save(files / "000002.jpg")
+    (files / "000003.jpg").write_bytes((files / "000004.jpg").read_bytes()[:900])
+    d = load_it()
+    assert len(d) == 5 and len(d.notes) == 2 and "200x200 pixels" in d.notes[0]
+
+
+# ---------------------------------------------------------------- ImageNet
+def imagenet(root, each=3):
+    base = root / "imagenet"
+    for j, w in enumerate(WNIDS):
+        for split, n in (("train", each), ("val", 1)):
+            (base / split / w).mkdir(parents=True)
+            for i in range(n):
+                image = picture(100 * j + i + 50 * (split == "val"), 150 + 10 * i, 120)
+                image.save(base / split / w / f"{w}_{i}.JPEG")
+    return base, partial(load_imagenet64, IMAGENET, root, None, root / "cache")
+
+
+def test_imagenet_labels_and_preparation(tmp_path):
+    base, load_it = imagenet(tmp_path)
+    d, theirs = load_it(), ImageFolder(base / "train")
+    assert d.class_names == sorted(WNIDS) == theirs.classes and d.train_images is None
+    assert [str(f) for _, f, _ in d.stream.rows] == [p for p, _ in theirs.samples]
+    assert d.train_labels.tolist() == theirs.targets
+    x, y = d.stream[4]
+    assert np.array_equal(x.permute(1, 2, 0).numpy(), prepare(theirs[4][0], 64))
+    assert y == theirs[4][1] and d.test_labels.tolist() == [0, 1, 2]
+    held = Image.open(base / "val" / "n02102040" / "n02102040_0.JPEG")
+    assert np.array_equal(d.test_images[2].permute(1, 2, 0).numpy(), prepare(held, 64))
+
+
+def test_a_part_of_imagenet_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"(?s)imagenet/train is not there.*devkit"):
+        imagenet_folder(tmp_path)
+    base, load_it = imagenet(tmp_path)
+    with pytest.raises(ValueError, match="3 class folders .*ImageNet has 1000.*folder:"):
+        load_imagenet64(IMAGENET, tmp_path, cache_dir=tmp_path / "cache")
+    first = base / "train" / "n01440764" / "n01440764_0.JPEG"
+    first.rename(base / "train" / "loose.JPEG")
+    (base / "train" / "extra").mkdir()
+    picture(0).save(base / "train" / "extra" / "a.jpg")
+    d = load_it()
+    assert len(d) == 8 and named(d.notes, "not a class of ImageNet, ignored") == ["extra"]
+    for p in (base / "train").glob("n*"):
+        p.rename(p.with_name(f"x{p.name}"))
+    with pytest.raises(FileNotFoundError, match="has no folder like n01440764"):
+        imagenet_folder(tmp_path)
+
+
+def test_imagenet_without_sorted_validation_images(tmp_path):
+    base, load_it = imagenet(tmp_path)
+    whole = load_it()
+    for f in list((base / "val").glob("*/*")):
+        f.rename(base / "val" / f.name)  # as the archive unpacks
+        f.parent.rmdir()
+    d = load_it()
+    assert len(d.test_images) == 0 and d.shape == (3, 64, 64) and d.sha256 == whole.sha256
+    assert any("has no folder of a class" in n for n in d.notes)
+    part = load_imagenet64(replace(IMAGENET, holdout=3), tmp_path, None, tmp_path / "cache")
+    assert (len(part), len(part.stream), part.test_labels.tolist()) == (6, 6, [0, 1, 2])
+
+
+# ---------------------------------------------------------------- the index
+@pytest.fixture
+def reads(monkeypatch):
+    "Names of the files that were decoded."
+    names, decode = [], folders.read_image
+    monkeypatch.setattr(
+        folders, "read_image", lambda f, **kw: (names.append(Path(f).name), decode(f, **kw))[1]
+    )
+    return names
+
+
+def test_only_changed_files_are_read_again(tmp_path, reads):
+    base, load_it = imagenet(tmp_path)
+    first = load_it()
+    assert set(reads) >= {f.name for f in (base / "train").glob("*/*")}
+    reads.clear()
+    assert load_it().sha256 == first.sha256 and reads == []
+    changed = base / "train" / WNIDS[1] / f"{WNIDS[1]}_1.JPEG"
+    picture(77).save(changed)
+    assert load_it().sha256 != first.sha256 and reads == [changed.name]
+
+
+@pytest.mark.parametrize("harm", ("cut", "noise", "empty", "twice", "foreign", "bit"))
+def test_a_damaged_index_is_mended(tmp_path, harm):
+    _, load_it = imagenet(tmp_path)
+    first = load_it()
+    indices = (tmp_path / "cache").glob("*/index.jsonl")
+    path = next(p for p in indices if "val" not in p.parent.name)
+    good = path.read_bytes()
+    bent = bytearray(good)
+    bent[good.index(b'.JPEG", [') + 40] ^= 1
+    harms = {
+        "cut": good[: len(good) // 2],
+        "noise": good[:200] + b"\xff\x00\n{}\n[1, 2]\n" + good[200:],
+        "empty": b"",
+        "twice": good + good,
+        "foreign": good + b'00000000 ["gone.JPEG", [1, 2], ["aa", "", []]]\n',
+        "bit": bytes(bent),
+    }
+    path.write_bytes(harms[harm])
+    assert load_it().sha256 == first.sha256
+    assert sorted(path.read_bytes().splitlines()) == sorted(good.splitlines())
+
+
+@pytest.mark.parametrize("harm", ("bit", "cut"))
+def test_damaged_pixels_are_set_aside_and_made_again(tmp_path, harm):
+    _, load_it = celeba(tmp_path)
+    first = load_it()
+    path = next((tmp_path / "cache").glob("*/pixels-train.npy"))
+    raw = bytearray(path.read_bytes())
+    raw[-5] ^= 8
+    path.write_bytes(raw if harm == "bit" else raw[:-9])
+    assert torch.equal(load_it().train_images, first.train_images)
+    assert path.with_name("pixels-train.npy.damaged-1").exists() and path.exists()
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, reads):
+    _, load_it = imagenet(tmp_path)
+    want = load_it()
+    (tmp_path / "file").touch()
+    load_it = partial(load_imagenet64, IMAGENET, tmp_path, None, tmp_path / "file" / "cache")
+    got = load_it()
+    assert got.sha256 == want.sha256 and torch.equal(got.test_images, want.test_images)
+
+
+READER = """
+import sys, time
+from pathlib import Path
+from uvit_repro.data.folders import index_files
+index, some, log = map(Path, sys.argv[1:])
+def read(f):
+    time.sleep(0.01)
+    with open(log, "a", encoding="utf-8") as out:
+        out.write(f.name + "\\n")
+    return None, "sum of " + f.name, []
+print(len(index_files(index, some, sorted(some.iterdir()), read)))
+"""
+
+
+def test_killed_reading_continues(tmp_path):
+    "A process killed three times while it reads; in the end every file was read about once."
+    (tmp_path / "some").mkdir()
+    for i in range(120):
+        (tmp_path / "some" / f"{i:03d}").touch()
+    log = tmp_path / "log"
+    log.touch()
+    command = [
+        sys.executable,
+        "-c",
+        READER,
+        *map(str, (tmp_path / "index", tmp_path / "some", log)),
+    ]
+    for _ in range(3):
+        before = len(log.read_text(encoding="utf-8").splitlines())
+        p = subprocess.Popen(command, stdout=subprocess.PIPE)
+        while len(log.read_text(encoding="utf-8").splitlines()) < before + 20 and p.poll() is None:
+            time.sleep(0.01)
+        p.send_signal(signal.SIGKILL)
+        p.wait()
+        assert p.returncode == -signal.SIGKILL
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "120"
+    lines = (tmp_path / "index" / "index.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line[9:]) for line in lines if line]
+    assert sorted(name for name, *_ in entries) == [f"{i:03d}" for i in range(120)]
+    assert all(e[0] == f"sum of {name}" for name, _, e in entries)
+    assert len(log.read_text(encoding="utf-8").splitlines()) <= 120 + 3 * 24
+
+
+def test_names_of_any_kind(tmp_path, reads):
+    some = tmp_path / "some"
+    some.mkdir()
+    for n in (b"a\nb.jpg", b"tab\t.jpg", b'quote".jpg', b"latin\xe9.jpg", "ünïcode.jpg".encode()):
+        with open(os.path.join(os.fsencode(some), n), "wb") as f:
+            picture(len(n)).save(f, "JPEG")
+    files, read = sorted(some.iterdir()), partial(folders.read_image, img_size=64)
+    entries = index_files(tmp_path / "index", some, files, read)
+    assert all(e.sha256 and not e.problem for e in entries)
+    assert index_files(tmp_path / "index", some, files, read) == entries and len(reads) == 5
