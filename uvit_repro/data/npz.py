@@ -16,7 +16,7 @@ from uvit_repro.data.images import (
     ordered_sum,
 )
 
-UNPACKED = 4 << 30  # bytes that any archive may unpack to
+UNPACKED = 1 << 30  # bytes that any archive may unpack to
 MOST_CLASSES = 10_000  # with fewer images than that
 EXPANSION = 200  # larger ones at most so many times their own size
 WANTED = "Wanted: images uint8 (N, H, W, C) and, for classes, labels (N,) of integers from 0"

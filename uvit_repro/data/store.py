@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from uvit_repro.config import ParameterError
+from uvit_repro.config import ParameterError, digest
 from uvit_repro.data.files import (
     DamagedFile,
     printable,
@@ -84,30 +84,29 @@ def _read_record(path: Path, say) -> dict | None:
     except DamagedFile as e:
         say(f"{e}; renamed to {set_aside(path).name}")
         return None
-    own = record.get("own", record["files"])  # the index lists the files of all shards as well
+    own = record.get(
+        "own", record.get("files", {})
+    )  # the index lists the files of all shards as well
     return record if _usable(path.parent, own, say) else None
 
 
-def _begin(path: Path, job: dict):
+def _begin(path: Path, job: dict, say):
     "Note what is encoded here. Raises `ParameterError` when it is something else."
-    try:
-        old = read_checked_json(path / "job.json")
-    except FileNotFoundError:
-        there = sorted(p.name for p in path.iterdir() if p.name != ".lock")
-        if there:
-            raise ParameterError(
-                f"{printable(path)} is not empty ({printable(', '.join(there[:3]))}) "
-                "and no store: give another folder"
-            ) from None
-        old = None
-    except DamagedFile:
-        set_aside(path / "job.json")
-        old = None
+    begun = (path / "job.json").exists()
+    old = _read_record(path / "job.json", say)
     if old is None:
+        shards = [_read_record(p, say) for p in sorted(path.glob("shard-*.json"))]
+        ours = [r["job"] == digest(job) for r in shards if r]
+        there = [p.name for p in path.iterdir() if p.name != ".lock" and ".damaged-" not in p.name]
+        if not all(ours) or (there and not ours and not begun):
+            raise ParameterError(
+                f"{printable(path)} is not empty ({printable(', '.join(sorted(there)[:3]))}) and "
+                "no store of this: give another folder"
+            )
         write_checked_json(path / "job.json", job)
     elif old != job:
-        differ = [k for k in {**old, **job} if old.get(k) != job.get(k)]
-        text = "; ".join(f"{k} = {old.get(k)!r} there, {job.get(k)!r} here" for k in differ)
+        differ = [k for k in job if old.get(k) != job[k]]
+        text = "; ".join(f"{k} = {old.get(k)!r} there, {job[k]!r} here" for k in differ)
         raise ParameterError(
             f"{printable(path)} holds something else ({text[:200]}). "
             "Give another folder, or remove this one"
@@ -131,7 +130,7 @@ def write_store(
     spans = [(a, min(a + size, job["count"])) for a in range(0, job["count"], size)]
     with run_lock(path, say):
         sweep_unfinished(path)
-        _begin(path, job)
+        _begin(path, job, say)
         notes = [path / f"shard-{k:05d}.json" for k in range(len(spans))]
         records = [_read_record(note, say) for note in notes]
         todo = [k for k, record in enumerate(records) if record is None]
@@ -141,7 +140,8 @@ def write_store(
             files = {
                 f"{n}-{k:05d}.npy": _save(path / f"{n}-{k:05d}.npy", arrays[n]) for n in arrays
             }
-            records[k] = {**record, "rows": len(next(iter(arrays.values()))), "files": files}
+            rows = len(next(iter(arrays.values())))
+            records[k] = {**record, "rows": rows, "files": files, "job": digest(job)}
             write_checked_json(notes[k], records[k])
         if not todo and _read_record(path / "index.json", say):
             return
