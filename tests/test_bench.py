@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from uvit_repro import cli
-from uvit_repro.bench import contestants, gpu_session
+from uvit_repro import cli, train
+from uvit_repro.bench import gpu_session
 from uvit_repro.bench.contestants import (
     Contestant,
     Features,
@@ -147,7 +147,8 @@ class Sleeper(Contestant):
 def made_up_bench(tmp_path, **settings) -> Bench:
     "A benchmark without ceilings."
     s = check_settings(replace(QUICK, **settings), CPU)
-    return Bench(s, CPU, Record("Box (9)", {"device": "cpu"}, tmp_path), silent)
+    record = Record({"machine": "Box (9)", "device": "cpu"}, tmp_path)
+    return Bench(s, CPU, record, say=silent)
 
 
 def test_contestants_take_turns():
@@ -210,7 +211,7 @@ def test_a_failed_job_does_not_stop_the_others(tmp_path, monkeypatch):
 def test_a_killed_benchmark_can_be_published(tmp_path, monkeypatch):
     "Its record, as the last finished repetition left it."
     monkeypatch.setenv("UVIT_REPRO_ROOT", str(tmp_path))
-    record = Record("Box (9)", {"device": "cpu"})
+    record = Record({"machine": "Box (9)", "device": "cpu"})
     columns = {"what": "train", "model": "U-ViT-S/2", "option": 'a, "b"', "impl": "ours"}
     record.put("job", [bench_row(columns, "seconds", spread([0.1, 0.3]), "s")], {"x": [0.1, 0.3]})
     info = json.loads((record.folder / "bench.json").read_text(encoding="utf-8"))
@@ -218,7 +219,7 @@ def test_a_killed_benchmark_can_be_published(tmp_path, monkeypatch):
     publish_bench(record.folder)
     df = load_bench("published")
     assert df.status[0] == "stopped" and df.option[0] == 'a, "b"' and df["max"][0] == 0.3
-    assert Record("Box (9)", {}).folder != record.folder  # in the same second
+    assert Record({"machine": "Box (9)"}).folder != record.folder  # in the same second
     record.write(status="failed")
     with pytest.raises(ValueError, match="not evidence"):
         publish_bench(record.folder)
@@ -236,7 +237,7 @@ def test_an_interruption_is_recorded(tmp_path, monkeypatch):
 
 
 def test_a_damaged_record_is_left_out(tmp_path):
-    record = Record("Box", {}, tmp_path)
+    record = Record({"machine": "Box"}, tmp_path)
     (record.folder / "bench.json").write_text("{", encoding="utf-8")
     with pytest.warns(UserWarning, match="left out"):
         assert not len(load_bench("runs", tmp_path))
@@ -248,8 +249,8 @@ def test_published_records_load():
     assert list(df.columns[: len(BENCH_COLUMNS)]) == BENCH_COLUMNS
     assert "matrix" not in set(df.attention) and "math" in set(df.attention)
     table = speed_table(newest(df))
-    train = table[(table.what == "train") & (table.precision == "bf16")].iloc[0]
-    assert (train.over_released, train.of_ceiling) == ("2.10x [2.00, 2.14]", "77 %")
+    row = table[(table.what == "train") & (table.precision == "bf16")].iloc[0]
+    assert (row.over_released, row.of_ceiling) == ("2.10x [2.00, 2.14]", "77 %")
 
 
 def test_released_code_beside_ours(checkout, tmp_path, capsys):
@@ -311,7 +312,7 @@ def test_other_outputs_end_without_a_ratio(checkout, tmp_path, capsys, file, old
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("bench --what trian", "allowed are train, sample, checkpointing, features, data, start"),
+        ("bench --what trian", "allowed are train, sample, features, data, checkpointing, start"),
         ("bench --models U-ViT-S/8", "not released"),
         ("bench --peer .", "git clone https://github.com/baofff/U-ViT"),
         ("bench --device cuda:99", "device = 'cuda:99'"),
@@ -347,7 +348,7 @@ def test_compiled_contestants_report_their_graphs(tmp_path, monkeypatch):
     def compile_eagerly(net, strict):
         return compile_blocks(net, strict, backend="eager")
 
-    monkeypatch.setattr(contestants, "compile_blocks", compile_eagerly)
+    monkeypatch.setattr(train, "compile_blocks", compile_eagerly)
     bench = made_up_bench(tmp_path)
     options = TrainingOptions(compile=True)
     contestant = Training(bench_experiment("tiny", 4), options, CPU)
@@ -366,7 +367,7 @@ def test_checkpointing_is_compared(tmp_path):
 
 
 def test_a_fresh_process_reaches_its_first_update(monkeypatch, tmp_path):
-    contestant = FreshProcess("tiny", 4, TrainingOptions(), CPU)
+    contestant = FreshProcess("tiny", bench_experiment("tiny", 4), TrainingOptions(), CPU)
     contestant.prepare()
     contestant.call()
     broken = tmp_path / "python"
@@ -378,7 +379,7 @@ def test_a_fresh_process_reaches_its_first_update(monkeypatch, tmp_path):
 
 
 def test_targets_are_decided_by_their_rows():
-    assert len({t.name + t.device for t in TARGETS}) == len(TARGETS)
+    assert len(set(TARGETS)) == len(TARGETS)
     columns = {"what": "train", "model": "U-ViT-S/2", "precision": "bf16", "impl": "ours"}
     columns.update(batch=128, note="fine")
     rows = [
@@ -387,7 +388,9 @@ def test_targets_are_decided_by_their_rows():
     ]
     found = [t for t in check_targets(rows, "cuda") if t["measured"] is not None]
     assert [(t["met"], t["measured"]) for t in found] == [(True, 1.75), (False, pytest.approx(0.4))]
-    assert all("needs a GPU" in t["note"] for t in check_targets([], "cpu") if t["device"] != "cpu")
+    assert all(
+        "needs a CUDA" in t["note"] for t in check_targets([], "cpu") if t["device"] != "cpu"
+    )
 
 
 def session_arguments(tmp_path, **more):

@@ -80,7 +80,7 @@ def bench_options(p: argparse.ArgumentParser):
         "--what",
         type=words,
         default=(),
-        help="any of train,sample,checkpointing,features,data,start (default: train,sample)",
+        help="any of train,sample,features,data,checkpointing,start (default: train,sample)",
     )
     p.add_argument(
         "--models",
@@ -117,15 +117,12 @@ def bench_options(p: argparse.ArgumentParser):
         "--repeats",
         type=int,
         default=10,
-        help="timed repetitions of each contestant (sampling: a third of them, at least 3)",
+        help="timed repetitions of each contestant (sampling: a third of them)",
     )
     p.add_argument(
         "--compile",
         default="auto",
         help="torch.compile of the blocks: auto (as training decides), on, off",
-    )
-    p.add_argument(
-        "--checkpoint", default="off", help="gradient checkpointing of ours: off, full, selective"
     )
     p.add_argument(
         "--peer",
@@ -193,7 +190,7 @@ COMMANDS["bench"] = Command(
         "uvit-repro bench --peer ~/U-ViT                              # S/2, training and sampling, ratios to the released code",
         "uvit-repro bench --ablate                                    # what each optimisation is worth",
         "uvit-repro bench --targets --peer ~/U-ViT --budget 9m        # every target that this machine can decide",
-        'uvit-repro bench --models "U-ViT-L/2,U-ViT-H/2" --batch 128 --precision bf16 --checkpoint selective',
+        'uvit-repro bench --models "U-ViT-L/2,U-ViT-H/2" --batch 128 --precision bf16',
         "uvit-repro bench --what features,data,start --json",
     ),
 )

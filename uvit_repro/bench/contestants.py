@@ -101,7 +101,7 @@ class TrainingOptions:
     cuda_graph: bool = False  # training pass replayed as a CUDA graph
     fused: bool = True  # AdamW in one kernel
     checkpoint: bool = False  # activations recomputed
-    keep: float = 0.0  # with checkpoint: budget per block, in (B, L, D) tensors
+    budget: float = 0.0  # with checkpoint: kept activations per block, in (B, L, D) tensors
 
 
 class Contestant:
@@ -120,6 +120,13 @@ class Contestant:
     def call(self) -> None:
         "Do it once."
         raise NotImplementedError
+
+    def note_compilation(self) -> None:
+        "Say in the rows what compilation did."
+        if self.report:
+            r, note = self.report, self.columns.get("note", "")
+            made = f"{r.graphs} compiled graphs, {r.fallbacks} eager calls {r.error[:100]}".strip()
+            self.columns["note"] = f"{note}; {made}".removeprefix("; ")
 
 
 def describe(exp: Experiment, options: TrainingOptions, **more) -> dict:
@@ -144,9 +151,7 @@ class Training(Contestant):
         options, net = self.options, bench_network(self.exp)
         set_attention(net, options.attention)
         if options.checkpoint:
-            set_checkpoint(net, True, options.keep)
-        if options.compile:
-            self.report = compile_blocks(net, strict=False)
+            set_checkpoint(net, True, options.budget)
         self.diffusion = Diffusion(self.exp.diffusion)
         self.inputs = bench_inputs(self.exp, self.device)
         self.trainer = Trainer(
@@ -154,8 +159,10 @@ class Training(Contestant):
             self.diffusion,
             self.exp.train,
             self.device,
+            compile="auto" if options.compile else False,
             cuda_graph=options.cuda_graph,
         )
+        self.report = self.trainer.compiled
         if not options.fused:  # as torch chooses by itself
             for group in self.trainer.optimizer.param_groups:
                 group.update(fused=None, foreach=None)
@@ -224,7 +231,7 @@ class Features(Contestant):
     def __init__(self, name: str, n: int, device):
         entry = feature_extractor(name)
         self.name, self.items, self.device = name, n, device
-        self.shape = (n, entry.channels, entry.size or 32, entry.size or 32)
+        self.images = torch.zeros(n, entry.channels, entry.size, entry.size, dtype=torch.uint8)
         self.trained = feature_status(name)[0]
         self.columns = {"what": "features", "model": name, "batch": n, "impl": "ours"}
         self.columns["note"] = (
@@ -232,18 +239,16 @@ class Features(Contestant):
         )
 
     def prepare(self) -> None:
-        self.images = torch.randint(256, self.shape, dtype=torch.uint8)
-        if not self.trained:
-            net = DigitsCNN() if self.name == "digits_cnn" else CifarResNet(3)
-            self.net = net.to(self.device).eval()
+        net = DigitsCNN() if self.name == "digits_cnn" else CifarResNet(3)
+        self.net = net.to(self.device).eval()
 
     @torch.inference_mode()
     def call(self) -> None:
         if self.trained:
             extract(self.images, self.name, self.device)
-            return
-        for batch in self.images.split(500):
-            self.net(batch.to(self.device) / 255)[0].float().cpu()
+        else:
+            for batch in self.images.split(500):
+                self.net(batch.to(self.device) / 255)[0].float().cpu()
 
 
 class Feeding(Contestant):
@@ -254,13 +259,11 @@ class Feeding(Contestant):
 
     def __init__(self, batch: int, device):
         self.batch, self.device, self.step = batch, device, 0
-        self.columns = {"what": "data", "model": "-", "option": "resident", "impl": "ours"}
-        self.columns.update(batch=batch, img_size=32, in_chans=3)
+        self.columns = {"what": "data", "option": "resident", "impl": "ours", "batch": batch}
 
     def prepare(self) -> None:
-        images = torch.randint(256, (2000, 3, 32, 32), dtype=torch.uint8)
-        labels = torch.arange(len(images)) % 10
-        data = Data("random", images, labels, images[:1], labels[:1], 10, [], "")
+        images, labels = torch.zeros(2000, 3, 32, 32, dtype=torch.uint8), torch.arange(2000) % 10
+        data = Data("zeros", images, labels, images[:1], labels[:1], 10, [], "")
         self.batches = Batches(data, self.batch, 0, True, 0.1, 10, self.device)
 
     def call(self) -> None:
@@ -271,13 +274,11 @@ class Feeding(Contestant):
 class FreshProcess(Contestant):
     "From the start of a process to the end of its first update."
 
-    warmup = 0
-
-    def __init__(self, model: str, batch: int, options: TrainingOptions, device):
-        self.arguments, self.warmup = (model, batch, options, str(device)), int(options.compile)
+    def __init__(self, model: str, exp: Experiment, options: TrainingOptions, device):
+        self.arguments = (model, exp.train.batch_size, options, str(device))
+        self.warmup = int(options.compile)  # it fills the cache
         name = "compile, filled cache" if options.compile else "without compile"
-        self.columns = describe(bench_experiment(model, batch), options, what="start", option=name)
-        self.columns["note"] = "from the start of the process to the end of its first update"
+        self.columns = describe(exp, options, what="start", option=name)
 
     def prepare(self) -> None:
         self.cache = tempfile.TemporaryDirectory(prefix="uvit-bench-")
@@ -288,10 +289,9 @@ class FreshProcess(Contestant):
         path = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
         env.update(TORCHINDUCTOR_CACHE_DIR=self.cache.name, TRITON_CACHE_DIR=self.cache.name)
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
-        if done.returncode:
-            last = (done.stderr or done.stdout).strip().rpartition("\n")[2]
+        run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        if run.returncode:
+            last = (run.stderr or run.stdout).strip().rpartition("\n")[2]
             raise RuntimeError(f"a fresh process did not reach its first update: {last}")
 
 

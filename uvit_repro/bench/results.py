@@ -50,8 +50,12 @@ def bench_row(
 class Record:
     "The folder of one benchmark: complete on disk up to the last finished repetition."
 
-    def __init__(self, machine: str, info: dict, out_dir=None):
-        name = re.sub("[^a-z0-9]+", "-", machine.lower()).strip("-")
+    def __init__(
+        self,
+        info: dict,  # for bench.json; `machine` names the folder
+        out_dir=None,  # folder of runs
+    ):
+        name = re.sub("[^a-z0-9]+", "-", info["machine"].lower()).strip("-")
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
         root, k = runs_root(out_dir), 1
         while (folder := root / f"bench-{name}-{stamp}{f'-{k}' * (k > 1)}").exists():
@@ -59,8 +63,8 @@ class Record:
         folder.mkdir(parents=True)
         self.folder, self.jobs, self.start = folder, {}, time.perf_counter()
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self.info = {**info, "machine": machine, "status": "running", "started": started}
-        self.info.update(times={}, left=[], errors={}, error=None)
+        self.info = {**info, "status": "running", "started": started, "error": None}
+        self.info.update(times={}, left=[], errors={})
         self.write()
 
     @property
@@ -157,6 +161,14 @@ def human(
     return forms.get(unit, f"{value:.3g}{' %' * unit.startswith('%')}")
 
 
+def row_line(row: dict) -> str:
+    "A row for the reader."
+    text = " ".join(row.get(n, "") for n in ("impl", "precision", "option", "metric", "note"))
+    quartiles = f" [{row['low']:.3g}, {row['high']:.3g}]" if "low" in row else ""
+    value = "" if row["value"] is None else human(row["value"], row["unit"])
+    return f"  {' '.join(text.split())}: {value}{quartiles}"
+
+
 def speed_table(
     df,  # of `newest`
 ):  # DataFrame: one row per machine, model, batch, precision
@@ -180,22 +192,15 @@ def plot_speedup(
     df,  # of `newest`
     ax=None,
 ):  # matplotlib axes
-    "Ratio to the released code with its quartiles, training and sampling in two colours."
+    "Ratio to the released code with its quartiles."
     import matplotlib.pyplot as plt
 
-    d = df[df.metric == "speedup"].reset_index(drop=True)
+    d = df[df.metric == "speedup"]
     ax = ax or plt.subplots(figsize=(8, 0.8 + 0.4 * len(d)))[1]
-    colours = ["C0" if what == "train" else "C1" for what in d.what]
-    errors = [d.value - d.low, d.high - d.value]
-    ax.barh(range(len(d)), d.value, xerr=errors, color=colours, height=0.6, ecolor="0.25")
-    for i, r in enumerate(d.itertuples()):
-        ax.text(r.high + 0.02 * d.high.max(), i, f"{r.value:.2f}x", va="center", fontsize=9)
-    labels = [
-        f"{r.what} {r.model}, {int(r.batch)} images, {r.precision} {r.option}".rstrip()
-        + f"\n{r.machine}"
-        for r in d.itertuples()
-    ]
-    ax.set_yticks(range(len(d)), labels, fontsize=8)
+    names = d.what + " " + d.model + ", " + d.precision + " " + d.option + "\n" + d.machine
+    ax.errorbar(d.value, names, xerr=[d.value - d.low, d.high - d.value], fmt="o", capsize=3)
+    for name, value in zip(names, d.value, strict=True):
+        ax.annotate(f"{value:.2f}x", (value, name), xytext=(0, 6), textcoords="offset points")
     ax.invert_yaxis()
     ax.axvline(1, color="0.3", lw=1)
     ax.set_xlim(0, 1.15 * max(d.high.max(), 1))
