@@ -24,11 +24,11 @@ from uvit_repro.data.files import (
     CheckpointError,
     run_lock,
     set_aside,
-    sha256_file,
     sweep_unfinished,
     write_json,
 )
 from uvit_repro.data.images import Data, open_data, summary
+from uvit_repro.data.references import read_reference
 from uvit_repro.diffusion import Diffusion
 from uvit_repro.runs.certificate import cached_certificate
 from uvit_repro.runs.checkpoints import check_weights, weights_path, weights_sums
@@ -77,12 +77,7 @@ def with_reference(exp: Experiment) -> Experiment:
     path, want = exp.execution.reference, exp.evaluation.reference_sha256
     if not path:
         return exp
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"reference = {path!r}: no such file. It holds mu and sigma of the features of the "
-            "reference images; leave it out to use the training images"
-        )
-    found = sha256_file(Path(path))
+    found = read_reference(path, exp.evaluation.features).sha256
     if want not in ("", found):
         raise ValueError(
             f"reference = {path!r}: its checksum is {found[:16]}..., the experiment was made "
