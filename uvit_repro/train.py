@@ -184,10 +184,9 @@ def relative_error(
     want: dict,  # those to compare with
 ) -> float:
     "Norm of the difference over the norm of what is wanted, over all tensors."
-    error = sum(
-        (got[k].cpu().double() - v.double()).square().sum() for k, v in want.items()
-    )
-    return float((error / sum(v.double().square().sum() for v in want.values())).sqrt())
+    got, want = ({k: s[k].detach().cpu().double() for k in want} for s in (got, want))
+    error = sum((got[k] - want[k]).square().sum() for k in want)
+    return float((error / sum(v.square().sum() for v in want.values())).sqrt())
 
 # %% ../nbs/03_training.ipynb #03-golden_training
 def golden_training(

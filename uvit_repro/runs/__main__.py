@@ -4,10 +4,9 @@ import argparse
 import json
 import sys
 import traceback
-from dataclasses import replace
 from pathlib import Path
 
-from uvit_repro.config import from_dict
+from uvit_repro.config import from_dict, with_overrides
 from uvit_repro.runs.experiment import run_experiment
 
 
@@ -20,15 +19,9 @@ def main() -> int:
     args = parser.parse_args()
     try:
         job = json.loads(args.job.read_text(encoding="utf-8"))
-        exp = from_dict(job["experiment"])
-        if args.processes:
-            exp = replace(exp, execution=replace(exp.execution, processes=args.processes))
-        run_experiment(
-            exp,
-            args.out_dir or job.get("out_dir"),
-            say=lambda line: print(line, flush=True),
-            **job.get("where", {}),
-        )
+        exp = with_overrides(from_dict(job["experiment"]), processes=args.processes)
+        out_dir, where = args.out_dir or job.get("out_dir"), job.get("where", {})
+        run_experiment(exp, out_dir, say=lambda line: print(line, flush=True), **where)
     except Exception as e:
         traceback.print_exc()
         print(f"failed: {type(e).__name__}: {e}", flush=True)

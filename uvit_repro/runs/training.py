@@ -1,7 +1,7 @@
 """Training with files: resumed where it stopped, checkpoints, the loss log, a line of progress."""
 
 import csv
-import sys
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -37,18 +37,16 @@ class TrainingFailed(RuntimeError):
 
 
 class Progress:
-    "Step, loss, images per second and time left, every 15 seconds or rewritten on a terminal."
+    "Step, loss, images per second and time left, in a line now and then."
 
     def __init__(self, total: int, batch: int, say=print, every: float = 15.0):
         self.total, self.batch, self.say, self.every = total, batch, say, every
-        self.terminal = sys.stderr.isatty() and say is print
-        self.start, self.first, self.last = time.perf_counter(), None, -1e9
+        self.start, self.first, self.last = time.perf_counter(), None, -math.inf
 
     def __call__(self, step: int, loss: float) -> None:
         now = time.perf_counter()
-        if self.first is None:
-            self.first = step
-        if step < self.total and now - self.last < (0.5 if self.terminal else self.every):
+        self.first = step if self.first is None else self.first
+        if step < self.total and now - self.last < self.every:
             return
         self.last = now
         line = f"step {step:>6}/{self.total}  loss {loss:.4f}"
@@ -56,11 +54,7 @@ class Progress:
         if rate:
             left = format_duration((self.total - step) / rate)
             line += f"  {rate * self.batch:.0f} images/s  {left} left"
-        if self.terminal:
-            end = "\n" if step == self.total else ""
-            print("\r" + line.ljust(79), end=end, file=sys.stderr, flush=True)
-        else:
-            self.say(line)
+        self.say(line)
 
 
 class LossLog:
