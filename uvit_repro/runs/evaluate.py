@@ -30,7 +30,7 @@ from uvit_repro.data.images import Data, image_grid, save_png, to_uint8
 from uvit_repro.diffusion import Diffusion
 from uvit_repro.metrics import MeasureOptions, heldout_loss, measure_images, nearest_training
 from uvit_repro.runs.checkpoints import load_weights
-from uvit_repro.runs.devices import ALONE, DistributedContext, pick_device, tf32_off
+from uvit_repro.runs.devices import ALONE, DistributedContext, pick_device
 from uvit_repro.runs.execution import (
     AUTOCAST,
     choose_attention,
@@ -323,8 +323,7 @@ def measure_samples(ctx: RunContext, m: Evaluation) -> dict:  # an entry for run
         m.exp.execution.reference or None,
     )
     extra = data.judge(images) if data.judge else None
-    with tf32_off():
-        rows, stats = measure_images(images, labels, data, options, extra=extra)
+    rows, stats = measure_images(images, labels, data, options, extra=extra)
     entry = keep_statistics(ctx, m, stats, rows)
     values = ", ".join(f"{r['metric']} {r['value']:.4g}" for r in rows if r["value"] is not None)
     ctx.say(f"step {m.step}: {values[:300]}")
