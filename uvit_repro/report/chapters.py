@@ -111,7 +111,7 @@ def publish_copy(
 
 def execute_chapters(say=print) -> list[Path]:
     "Execute all chapters and keep the copies for readers in results/published/chapters."
-    from uvit_repro.runs.run import execute
+    from uvit_repro.runs.chapters import execute
 
     copies = []
     books = sorted((project_root() / "nbs").glob("[0-9]*.ipynb"))

@@ -11,7 +11,6 @@ from pathlib import Path
 from uvit_repro.config import PARAMETERS, ParameterError, experiment, project_root
 from uvit_repro.runs.experiment import run_folder
 from uvit_repro.runs.processes import PROGRESS, stream_lines
-from uvit_repro.runs.records import read_info
 
 
 class ChapterFailed(RuntimeError):
@@ -103,15 +102,6 @@ def execute(
         os.replace(partial, failed)
         message += f" (partial copy: {failed})"
     raise ChapterFailed(message)
-
-
-def cell_seconds(
-    cell: dict,  # chapter parameters
-    out_dir=None,  # folder of runs
-) -> float:  # 0 where it has not run
-    "What a cell took on this machine, with the start of its kernel."
-    seconds = read_info(run_folder(experiment(**cell), out_dir)).get("wall_seconds", 0)
-    return seconds + 10 if seconds else 0.0
 
 
 def run_chapter(
