@@ -1,4 +1,4 @@
-"Processes, learned variances and losses of uvit_repro.diffusion against closed forms and diffusers."
+"Processes, learned variances and losses against closed forms and diffusers."
 
 import math
 
@@ -77,7 +77,7 @@ def test_posterior_is_bayes_rule(pick):
             (c0[i], cx[i], small[i].exp(), large[i].exp()),
             (a[i - 1] / s2[i - 1] / precision, r / b / precision, 1 / precision, b),
         )
-        assert all(abs(g - w) < 1e-10 for g, w in zip(got, want))
+        assert all(abs(g - w) < 1e-10 for g, w in zip(got, want, strict=False))
 
 
 def test_gaussian_kl_and_bins():
@@ -87,9 +87,11 @@ def test_gaussian_kl_and_bins():
         kl_divergence(Normal(mq, (lq / 2).exp()), Normal(mp, (lp / 2).exp())),
     )
     grid = torch.arange(256).double() / 127.5 - 1
-    for m, l in ((0.0, -2.0), (-1.3, -8.0), (0.99, -6.0)):
+    for m, log_var in ((0.0, -2.0), (-1.3, -8.0), (0.99, -6.0)):
         assert (
-            abs((-binned_nll(grid, torch.tensor(m), torch.tensor(l).double())).exp().sum() - 1)
+            abs(
+                (-binned_nll(grid, torch.tensor(m), torch.tensor(log_var).double())).exp().sum() - 1
+            )
             < 1e-6
         )
 
@@ -106,13 +108,13 @@ def test_hybrid_loss(process, prediction):
     )
     t = torch.tensor([1, 2, 300, 900, 1000]).double() / 1000
     total, simple = (f.loss(lambda *a: out, x0, t, eps) for f in (d, plain))
-    more = variance_loss(d, out[:, :2], out[:, 2:], x0, d.q_sample(x0, t, eps), t)
+    more = variance_loss(d, out, x0, d.q_sample(x0, t, eps), t)
     assert (
         torch.allclose(total, simple + more)
         and (more > 0).all()
         and torch.equal(simple, d.error(lambda *a: out, x0, t, eps))
     )
-    ga, gb = (torch.autograd.grad(l.sum(), out)[0] for l in (total, simple))
+    ga, gb = (torch.autograd.grad(v.sum(), out)[0] for v in (total, simple))
     assert (
         torch.allclose(ga[:, :2], gb[:, :2])
         and gb[:, 2:].abs().max() == 0
@@ -129,9 +131,9 @@ def test_the_bound_vanishes_at_the_truth_and_is_steps_over_1000():
     t = torch.tensor([2, 40, 500, 1000]).double() / 1000
     xt = d.q_sample(x0, t, eps)
     assert (
-        variance_loss(d, eps, -torch.ones_like(eps), x0, xt, t).abs().max() < 1e-5
+        variance_loss(d, torch.cat([eps, -torch.ones_like(eps)], 1), x0, xt, t).abs().max() < 1e-5
     )  # v = -1 is the posterior's own variance
-    up = variance_loss(d, eps, torch.ones_like(eps), x0, xt, t)
+    up = variance_loss(d, torch.cat([eps, torch.ones_like(eps)], 1), x0, xt, t)
     _, _, small, large = (v[[1, 39, 499, 999]] for v in posterior(d.process.log_alphas))
     assert torch.allclose(
         up.double(), 0.5 * (large - small - 1 + (small - large).exp()) / math.log(2), atol=1e-5
@@ -143,7 +145,10 @@ def test_losses_and_channels():
     d, l1 = Diffusion(DiffusionConfig()), Diffusion(DiffusionConfig(loss="l1"))
     x0, eps = torch.randn(2, 3, 3, 4, 4, generator=gen())
     t = torch.tensor([0.1, 0.5, 0.9])
-    far = lambda *a: eps - 3.0
+
+    def far(*a):
+        return eps - 3.0
+
     assert (
         torch.allclose(d.loss(far, x0, t, eps), torch.full((3,), 9.0))
         and torch.allclose(l1.loss(far, x0, t, eps), torch.full((3,), 3.0))
@@ -157,3 +162,31 @@ def test_losses_and_channels():
     for name in ("vp", "cosine"):
         with pytest.raises(ParameterError, match="process = 'linear' or 'sd'"):
             Diffusion(DiffusionConfig(process=name, variance="learned"))
+
+
+@pytest.mark.parametrize("name", ["vp", "sd", "linear", "cosine", "edm"])
+def test_the_stochastic_equation_has_these_moments(name):
+    "dx = f x dt + g dw: (log alpha)' = f and (sigma^2)' = 2 f sigma^2 + g^2."
+    p = make_process(DiffusionConfig(process=name, prediction="edm" if name == "edm" else "noise"))
+    t, h = torch.linspace(0.02, 0.97 * p.t_max, 31, dtype=torch.float64), 1e-6
+    if name in ("sd", "linear"):
+        t = (t * 1000).floor().add(0.5) / 1000  # inside a piece, where the slope exists
+    slope = (p.log_alpha(t + h) - p.log_alpha(t - h)) / (2 * h)
+    growth = (p.sigma(t + h) ** 2 - p.sigma(t - h) ** 2) / (2 * h)
+    assert torch.allclose(slope, p.f(t), atol=1e-5)
+    assert torch.allclose(growth, 2 * p.f(t) * p.sigma(t) ** 2 + p.g2(t), rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("process", ["vp", "sd", "linear", "cosine", "edm"])
+def test_a_perfect_network_gives_back_the_image(process):
+    x0, eps = torch.randn(2, 6, 3, 4, 4, generator=gen()).double()
+    for prediction in ("edm",) if process == "edm" else ("noise", "x0", "v"):
+        d = Diffusion(DiffusionConfig(process=process, prediction=prediction))
+        t = d.process.sample_t(torch.rand(6, generator=gen())).double().clamp(0.05, 0.95)
+        xt, target = d.q_sample(x0, t, eps), d.target(x0, t, eps)
+        skip, out, _ = (c.view(-1, 1, 1, 1) for c in d.scalings(t))
+        assert torch.allclose(target, (x0 - skip * xt) / out, atol=1e-8)
+        assert torch.allclose(d.to_x0(target, xt, t), x0, atol=1e-8)
+        assert torch.allclose(d.to_eps(x0, xt, t), eps, atol=1e-8)
+        loss = d.loss(lambda *a, F=target: F + 2, x0, t, eps)
+        assert torch.allclose(loss, torch.full((6,), 4.0, dtype=loss.dtype), atol=1e-5)

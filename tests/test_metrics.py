@@ -17,6 +17,7 @@ from torch import nn
 
 from uvit_repro.config import LAPTOP, DiffusionConfig, ParameterError, key_seed
 from uvit_repro.data import features, references
+from uvit_repro.data.digits import load_digits
 from uvit_repro.data.features import (
     FEATURE_EXTRACTORS,
     CifarResNet,
@@ -27,7 +28,6 @@ from uvit_repro.data.features import (
     feature_weights,
     read_weights,
 )
-from uvit_repro.data.digits import load_digits
 from uvit_repro.data.references import FeatureStatistics, RealImages, read_reference
 from uvit_repro.diffusion import Diffusion
 from uvit_repro.metrics import (
@@ -238,7 +238,7 @@ def test_features_do_not_depend_on_tf32(digits, monkeypatch):
     seen = []
 
     def settings():
-        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
     class Spy(nn.Module):
         def forward(self, x):
@@ -247,15 +247,13 @@ def test_features_do_not_depend_on_tf32(digits, monkeypatch):
 
     monkeypatch.setattr(features, "build_extractor", lambda name: Spy())
     before = settings()
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     try:
         extract(digits.test_images[:3], "digits_cnn")
-        assert settings() == ("high", True)
+        assert settings() == (True, True)
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
-    assert seen == [("highest", False)]
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    assert seen == [(False, False)]
 
 
 # ---- distances

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOISE_BLOCK', 'ANCESTRAL_STEPS', 'VARIANCE_PRESERVING', 'DIFFUSERS', 'initial_noise', 'step_noise', 'sample_labels',
-           'Guidance', 'Coefficients', 'Denoiser', 'euler_maruyama', 'fast_orders', 'log_snr_times', 'fast_times',
-           'fast_plan', 'dpm_solver_fast', 'check_sampler', 'spaced_steps', 'ancestral_plan', 'ancestral',
+           'Guidance', 'Coefficients', 'Denoiser', 'check_sampler', 'euler_maruyama', 'fast_orders', 'log_snr_times',
+           'fast_times', 'fast_plan', 'dpm_solver_fast', 'spaced_steps', 'ancestral_plan', 'ancestral',
            'make_scheduler', 'diffusers_solver', 'solve', 'null_condition', 'check_finite', 'fetch', 'batch_bounds',
            'make_denoiser', 'evaluating', 'sample_batches', 'SampleOptions', 'sample']
 
@@ -223,6 +223,38 @@ class Denoiser:
     def eps(self, x: Tensor, t: float, **cond) -> Tensor:
         return self.predict(x, t, **cond)[1]
 
+# %% ../nbs/04a_sampling.ipynb #04a-check_sampler
+ANCESTRAL_STEPS = 1000  # of a discrete process; a continuous one is cut into as many
+VARIANCE_PRESERVING = ("euler_maruyama", "ancestral")
+
+
+def check_sampler(
+    sampler: str,  # one of SAMPLERS
+    nfe: int,  # evaluations asked for
+    process: Process,  # that it would solve
+):
+    "Raise `ParameterError` where a sampler can't spend `nfe` evaluations on a process."
+    if nfe < 1:
+        raise ParameterError(f"nfe = {nfe}: at least 1 evaluation is needed")
+    if sampler == "heun" and nfe % 2 == 0:
+        raise ParameterError(
+            f"nfe = {nfe}: heun takes 2k - 1 evaluations; "
+            f"nearest are {nfe - 1} and {nfe + 1}"
+        )
+    if sampler == "euler_maruyama" and nfe < 2:
+        raise ParameterError(
+            f"nfe = {nfe}: euler_maruyama needs at least 2 (the paper: 1000)"
+        )
+    if sampler == "ancestral" and not 2 <= nfe <= ANCESTRAL_STEPS:
+        raise ParameterError(
+            f"nfe = {nfe}: ancestral takes 2 to {ANCESTRAL_STEPS} steps"
+        )
+    if sampler in VARIANCE_PRESERVING and isinstance(process, EDM):
+        raise ParameterError(
+            f"{sampler} needs a variance-preserving process (vp, sd, linear, cosine); "
+            "for edm use heun"
+        )
+
 # %% ../nbs/04a_sampling.ipynb #04a-euler_maruyama
 def euler_maruyama(
     den: Denoiser,  # of a variance-preserving process
@@ -357,38 +389,6 @@ def dpm_solver_fast(
             first = m if first is None else first
             x = keep * start + c_first * first + (c_last * (m - first) if c_last else 0)
     return x
-
-# %% ../nbs/04a_sampling.ipynb #04a-check_sampler
-ANCESTRAL_STEPS = 1000  # of a discrete process; a continuous one is cut into as many
-VARIANCE_PRESERVING = ("euler_maruyama", "ancestral")
-
-
-def check_sampler(
-    sampler: str,  # one of SAMPLERS
-    nfe: int,  # evaluations asked for
-    process: Process,  # that it would solve
-):
-    "Raise `ParameterError` where a sampler can't spend `nfe` evaluations on a process."
-    if nfe < 1:
-        raise ParameterError(f"nfe = {nfe}: at least 1 evaluation is needed")
-    if sampler == "heun" and nfe % 2 == 0:
-        raise ParameterError(
-            f"nfe = {nfe}: heun takes 2k - 1 evaluations; "
-            f"nearest are {nfe - 1} and {nfe + 1}"
-        )
-    if sampler == "euler_maruyama" and nfe < 2:
-        raise ParameterError(
-            f"nfe = {nfe}: euler_maruyama needs at least 2 (the paper: 1000)"
-        )
-    if sampler == "ancestral" and not 2 <= nfe <= ANCESTRAL_STEPS:
-        raise ParameterError(
-            f"nfe = {nfe}: ancestral takes 2 to {ANCESTRAL_STEPS} steps"
-        )
-    if sampler in VARIANCE_PRESERVING and isinstance(process, EDM):
-        raise ParameterError(
-            f"{sampler} needs a variance-preserving process (vp, sd, linear, cosine); "
-            "for edm use heun"
-        )
 
 # %% ../nbs/04a_sampling.ipynb #04a-ancestral
 def spaced_steps(
