@@ -136,7 +136,7 @@ def test_report_of_nothing_says_not_run(tmp_path):
     )
     assert r.returncode == 0, r.stderr[-2000:]
     page = to_html(root / "out.ipynb", root / "report.html").read_text()
-    from uvit_repro.campaign.plan import registry
+    from uvit_repro.paper.registry import registry
 
     cells = dict(re.findall(r'<td [^>]*id="cell-([^"]+)"[^>]*>([^<]*)</td>', page))
     assert all(html.unescape(cells[c.cell]) == c.value for c in registry().itertuples())

@@ -1,415 +1,379 @@
-"""Everything that a person runs from a shell is one command with subcommands; each prints what it did, can print JSON instead, and says by its exit code how it ended."""
+"""What a person runs from a shell: one command with subcommands, each of which calls one function of its room."""
 
 import argparse
 import json
 import os
+import re
 import shlex
 import sys
-from collections import namedtuple
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
 
-from uvit_repro.config import ParameterError
+from uvit_repro.bench import gpu_session
+from uvit_repro.bench.peer import OutputsDiffer
+from uvit_repro.bench.results import publish_bench
+from uvit_repro.bench.run import CHOICES, Settings, run_bench
+from uvit_repro.campaign.doctor import doctor
+from uvit_repro.campaign.jobs import jobs
+from uvit_repro.campaign.plan import plan, plan_lines
+from uvit_repro.campaign.predict import this_machine
+from uvit_repro.campaign.run import Options, detach, run, status
+from uvit_repro.campaign.transfer import collect, publish_runs
+from uvit_repro.campaign.verify import verify
+from uvit_repro.config import ParameterError, default_protocol
 from uvit_repro.config.durations import parse_duration
-
-Command = namedtuple("Command", "help options run examples")
-COMMANDS = {}  # name -> Command
+from uvit_repro.data.encode import add_encode_arguments, run_encode
+from uvit_repro.data.files import printable
+from uvit_repro.report.pages import write_report
+from uvit_repro.runs import released
 
 
 class Failed(Exception):
-    "A check failed: exit code 1 and this line."
+    "A command that ended badly: exit code 1, one line, and what was found."
+
+    def __init__(self, text: str, found: dict = None):
+        super().__init__(text)
+        self.found = found or {}
 
 
 class Parser(argparse.ArgumentParser):
-    "A parser whose complaint is one line."
+    "A parser whose complaints are handled as all others are."
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-def make_parser() -> argparse.ArgumentParser:
-    "The parser of all subcommands."
-    parser = Parser(
-        prog="uvit-repro",
-        description="Tables and figures of U-ViT as runs: commands.",
-        allow_abbrev=False,
-    )
-    sub = parser.add_subparsers(
-        dest="command", metavar="COMMAND", required=True, parser_class=Parser
-    )
-    for name, c in COMMANDS.items():
-        p = sub.add_parser(
-            name,
-            help=c.help,
-            description=c.help,
-            epilog="examples:\n" + "\n".join(f"  {e}" for e in c.examples),
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        p.add_argument(
-            "--json",
-            action="store_true",
-            help="print one JSON object on standard output; progress goes to standard error",
-        )
-        c.options(p)
-    return parser
-
-
-def numbers(text: str) -> tuple:
-    "Whole numbers from `8,128`."
-    try:
-        return tuple(int(v) for v in text.split(",") if v.strip())
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers, as in 8,128") from None
+        raise ParameterError(f"{message} (see {self.prog} --help)")
 
 
 def words(text: str) -> tuple:
     "Words from `train,sample`."
-    return tuple(v.strip() for v in text.split(",") if v.strip())
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def numbers(text: str) -> tuple:
+    "Whole numbers from `0,1,2`."
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers, as in 0,1,2")
+    return tuple(dict.fromkeys(map(int, text.split(","))))
+
+
+def count(text: str) -> int:
+    "A whole number of at least 1."
+    if not re.fullmatch(r"[1-9]\d{0,5}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return int(text)
 
 
 def duration(text: str) -> float:
     "Seconds from `540`, `90s`, `9m` or `1h`."
     try:
-        return parse_duration(text)
-    except ParameterError as e:
-        raise argparse.ArgumentTypeError(str(e)) from None
+        seconds = parse_duration(text)
+    except ParameterError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if seconds <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a time above 0")
+    return seconds
 
 
-def bench_options(p: argparse.ArgumentParser):
-    "Options of `bench`."
-    p.add_argument(
-        "--what",
-        type=words,
-        default=(),
-        help="any of train,sample,features,data,checkpointing,start (default: train,sample)",
-    )
-    p.add_argument(
-        "--models",
-        type=words,
-        default=("U-ViT-S/2",),
-        help="comma separated names of released models (default: U-ViT-S/2)",
-    )
-    p.add_argument(
-        "--batch",
-        type=numbers,
-        default=(),
-        help="batch sizes of training (default: 8 on a CPU, 8,128 on a GPU)",
-    )
-    p.add_argument(
-        "--images",
-        type=int,
-        default=0,
-        help="images of a set of samples (default: 8 on a CPU, 500 on a GPU)",
-    )
-    p.add_argument(
-        "--nfe",
-        type=int,
-        default=0,
-        help="network evaluations per image (default: 10 on a CPU, 50 on a GPU)",
-    )
-    p.add_argument(
-        "--precision",
-        type=words,
-        default=("fp32", "bf16"),
-        help="of ours: any of fp32,bf16,fp16 (default: fp32,bf16)",
-    )
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    p.add_argument(
-        "--repeats",
-        type=int,
-        default=10,
-        help="timed repetitions of each contestant (sampling: a third of them)",
-    )
-    p.add_argument(
-        "--compile",
-        default="auto",
-        help="torch.compile of the blocks: auto (as training decides), on, off",
-    )
-    p.add_argument(
-        "--peer",
-        default="",
-        metavar="DIR",
-        help="a checkout of the released U-ViT to time beside ours; outputs are compared first",
-    )
-    p.add_argument(
-        "--ablate", action="store_true", help="turn each optimisation off, one at a time"
-    )
-    p.add_argument(
-        "--targets",
-        action="store_true",
-        help="run what the targets of this machine need, and print target, measured, met",
-    )
-    p.add_argument(
-        "--quick",
-        action="store_true",
-        help="a tiny model, seconds: to see that it works; its numbers mean nothing",
-    )
-    p.add_argument(
-        "--budget",
-        type=duration,
-        default=0.0,
-        help="stop cleanly after this time (540, 9m); what was left is named",
-    )
-    p.add_argument(
-        "--out", default=None, metavar="DIR", help="folder of runs (default: results/runs)"
-    )
-    p.add_argument("--publish", action="store_true", help="copy the record to results/published")
+def option(text: str) -> tuple:
+    "Name and value from `slurm_partition=gpu`."
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=VALUE, as slurm_partition=gpu")
+    return name, value
 
 
-def run_bench_command(
-    args: argparse.Namespace,  # of the parser
-    argv: list,  # as typed, for the record
-    say=print,  # progress
-) -> dict:  # printed with --json
+FLAG = {"action": "store_true"}
+ARGUMENTS = {  # shared by several commands
+    "what": {
+        "nargs": "?",
+        "default": "all",
+        "help": "all, claims, fig2, fig3, table1, ... or a cell; several joined by commas",
+    },
+    "--protocol": {"help": "smoke, laptop, cpu, gpu or paper (default: by the machine)"},
+    "--seeds": {"type": numbers, "default": (0,), "help": "each a set of runs (default: 0)"},
+    "--out-dir": {"metavar": "DIR", "help": "folder of runs (default: results/runs)"},
+    "--workers": {"type": count, "help": "runs at a time (default: one per core, at most 8)"},
+    "--processes": {"type": count, "default": 1, "help": "that train one run together"},
+    "--budget": {"type": duration, "help": "time, as 540 or 9m: stop cleanly inside it"},
+    "--to": {"metavar": "DIR", "help": "where to (default: results/published)"},
+}
+ONLY_RUN = {
+    "--executor": {"default": "local", "help": "local, or slurm: one job for each run"},
+    "--slurm": {"type": option, "action": "append", "default": [], "metavar": "NAME=VALUE"},
+    "--detach": {**FLAG, "help": "in the background; see status"},
+}
+ONLY_BENCH = {  # fields of `Settings`
+    "--what": {"type": words, "help": f"any of {','.join(CHOICES['what'])}"},
+    "--models": {"type": words, "help": "released models, by name (default: U-ViT-S/2)"},
+    "--batch": {"type": numbers, "help": "training (default: 8; on a GPU 8,128)"},
+    "--images": {"type": count, "help": "of a set of samples (default: 8; on a GPU 500)"},
+    "--nfe": {"type": count, "help": "network evaluations per image (default: 10; GPU 50)"},
+    "--precision": {"type": words, "help": "of ours: any of fp32,bf16,fp16"},
+    "--device": {"help": "auto, cpu, cuda, cuda:1"},
+    "--repeats": {"type": count, "help": "timed repetitions (default: 10)"},
+    "--compile": {"help": "the blocks: auto (as training decides), on, off"},
+    "--peer": {"metavar": "DIR", "help": "a checkout of the released U-ViT"},
+    "--ablate": {**FLAG, "help": "turn each optimisation off, one at a time"},
+    "--targets": {**FLAG, "help": "what the targets of this machine need"},
+    "--quick": {**FLAG, "help": "a tiny model: its numbers mean nothing"},
+    "--publish": {**FLAG, "help": "copy the record to results/published"},
+    "--gpu-session": {**FLAG, "help": "first: all that one GPU must show; see its --help"},
+}
+JOBS = ("what", "--protocol", "--seeds", "--out-dir")
+
+
+def bench_command(args, argv: list, say) -> dict:
     "Run `bench`."
-    from dataclasses import fields
-
-    from uvit_repro.bench.peer import OutputsDiffer
-    from uvit_repro.bench.results import publish_bench
-    from uvit_repro.bench.run import Settings, run_bench
-
-    s = Settings(
-        **{f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
-    )
+    given = {f.name: getattr(args, f.name, None) for f in fields(Settings)}
+    settings = Settings(**{name: value for name, value in given.items() if value is not None})
     try:
-        rec = run_bench(s, args.out, shlex.join(["uvit-repro", *argv]), say)
-    except OutputsDiffer as e:
-        raise Failed(str(e)) from None
+        record = run_bench(settings, args.out_dir, shlex.join(["uvit-repro", *argv]), say)
+    except OutputsDiffer as error:
+        raise Failed(str(error)) from None
     if args.publish:
-        say(f"published as {publish_bench(rec.folder)}")
-    if rec.info["errors"]:
-        raise Failed(f"failed: {', '.join(rec.info['errors'])}; the rest is recorded")
-    return dict(rec.info, folder=str(rec.folder), rows=rec.rows)
+        say(f"published as {publish_bench(record.folder)}")
+    return {**record.info, "folder": str(record.folder), "rows": record.rows}
 
 
-COMMANDS["bench"] = Command(
-    "Time training, sampling, feature extraction and data; beside the released code where a checkout of it is given.",
-    bench_options,
-    run_bench_command,
-    (
-        "uvit-repro bench --quick                                     # seconds, to see that it works",
-        "uvit-repro bench --peer ~/U-ViT                              # S/2, training and sampling, ratios to the released code",
-        "uvit-repro bench --ablate                                    # what each optimisation is worth",
-        "uvit-repro bench --targets --peer ~/U-ViT --budget 9m        # every target that this machine can decide",
-        'uvit-repro bench --models "U-ViT-L/2,U-ViT-H/2" --batch 128 --precision bf16',
-        "uvit-repro bench --what features,data,start --json",
-    ),
-)
-
-
-def plan_options(p: argparse.ArgumentParser):
-    "Options of `plan`; `run` has them too."
-    p.add_argument(
-        "what",
-        nargs="?",
-        default="all",
-        help="all, claims (the fixed list of a protocol), fig2, fig3, table1, ..., appendixe, or the id of a cell (default: all)",
-    )
-    p.add_argument(
-        "--protocol",
-        default=None,
-        help="smoke, laptop, cpu, gpu or paper (default: what this machine can do)",
-    )
-    p.add_argument(
-        "--seeds", type=numbers, default=(0,), help="each is a whole set of runs (default: 0)"
-    )
-    p.add_argument(
-        "--out-dir", default=None, metavar="DIR", help="folder of runs (default: results/runs)"
-    )
-
-
-def run_plan_command(args, argv: list, say=print) -> dict:
+def plan_command(args, argv: list, say) -> dict:
     "Run `plan`."
-    from uvit_repro.campaign.plan import plan, plan_json
-
-    return plan_json(plan(args.what, args.protocol, args.seeds, out_dir=args.out_dir, say=say))
-
-
-def run_options(p: argparse.ArgumentParser):
-    "Options of `run`."
-    plan_options(p)
-    p.add_argument(
-        "--budget",
-        type=duration,
-        default=None,
-        help="stop cleanly inside this time (25m); a run starts only when it is expected to fit",
-    )
-    p.add_argument(
-        "--executor",
-        default="local",
-        help="local; slurm: one job for each run, through submitit; submitit-local: the same on this machine",
-    )
-    p.add_argument(
-        "--workers",
-        type=int,
-        default=None,
-        help="runs at a time (default: one per core, at most 8; one on a GPU)",
-    )
-    p.add_argument(
-        "--processes",
-        type=int,
-        default=1,
-        help="processes that train and sample one run together, one per GPU (default: 1)",
-    )
-    p.add_argument(
-        "--slurm",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an option for submitit, as in --slurm slurm_partition=gpu",
-    )
+    machine = this_machine(args.out_dir, args.workers, args.processes)
+    found = plan(args.what, args.protocol, args.seeds, machine)
+    for line in plan_lines(found):
+        say(line)
+    return found
 
 
-def run_run_command(args, argv: list, say=print) -> dict:
+def run_command(args, argv: list, say) -> dict:
     "Run `run`."
-    from uvit_repro.campaign.plan import run
-
-    if bad := [o for o in args.slurm if "=" not in o]:
-        raise ParameterError(f"--slurm {bad[0]}: expected NAME=VALUE, as in slurm_partition=gpu")
-    out = run(
-        args.what,
-        args.protocol,
-        args.budget,
-        args.seeds,
-        args.out_dir,
-        executor=args.executor,
-        workers=args.workers,
-        processes=args.processes,
-        say=say,
-        live=not args.json,
-        **dict(o.split("=", 1) for o in args.slurm),
-    )
-    if out["failed"]:
-        raise Failed(f"{len(out['failed'])} failed: {', '.join(out['failed'])}")
-    if out.get("interrupted"):
+    options = Options(args.budget, args.executor, dict(args.slurm))
+    if args.detach:
+        jobs(args.what, args.protocol or default_protocol(), args.seeds)  # refuse it here
+        found = detach([word for word in argv if word != "--detach"], args.out_dir)
+        say(f"started as process {found['process']}; its output: {found['log']}")
+        return found
+    machine = this_machine(args.out_dir, args.workers, args.processes)
+    found = run(args.what, args.protocol, args.seeds, machine, options, say)
+    if found["interrupted"]:
         raise KeyboardInterrupt
-    return out
+    if found["failed"]:
+        raise Failed(f"{len(found['failed'])} failed: {', '.join(found['failed'])}", found)
+    return found
 
 
-def report_options(p: argparse.ArgumentParser):
-    "Options of `report`."
-    p.add_argument("--only", metavar="PART", help="one part: fig2, fig3, fig7, claims, cost")
+def status_command(args, argv: list, say) -> dict:
+    "Run `status`."
+    end, found = time.monotonic() + (args.wait or 0), status(args.out_dir)
+    while found["running"] and time.monotonic() < end:
+        time.sleep(min(2.0, max(0.0, end - time.monotonic())))
+        found = status(args.out_dir)
+    states = Counter(found["states"].values())
+    for line in (
+        *(f"{state:9s}  {name}" for name, state in found["states"].items()),
+        *found["log"],
+    ):
+        say(line)
+    running = "running" if found["running"] else "not running"
+    say(f"{running}; " + ", ".join(f"{n} {state}" for state, n in states.items()))
+    if states["failed"] and not found["running"]:
+        raise Failed(f"{states['failed']} runs failed", found)
+    return found
 
 
-def run_report_command(args, argv: list, say=print) -> dict:
+def publish_command(args, argv: list, say) -> dict:
+    "Run `publish`."
+    where = {"out_dir": args.out_dir, "target": args.to, "say": say}
+    return {"published": publish_runs(args.what, args.protocol, args.seeds, **where)}
+
+
+def collect_command(args, argv: list, say) -> dict:
+    "Run `collect`."
+    found = collect(args.sources, args.to, say)
+    if found["refused"]:
+        raise Failed(f"{len(found['refused'])} refused", found)
+    return found
+
+
+def verify_command(args, argv: list, say) -> dict:
+    "Run `verify`."
+    checks = verify(args.origin, args.out_dir, say)
+    bad = [asdict(check) for check in checks if not check.ok]
+    if bad:
+        raise Failed(f"{len(bad)} of {len(checks)} checks differ", {"differ": bad})
+    return {"checks": len(checks), "differ": []}
+
+
+def doctor_command(args, argv: list, say) -> dict:
+    "Run `doctor`."
+    findings = doctor(say, not args.no_self_test, args.out_dir)
+    found = {"findings": [asdict(f) for f in findings]}
+    if bad := [f.what for f in findings if f.state == "problem"]:
+        raise Failed(f"{len(bad)} problems: {', '.join(bad)}", found)
+    return found
+
+
+def report_command(args, argv: list, say) -> dict:
     "Run `report`."
-    from uvit_repro.report.pages import write_report
-
     page = write_report(say, only=args.only)
     say(f"done: {page}")
     return {"page": str(page)}
 
 
-def verify_options(p: argparse.ArgumentParser):
-    "Options of `verify`."
-    p.add_argument(
-        "--origin",
-        default="published",
-        help="published: the committed evidence; runs: this machine's (default: published)",
-    )
-    p.add_argument("--out-dir", default=None, metavar="DIR", help="folder of runs, instead")
+def encode_command(args, argv: list, say) -> dict:
+    "Run `encode`."
+    return run_encode(args, say)
 
 
-def run_verify_command(args, argv: list, say=print) -> dict:
-    "Run `verify`."
-    from uvit_repro.campaign.plan import verify
+@dataclass(frozen=True)
+class Command:
+    "A subcommand."
 
-    rows = verify(args.origin, args.out_dir, say)
-    bad = [r for r in rows if not r["ok"]]
-    if bad:
-        raise Failed(
-            f"{len(bad)} of {len(rows)} checks differ; the first: {bad[0]['what']} in {bad[0]['where']}"
-        )
-    return {"checks": len(rows), "differ": 0}
+    help: str
+    run: Callable  # (arguments, words as typed, say) -> dict for --json
+    shared: tuple = ()  # of ARGUMENTS
+    own: dict = field(default_factory=dict)
+    examples: tuple = ()
 
 
-def doctor_options(p: argparse.ArgumentParser):
-    "Options of `doctor`."
-    p.add_argument(
-        "--no-self-test", action="store_true", help="leave out the ten seconds of computing"
-    )
-
-
-def run_doctor_command(args, argv: list, say=print) -> dict:
-    "Run `doctor`."
-    from uvit_repro.campaign.plan import doctor
-
-    rows = doctor(say, not args.no_self_test)
-    bad = [r for r in rows if r["state"] == "problem"]
-    if bad:
-        raise Failed(f"{len(bad)} problems: {', '.join(r['what'] for r in bad)}")
-    return {"findings": rows}
-
-
-COMMANDS.update(
-    plan=Command(
-        "Every run behind a table or figure: what there is of it, what it will cost, how to start it.",
-        plan_options,
-        run_plan_command,
+COMMANDS = {
+    "plan": Command(
+        "Every run behind a table, a figure or the claims: state, cost, command.",
+        plan_command,
+        (*JOBS, "--workers", "--processes"),
+        examples=("plan claims --protocol cpu", "plan all --protocol paper --json"),
+    ),
+    "run": Command(
+        "Do what a plan has left, inside a budget; again to go on, twice to share the work.",
+        run_command,
+        (*JOBS, "--workers", "--processes", "--budget"),
+        ONLY_RUN,
         (
-            "uvit-repro plan fig2 --protocol laptop",
-            "uvit-repro plan all --protocol paper --json        # for scripts and other schedulers",
+            "run fig2 --protocol laptop --budget 5m",
+            "run claims --protocol cpu --budget 8h --detach",
+            "run fig2 --protocol gpu --executor slurm --slurm slurm_partition=gpu",
         ),
     ),
-    run=Command(
-        "Do what a plan has left, inside a budget; start it again to go on, start two to share the work.",
-        run_options,
-        run_run_command,
-        (
-            "uvit-repro run fig2 --protocol laptop --budget 5m",
-            "uvit-repro run fig2 --protocol gpu --seeds 0,1,2 --executor slurm --slurm slurm_partition=gpu",
-        ),
+    "status": Command(
+        "What became of the latest campaign.",
+        status_command,
+        ("--out-dir",),
+        {"--wait": {"type": duration, "help": "for its end, at most this long"}},
     ),
-    report=Command(
-        "Write results/report.html from the records; nothing is trained.",
-        report_options,
-        run_report_command,
-        ("uvit-repro report", "uvit-repro report --only fig2"),
+    "publish": Command(
+        "Copy the evidence of finished runs to results/published, or to a folder to be carried.",
+        publish_command,
+        (*JOBS, "--to"),
+        examples=("publish claims --protocol cpu --to carried",),
     ),
-    verify=Command(
-        "Recompute every recorded number from the statistics that were kept with it.",
-        verify_options,
-        run_verify_command,
-        ("uvit-repro verify", "uvit-repro verify --origin runs"),
+    "collect": Command(
+        "Verify records that were carried here, and publish those that hold.",
+        collect_command,
+        ("--to",),
+        {"sources": {"nargs": "+", "metavar": "DIR|ARCHIVE"}},
+        ("collect carried", "collect carried.tar.gz"),
     ),
-    doctor=Command(
+    "report": Command(
+        "Write results/report.html.",
+        report_command,
+        own={"--only": {"help": "one part: fig2, fig3, fig7, claims, cost, ..."}},
+    ),
+    "verify": Command(
+        "Recompute every recorded number; compare every file with its checksum.",
+        verify_command,
+        ("--out-dir",),
+        {"--origin": {"default": "published", "help": "published, or runs: this machine's"}},
+        ("verify --origin runs",),
+    ),
+    "doctor": Command(
         "What this machine has, what it lacks, and the command that fetches it.",
-        doctor_options,
-        run_doctor_command,
-        ("uvit-repro doctor",),
+        doctor_command,
+        ("--out-dir",),
+        {"--no-self-test": {**FLAG, "help": "leave out ten seconds of computing"}},
     ),
-)
+    "bench": Command(
+        "Time training and sampling, beside the released code where a checkout of it is given.",
+        bench_command,
+        ("--budget", "--out-dir"),
+        ONLY_BENCH,
+        ("bench --quick", "bench --peer ~/U-ViT --targets --budget 9m"),
+    ),
+    "encode": Command("Encode images or captions into a store.", encode_command),
+}
+ELSEWHERE = {  # first words: a command with a parser of its own
+    ("released",): released.main,
+    ("bench", "--gpu-session"): gpu_session.main,
+}
+
+
+def make_parser() -> Parser:
+    "The parser of all subcommands."
+    about = "Tables and figures of U-ViT as runs."
+    parser = Parser(prog="uvit-repro", description=about, allow_abbrev=False)
+    sub = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    sub.add_parser("released", help="Evaluate a released file; see its --help.", add_help=False)
+    for name, command in COMMANDS.items():
+        examples = "\n".join(f"  uvit-repro {example}" for example in command.examples)
+        p = sub.add_parser(
+            name,
+            help=command.help,
+            description=command.help,
+            epilog=f"examples:\n{examples}" if examples else None,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        p.add_argument("--json", action="store_true", help="print one JSON object; progress aside")
+        own = {argument: ARGUMENTS[argument] for argument in command.shared} | command.own
+        for argument, settings in own.items():
+            p.add_argument(argument, **settings)
+        if name == "encode":
+            add_encode_arguments(p)
+    return parser
+
+
+def perform(argv: list, say: Callable) -> tuple[int, str, dict]:  # exit code, complaint, found
+    "Carry out a command line."
+    try:
+        args = make_parser().parse_args(argv)
+        return 0, "", COMMANDS[args.command].run(args, argv, say)
+    except Failed as error:
+        return 1, str(error), error.found
+    except KeyboardInterrupt:
+        return 130, "interrupted; what was finished is recorded", {}
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141, "", {}
+    except (ParameterError, OSError) as error:
+        return 2, str(error), {}
+    except Exception as error:
+        if "UVIT_TRACEBACK" in os.environ:
+            raise
+        return 1, f"failed: {type(error).__name__}: {error} (UVIT_TRACEBACK=1 shows where)", {}
 
 
 def main(
     argv: list = None,  # arguments; None: of the process
-) -> int:  # exit code
+) -> int:  # 0 done, 1 failed, 2 a request that can't be carried out
     "The console script."
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = make_parser().parse_args(argv)
-    to_stderr = lambda line="", **_: print(line, file=sys.stderr, flush=True)
-    say = to_stderr if args.json else lambda line="", **_: print(line, flush=True)
-    complain = lambda text: print(
-        f"uvit-repro {args.command}: " + " ".join(str(text).split()), file=sys.stderr, flush=True
-    )
-    try:
-        out = COMMANDS[args.command].run(args, argv, say)
-        if args.json:
-            json.dump(out, sys.stdout, indent=1, default=str)
-            print()
-        return 0
-    except Failed as e:
-        complain(e)
-        return 1
-    except (ParameterError, FileNotFoundError, NotADirectoryError, PermissionError) as e:
-        complain(e)
-        return 2
-    except KeyboardInterrupt:
-        complain("interrupted; what was finished is recorded")
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    for start, command in ELSEWHERE.items():
+        if tuple(argv[: len(start)]) == start:
+            return command(argv[len(start) :])
+    as_json = "--json" in argv
+
+    def say(line=""):
+        print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+    code, complaint, found = perform(argv, say)
+    if complaint:
+        name = argv[0] if argv and argv[0] in COMMANDS else ""
+        text = printable(" ".join(complaint.split()))
+        print(f"uvit-repro {name}: {text}".replace(" :", ":"), file=sys.stderr, flush=True)
+    if as_json:
+        failure = {"exit": code, "error": complaint} if code else {}
+        print(json.dumps({**failure, **found}, indent=1, default=str))
+    return code
 
 
-if __name__ == "__main__" and "get_ipython" not in globals():
+if __name__ == "__main__":
     sys.exit(main())

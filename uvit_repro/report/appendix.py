@@ -12,15 +12,9 @@ import re
 
 import pandas as pd
 
-from uvit_repro.campaign.plan import (
-    chosen,
-    computed,
-    jobs,
-    ledger,
-    measured,
-    paper_gpu,
-    predict,
-)
+from uvit_repro.campaign.cells import chosen, computed, ledger, measured
+from uvit_repro.campaign.jobs import jobs
+from uvit_repro.campaign.predict import paper_gpu, predict
 from uvit_repro.config import CONFIGS, main_metric, with_overrides
 from uvit_repro.paper.claims import queued_experiments
 from uvit_repro.paper.registry import registry

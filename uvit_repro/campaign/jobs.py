@@ -1,0 +1,274 @@
+"""Which runs stand behind a table, a figure, a published number or a list of claims."""
+
+import functools
+import json
+import re
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+from uvit_repro.config import (
+    CONFIGS,
+    PROTOCOLS,
+    Experiment,
+    ParameterError,
+    eval_id,
+    main_metric,
+    variant_name,
+    with_overrides,
+)
+from uvit_repro.diffit import RUNS as DIFFIT_RUNS
+from uvit_repro.diffit import published_run
+from uvit_repro.genvit import arm
+from uvit_repro.paper.claims import queued_experiments
+from uvit_repro.paper.numbers import FIGURE2
+from uvit_repro.paper.registry import KINDS, select
+from uvit_repro.unet import appendix
+from uvit_repro.uvit import matched_none
+
+CIFAR = "CIFAR10 U-ViT-S/2"  # the configuration that the smaller protocols are made from
+SAVED_EVERY = 50_000  # iterations between the checkpoints of the released script
+PANEL = re.compile(r"Figure 2[a-e]")
+ORDER = (  # variants of Figure 2 as a short budget should do them
+    "adopted",
+    "skip=none",
+    "time=adaln",
+    "skip=add",
+    "conv=none",
+    "pos_embed=sincos2d",
+    "skip=linear_add",
+    "skip=add_linear",
+    "patch_embed=conv",
+    "conv=before",
+    "pos_embed=none",
+)
+
+
+def our_variants(
+    base: Experiment,  # a protocol
+) -> list:  # (panel, label, fields of the model)
+    "Variants that the paper does not have and a comparison needs."
+    m = base.model
+    wide = matched_none(m.embed_dim, m.depth, m.mlp_ratio)
+    return [
+        ("a", "No long skip, as many parameters", {"skip": "none", "mlp_ratio": wide}),
+        ("a", "(h_m + h_s)/sqrt 2", {"skip": "add_scaled"}),
+        ("b", "AdaLN, literal start", {"time": "adaln_literal"}),
+        ("b", "AdaLN-Zero", {"time": "adaln_zero"}),
+    ]
+
+
+@functools.cache
+def configurations() -> dict[str, Experiment]:
+    "The released configurations, and the published runs of the other backbones, by name."
+    diffit = {f"DiffiT {name}": published_run(name) for name in DIFFIT_RUNS}
+    unets = {
+        f"U-Net, Appendix {place}": exp
+        for (place, network), exp in appendix().items()
+        if network == "U-Net"
+    }
+    deeper = with_overrides(diffit["DiffiT ImageNet 256x256"], depth=30)
+    others = {
+        "DiffiT ImageNet 256x256, 30 blocks": deeper,
+        "GenViT CIFAR10": arm("paper", "own"),
+    }
+    return {**CONFIGS, **unets, **diffit, **others}
+
+
+def paper_experiment(
+    cell,  # a row of the registry
+    fields: dict,  # changes of the configuration, by flat names
+    seed: int,
+) -> Experiment:  # at protocol paper, measured where the cell is
+    "The released configuration with the change and the evaluation of a cell."
+    exp = with_overrides(configurations()[cell.base], seed=seed, **fields)
+    last = cell.step is None or cell.step == exp.train.n_steps
+    if last and cell.num_samples is None and not cell.sampling and cell.curve is None:
+        return exp
+    saved = tuple(range(SAVED_EVERY, exp.train.n_steps, SAVED_EVERY))
+    curve = saved if cell.curve == "all" else tuple(cell.curve or ())
+    n = cell.num_samples or exp.evaluation.num_samples
+    evaluation = replace(
+        exp.evaluation,
+        num_samples=n,
+        curve_steps=curve,
+        curve_samples=n,
+        curve_sampler="",
+        curve_nfe=0,
+        loss_steps=tuple(step for step in saved if step not in curve),
+    )
+    return replace(exp, sampling=replace(exp.sampling, **cell.sampling), evaluation=evaluation)
+
+
+def smaller_experiment(
+    protocol: str,  # smoke | laptop | cpu | gpu
+    fields: dict,  # changes of U-ViT-S/2 on CIFAR-10, by flat names
+    seed: int,
+) -> Experiment:
+    "A protocol with the change of a cell; sizes (Figure 3) change in proportion."
+    base, big = PROTOCOLS[protocol].model, CONFIGS[CIFAR].model
+    fields = {name: value for name, value in fields.items() if name != "n_steps"}
+    if "depth" in fields:
+        fields["depth"] += base.depth - big.depth
+    for name in {"embed_dim", "num_heads"} & set(fields):
+        fields[name] = fields[name] * getattr(base, name) // getattr(big, name)
+    return with_overrides(PROTOCOLS[protocol], seed=seed, **fields)
+
+
+@functools.cache
+def build(cell: str, fields: str, protocol: str, seed: int) -> Experiment:
+    "Build one experiment; the arguments are JSON, so that cells which share it share the work."
+    changes = json.loads(fields)
+    if protocol == "paper":
+        return paper_experiment(SimpleNamespace(**json.loads(cell)), changes, seed)
+    return smaller_experiment(protocol, changes, seed)
+
+
+def experiments_of(cell, protocol: str, seed: int) -> list[Experiment]:
+    "The runs of a cell; raises `ParameterError` for impossible sizes."
+    names = ("base", "step", "num_samples", "sampling", "curve")
+    text = json.dumps({name: getattr(cell, name) for name in names})
+    return [build(text, json.dumps(fields), protocol, seed) for fields in cell.fields]
+
+
+def no_experiment(
+    cell,  # a row of the registry
+    protocol: str,
+) -> str:  # empty: it has one
+    "Why a cell has no experiment at a protocol."
+    if protocol not in PROTOCOLS:
+        raise ParameterError(f"protocol = {protocol!r}: allowed are {', '.join(PROTOCOLS)}")
+    if cell.kind not in ("reproducible", "statement"):
+        return cell.reason or KINDS[cell.kind]
+    if not cell.fields:
+        return cell.reason
+    return "" if protocol == "paper" else too_small(cell, protocol)
+
+
+def too_small(cell, protocol: str) -> str:
+    "Why a protocol below the paper's scale can't answer for a cell."
+    base, big = PROTOCOLS[protocol], CONFIGS[CIFAR]
+    data = base.data.dataset
+    if data != big.data.dataset and not cell.place.startswith(("Figure", "Section")):
+        return (
+            f"protocol {protocol} trains on {data}: a comparison of variants carries over, "
+            "a row of a table does not"
+        )
+    if re.fullmatch(r"cka.*\d.*", cell.measure) and base.model.depth != big.model.depth:
+        return (
+            f"an entry of a matrix of {big.model.depth} layers; "
+            f"protocol {protocol} has {base.model.depth}"
+        )
+    if cell.base != CIFAR:
+        return f"protocol {protocol} trains on {data} alone; needs protocol paper"
+    try:
+        experiments_of(cell, protocol, 0)
+    except ParameterError as error:
+        return f"impossible at protocol {protocol}: {error}"
+    return ""
+
+
+def cell_experiments(
+    cell,  # a row of the registry
+    protocol: str,
+    seed: int = 0,
+) -> list[Experiment]:  # one for a number, two or more for a statement; empty: `no_experiment`
+    "All runs that a published number is about."
+    return [] if no_experiment(cell, protocol) else experiments_of(cell, protocol, seed)
+
+
+def position(
+    cell,  # a row of the registry
+    exp: Experiment,  # one of its experiments
+) -> tuple | None:  # (training step, images)
+    "Where in a run a cell is measured: a shorter protocol answers for the same fraction or not."
+    n_steps, evaluation = exp.train.n_steps, exp.evaluation
+    if exp.protocol == "paper":
+        return cell.step or n_steps, cell.num_samples or evaluation.num_samples
+    whole = configurations()[cell.base].train.n_steps
+    if cell.place == "Figure 3":
+        whole = 50_000
+    step = (cell.step or whole) * n_steps / whole
+    if step == n_steps:
+        return n_steps, evaluation.num_samples
+    return (int(step), evaluation.curve_samples) if step in evaluation.curve_steps else None
+
+
+def measurement(
+    cell,  # a row of the registry
+    exp: Experiment,  # one of its experiments
+) -> dict | None:  # run_id, step, metric, eval_id
+    "How a cell is found among the measurements; nothing where the protocol does not measure it."
+    at = position(cell, exp)
+    if not at:
+        return None
+    sampling, evaluation = exp.sampling, exp.evaluation
+    if at[0] != exp.train.n_steps:
+        solver = evaluation.curve_sampler or sampling.sampler
+        sampling = replace(sampling, sampler=solver, nfe=evaluation.curve_nfe or sampling.nfe)
+    metric = main_metric(exp) if cell.measure == "fid" else cell.measure
+    name = "" if metric.startswith("cka") else eval_id(replace(exp, sampling=sampling), *at)
+    return {"run_id": exp.run_id, "step": at[0], "metric": metric, "eval_id": name}
+
+
+@dataclass(frozen=True)
+class Job:
+    "One run of a campaign."
+
+    exp: Experiment
+    places: tuple = ()  # that it serves: Figure 2a, Table 1
+    cells: tuple = ()  # ids of the published numbers beside which its values stand
+
+    @property
+    def name(self) -> str:
+        return self.exp.run_id.rpartition("-")[0]
+
+
+def importance(exp: Experiment) -> int:
+    "The place of a variant in a figure that is run in part."
+    variant = variant_name(exp.model)
+    return ORDER.index(variant) if variant in ORDER else len(ORDER)
+
+
+def jobs_of_cells(cells, panels: set, protocol: str, seed: int) -> list[Job]:
+    "The runs of some cells at one seed; whole panels of Figure 2 with what the paper left out."
+    found = {}
+    for cell in cells.itertuples():
+        for exp in cell_experiments(cell, protocol, seed):
+            found.setdefault(exp, []).append(cell)
+    first = next((c for c in cells.itertuples() if PANEL.fullmatch(c.place)), None)
+    named = [(panel, *v) for panel, (_, variants) in FIGURE2.items() for v in variants]
+    for panel, _, fields in (*named, *our_variants(PROTOCOLS[protocol])):
+        if panel in panels and protocol == "paper":
+            found.setdefault(paper_experiment(first, fields, seed), [])
+        elif panel in panels:
+            found.setdefault(smaller_experiment(protocol, fields, seed), [])
+    runs = cells[cells.kind.isin(("reproducible", "statement"))]
+    figure = panels and all(PANEL.fullmatch(place) for place in runs.place)
+    out = []
+    for exp in sorted(found, key=importance) if figure else found:
+        places = tuple(dict.fromkeys(cell.place for cell in found[exp]))
+        filled = [c.cell for c in found[exp] if c.kind == "statement" or position(c, exp)]
+        out.append(Job(exp, places or ("Figure 2, not plotted",), tuple(filled)))
+    return out
+
+
+def jobs(
+    what: str,  # claims, all, a table, a figure, the id of a cell; several joined by commas
+    protocol: str,
+    seeds=(0,),  # each is a whole set of runs; a list of claims names its own
+) -> list[Job]:  # in the order in which a budget should be spent
+    "The runs behind some published numbers, or those that a protocol's claims are judged by."
+    if protocol not in PROTOCOLS:
+        raise ParameterError(f"protocol = {protocol!r}: allowed are {', '.join(PROTOCOLS)}")
+    out = {}
+    for name in what.split(","):
+        if name == "claims":
+            found = [Job(exp, ("claims",)) for exp in queued_experiments(protocol)]
+        else:
+            cells = select(name)
+            panels = {p[-1] for p in cells.place if PANEL.fullmatch(p)}
+            whole = set() if name in set(cells.cell) else panels
+            found = [j for s in seeds for j in jobs_of_cells(cells, whole, protocol, s)]
+        for job in found:
+            out.setdefault(job.exp, job)
+    return list(out.values())
