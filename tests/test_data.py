@@ -327,7 +327,7 @@ def test_open_data(folder, tmp_path):
     assert (more.num_classes, more.class_names) == (4, ["a", "b", "2", "3"])
     Image.new("RGB", (20, 20)).save(folder / "a" / "new.png")
     assert len(open_data(exp)[1]) == 12
-    with pytest.raises(ValueError, match="bring back the old files"):
+    with pytest.raises(ValueError, match="bring back the old ones"):
         open_data(opened)
     with pytest.raises(ParameterError, match="set num_classes = 2"):
         open_data(replace(exp, data=replace(exp.data, num_classes=1)))

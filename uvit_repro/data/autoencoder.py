@@ -9,7 +9,7 @@ from torch import Tensor
 
 from uvit_repro.config import ParameterError
 from uvit_repro.data.fetch import AUTOENCODERS, RELEASED_AUTOENCODERS, how_to_get
-from uvit_repro.data.files import load_tensors, weights_sum
+from uvit_repro.data.files import load_tensors, printable, weights_sum
 from uvit_repro.data.images import to_model, to_uint8
 
 STABLE_DIFFUSION = {  # arguments of diffusers.AutoencoderKL
@@ -56,15 +56,11 @@ class Autoencoder:
         images: Tensor,  # uint8 (B, C, H, W), sides multiples of `factor`
     ) -> Tensor:  # float32 (B, 2c, h, w): mean, then log-variance
         "The moments of images."
-        if (
-            images.dtype != torch.uint8
-            or images.dim() != 4
-            or images.shape[1] != self.image_chans
-            or any(side % self.factor for side in images.shape[2:])
-        ):
+        sides, fits = images.shape[2:], images.dim() == 4 and images.shape[1] == self.image_chans
+        if images.dtype != torch.uint8 or not fits or any(s % self.factor for s in sides):
+            text = f"(B, {self.image_chans}, H, W), H and W multiples of {self.factor}"
             raise ParameterError(
-                f"images {images.dtype} {tuple(images.shape)}: this autoencoder takes uint8 "
-                f"(B, {self.image_chans}, H, W), H and W multiples of {self.factor}"
+                f"images {images.dtype} {tuple(images.shape)}: wanted uint8 {text}"
             )
         x = to_model(images.to(self.device, non_blocking=True))
         return self.vae.encode(x).latent_dist.parameters.float()
@@ -122,12 +118,10 @@ def find_autoencoder(
         for q in (p, p / "vae"):
             if (q / "config.json").is_file():
                 return q
-    known = f"Known names are {', '.join(AUTOENCODERS)}; a folder needs config.json (diffusers)"
-    how = known
+    how = f"Known names are {', '.join(AUTOENCODERS)}; a folder needs config.json (diffusers)"
     if public:
         how = f"{how_to_get(name, root)}\nor put the released code's {file} into {base}"
-    looked = ", ".join(map(str, places))
-    raise FileNotFoundError(f"autoencoder {name!r}: looked for {looked}. {how}")
+    raise FileNotFoundError(f"autoencoder {name!r} is not at {printable(places[0])}. {how}")
 
 
 def load_autoencoder(
@@ -144,16 +138,12 @@ def load_autoencoder(
     shown = name if name in AUTOENCODERS else str(path)
     if path.is_file():
         return Autoencoder(from_released(load_tensors(path)), shown, device)
-    exact = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+    options = {"local_files_only": True, "use_safetensors": True, "low_cpu_mem_usage": False}
     try:
-        vae = AutoencoderKL.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, **exact
-        )
+        vae = AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32, **options)
     except Exception as e:
         why = (str(e) or type(e).__name__).splitlines()[0][:200]
-        raise ValueError(
-            f"{path} can't be used as an autoencoder: {why}. Fetch it or make it again"
-        ) from None
+        raise ValueError(f"{path} can't be used as an autoencoder: {why}. Get it again") from None
     return Autoencoder(vae, shown, device)
 
 

@@ -12,7 +12,6 @@ from uvit_repro.data.images import (
     Data,
     canonical,
     check_content,
-    check_no_holdout,
     check_size,
     ordered_sum,
     to_tensors,
@@ -83,8 +82,7 @@ def load_cifar10(
     root,  # the folder of the data sets
 ) -> Data:  # 50,000 training and 10,000 test images, in canonical order
     "CIFAR-10 with its own test split (Section 5.1), its content checked."
-    check_size("cifar10", 32, 32, 3, cfg)
-    check_no_holdout(cfg)
+    check_size("cifar10", (32, 32, 3), cfg, own_test_split=True)
     where = find_cifar10(root)
     train, test = (canonical(*split) for split in read_cifar10(where, root))
     sha256 = ordered_sum(train, test)

@@ -85,10 +85,8 @@ def text_weights(
         part = {k[len(prefix) :]: v.float() for k, v in state.items() if k.startswith(prefix)}
         if "token_embedding.weight" in part:
             return {k: v for k, v in part.items() if k.startswith(wanted)}
-    raise ParameterError(
-        f"no text encoder among {len(state)} tensors ({', '.join(list(state)[:3])}, ...): "
-        "wanted is a CLIP model as open_clip stores it"
-    )
+    text = f"no text encoder among {len(state)} tensors ({', '.join(list(state)[:3])}, ...)"
+    raise ParameterError(f"{text}: wanted is a CLIP model as open_clip stores it")
 
 
 def load_clip(

@@ -29,7 +29,7 @@ class Captioned(NamedTuple):
 
     id: int
     file: str
-    captions: tuple
+    captions: tuple[str, ...]
 
 
 def read_captions(
@@ -47,10 +47,8 @@ def read_captions(
         for a in d["annotations"]:
             found[a["image_id"]][1].append(a["caption"])
     except (ValueError, EOFError, OSError, KeyError, TypeError) as e:
-        raise ValueError(
-            f"{shown} is not a caption file of MS-COCO ({type(e).__name__}: {e}); wanted is JSON "
-            "with images (id, file_name) and annotations (image_id, caption)"
-        ) from None
+        text = f"{shown} is not a caption file of MS-COCO ({type(e).__name__}: {e})"
+        raise ValueError(f"{text}; wanted are images and annotations, as JSON") from None
     bare = [i for i, (_, captions) in found.items() if not captions]
     if bare:
         raise ValueError(f"{shown}: {len(bare)} image(s) without caption, first id {bare[0]}")
@@ -123,18 +121,20 @@ class Coco:
 
     def source(self, cache_dir=None) -> Source:
         "The images. A file that can't be used stops: its captions need their image."
-        read = partial(read_image, img_size=self.side, crop=coco_crop)
+        read = partial(read_image, img_size=self.side, in_chans=3, crop=coco_crop)
         base = self.root / "coco"
         cache = cache_folder(f"mscoco{self.side}", base, cache_dir)
-        entries = index_files(cache, base, self.files, read)
-        for f, e in zip(self.files, entries, strict=True):
-            if e.problem:
+        files = index_files(cache, base, [("", f) for f in self.files], read)
+        for f in files:
+            if f.problem:
                 how = how_to_get("coco", self.root)
-                raise ValueError(f"{printable(f)} can't be read ({e.problem}). {how}")
-        rows = [(0, f, e) for f, e in zip(self.files, entries, strict=True)]
-        text = self.sha256 + "".join(e.sha256 for e in entries)
-        sha256, stream = hashlib.sha256(text.encode()).hexdigest(), FolderStream(rows, read, True)
-        return Source(self.name, sha256, [0] * len(rows), [], self.held_out, stream.read_range)
+                raise ValueError(f"{printable(f.path)} can't be read ({f.problem}). {how}")
+        text = self.sha256 + "".join(f.sha256 for f in files)
+        sha256, stream = (
+            hashlib.sha256(text.encode()).hexdigest(),
+            FolderStream(files, [], read, True),
+        )
+        return Source(self.name, sha256, [0] * len(files), [], self.held_out, stream.read_range)
 
 
 class TextStore(Store):
@@ -182,10 +182,8 @@ class TextStore(Store):
         "The first n evaluation prompts, encoded."
         found = len(self) - self.start
         if n > found:
-            raise ParameterError(
-                f"num_samples = {n}: {printable(self.path)} has {found} prompts; "
-                "ask for at most as many, or encode more"
-            )
+            text = f"num_samples = {n}: {printable(self.path)} has {found} prompts"
+            raise ParameterError(f"{text}; ask for at most as many, or encode more")
         return Prompts(n, lambda a, b: self.encoded(np.arange(self.start + a, self.start + b)))
 
     def prompt(self, i: int) -> str:
@@ -256,10 +254,8 @@ def load_mscoco256(
     images, texts = LatentStore(latents), TextStore(captions)
     found, want = images.index["source"]["name"], texts.index["source"]
     if found != want:
-        raise StoreError(
-            f"{printable(latents)} and {printable(captions)} were encoded from different captions "
-            f"or images ({found}; {want}): remove one of them and encode it again"
-        )
+        text = f"{printable(latents)} and {printable(captions)} hold different captions or images"
+        raise StoreError(f"{text}: remove one of them and encode it again")
     data = from_store(images, cfg, "mscoco256", root)
     sha256 = hashlib.sha256(f"{data.sha256} {texts.sha256}".encode()).hexdigest()
     return replace(data, texts=texts, sha256=sha256)

@@ -36,7 +36,7 @@ def load_digits(
     "UCI optical recognition of handwritten digits, test part (not in the paper)."
     from sklearn.datasets import load_digits as embedded
 
-    check_size("digits", 8, 8, 1, cfg)
+    check_size("digits", (8, 8, 1), cfg)
     raw = embedded()
     images = np.rint(raw.images * (255 / 16)).astype(np.uint8)[..., None]
     images, labels = canonical(images, raw.target)

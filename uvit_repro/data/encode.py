@@ -66,10 +66,8 @@ def _moments(images: Tensor, autoencoder: Autoencoder, dtype: str, mirror: bool)
     with np.errstate(over="ignore"):
         out = m.astype(dtype)
     if not np.isfinite(out).all():
-        raise FloatingPointError(
-            f"moments that are not finite as {dtype} (largest {np.nanmax(np.abs(m)):.3g}): "
-            "use dtype = float32, and check the autoencoder"
-        )
+        text = f"moments not finite as {dtype} (largest {np.nanmax(np.abs(m)):.3g})"
+        raise FloatingPointError(f"{text}: use dtype = float32, and check the autoencoder")
     return out
 
 
@@ -120,10 +118,9 @@ def encode_images(
     "Encode images once. The same call resumes, repairs, or finds that all is done."
     C, H, W = source.shape
     if autoencoder.image_chans != C or H != W or H % autoencoder.factor:
-        raise ParameterError(
-            f"images {C}x{H}x{W}: this autoencoder takes squares of {autoencoder.image_chans} "
-            f"channel(s), the side a multiple of {autoencoder.factor}"
-        )
+        text = f"squares of {autoencoder.image_chans} channel(s)"
+        text += f", the side a multiple of {autoencoder.factor}"
+        raise ParameterError(f"images {C}x{H}x{W}: this autoencoder takes {text}")
     encoder = {k: getattr(autoencoder, k) for k in ("sha256", "encoder_sha256")}
     images = {"sha256": source.sha256, "held_out": source.held_out}
     job = asdict(how) | {

@@ -8,12 +8,11 @@ import re
 import sys
 import warnings
 import zlib
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import astuple, dataclass, replace
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +21,9 @@ from torch import Tensor
 
 from uvit_repro.config import DataConfig, ParameterError, digest, project_root
 from uvit_repro.data.fetch import how_to_get, missing
-from uvit_repro.data.files import printable, run_lock, write_atomic
+from uvit_repro.data.files import printable, run_lock
 from uvit_repro.data.images import (
     Data,
-    check_no_holdout,
     check_size,
     from_arrays,
     hold_out,
@@ -36,7 +34,6 @@ from uvit_repro.data.store import Progress, cached_array
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-GREY, PALETTE = ("L", "LA", "La"), ("P", "PA")
 MOST_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs
 RESIDENT_BYTES = 2 << 30  # larger sets are streamed from their files
 INDEXED_FROM = 5000  # files of a user's folder from which an index is kept
@@ -74,54 +71,50 @@ def celeba_crop(
     return np.array(face.resize((side, side), Image.BILINEAR))
 
 
-def _to_8bit(im) -> tuple:
-    "An image of more than 8 bits per channel as 8-bit grey, and what it was."
+def _to_8bit(im):
+    "An image of more than 8 bits per channel as 8-bit grey."
     from PIL import Image
 
     if im.mode != "F" and not im.mode.startswith("I"):
-        was = "grey" if im.mode in GREY else "palette" if im.mode in PALETTE else im.mode
-        return im, "black and white" if im.mode == "1" else was.rstrip("AaXx")
+        return im
     a = np.nan_to_num(np.asarray(im).astype(np.float64))
     if im.mode == "F":
         a = (a - a.min()) / (np.ptp(a) or 1) * 65535
-    grey = Image.fromarray(np.rint(a.clip(0, 65535) / 257).astype(np.uint8))
-    return grey, "floating point" if im.mode == "F" else "16-bit grey"
+    return Image.fromarray(np.rint(a.clip(0, 65535) / 257).astype(np.uint8))
 
 
 def decode(
     raw: bytes,  # a file
     in_chans: int,  # 1: grey, 3: RGB
-) -> tuple:  # (PIL image in mode L or RGB, [(what was done, detail)])
+) -> tuple:  # (PIL image in mode L or RGB, [what was done])
     "Decode an image file, upright, without alpha, in the wanted mode. Raises unless it is whole."
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not raw:
         raise ValueError("empty file")
     Image.init()  # all plugins; MPO comes with JPEG
-    im, done = Image.open(io.BytesIO(raw), formats=FORMATS), []
-    frames = getattr(im, "n_frames", 1)
-    if frames > 1:
-        im.seek(0)
-        done.append(("first frame used", f"of {frames}"))
-    deep = ", 16 bits per channel" if ";16" in str(im.tile) else ""  # Pillow keeps the upper 8
     try:
+        im, done = Image.open(io.BytesIO(raw), formats=FORMATS), []
+    except UnidentifiedImageError:
+        raise ValueError("no image in a known format") from None
+    if getattr(im, "n_frames", 1) > 1:
+        im.seek(0)
+        done.append("first frame used")
+    turn = 1
+    with suppress(Exception):  # damaged EXIF is not applied
         turn = im.getexif().get(274, 1)
-    except Exception:
-        turn = 1
-        done.append(("EXIF not readable, not applied", ""))
     im.load()
     if turn in range(2, 9):
         im = ImageOps.exif_transpose(im)
-        done.append(("turned as EXIF says", f"orientation {turn}"))
-    im, was = _to_8bit(im)
+        done.append("turned as EXIF says")
+    mode, im = "L" if in_chans == 1 else "RGB", _to_8bit(im)
     if im.has_transparency_data:
         white = Image.new("RGBA", im.size, "white")
-        im = Image.alpha_composite(white, im.convert("RGBA")).convert("RGB")
-        done.append(("alpha put on white", ""))
-    mode, name = ("L", "grey") if in_chans == 1 else ("RGB", "RGB")
-    if was + deep != name:
-        done.append((f"converted to {name}", f"was {was}{deep}"))
-    return im.convert(mode), done
+        im = Image.alpha_composite(white, im.convert("RGBA"))
+        done.append("alpha put on white")
+    elif im.mode != mode:
+        done.append(f"converted to {mode}")
+    return im.convert("RGB").convert(mode) if im.mode == "RGBA" else im.convert(mode), done
 
 
 def read_image(
@@ -129,46 +122,41 @@ def read_image(
     img_size: int,  # side of the result
     in_chans: int = 3,  # 1 or 3
     crop=prepare,  # function of an image and img_size
-) -> tuple:  # (uint8 (H, W, C), sha256 of the file, [(what was done, detail)])
+) -> tuple:  # (uint8 (H, W, C), sha256 of the file, [what was done])
     "Read, decode and prepare one file. Raises when it is not whole."
     if not os.path.isfile(path):
         raise FileNotFoundError("no regular file" if os.path.lexists(path) else "no such file")
     raw = Path(path).read_bytes()
     im, done = decode(raw, in_chans)
     if min(im.size) < img_size:
-        done.append(("enlarged", f"from {im.size[0]}x{im.size[1]}"))
+        done.append("enlarged")
     return crop(im, img_size), hashlib.sha256(raw).hexdigest(), done
 
 
 @dataclass(frozen=True)
-class Entry:
-    "What reading an image file showed."
+class ImageFile:
+    "A file, and what reading it showed."
 
+    path: Path
+    label: str = ""  # name of its class
     sha256: str = ""  # of the file; empty when it can't be used
     problem: str = ""  # why it can't
-    done: tuple = ()  # (what was done, detail)
+    done: tuple = ()  # what was done to it
 
 
-def _attempt(read, path) -> tuple[Entry, np.ndarray | None]:
-    "A file's entry and image: a bad file must not stop a run."
-    from PIL import UnidentifiedImageError
-
+def _attempt(read, file: ImageFile) -> tuple[ImageFile, np.ndarray | None]:
+    "A file as it is now, and its image: a bad file must not stop a run."
     try:
-        image, sha256, done = read(path)
-        return Entry(sha256, "", tuple(map(tuple, done))), image
-    except UnidentifiedImageError:
-        return Entry(problem="no image in a known format"), None
+        image, sha256, done = read(file.path)
     except Exception as e:
-        return Entry(problem=f"{type(e).__name__}: {e}".splitlines()[0][:120]), None
+        problem = f"{type(e).__name__}: {e}".splitlines()[0][:120]
+        return ImageFile(file.path, file.label, "", problem), None
+    return ImageFile(file.path, file.label, sha256, "", tuple(done)), image
 
 
-def _to_stderr(line: str):
-    print(line, file=sys.stderr, flush=True)
-
-
-def read_all(files: list, read, say=None):
-    "(entry, image) of each file, read in threads."
-    progress = Progress(len(files), "images read", say or _to_stderr)
+def _read_all(files: list[ImageFile], read):
+    "(file as it is now, its image) of each file, read in threads."
+    progress = Progress(len(files), "images read", partial(print, file=sys.stderr, flush=True))
     with ThreadPoolExecutor(THREADS) as pool:
         for k in range(0, len(files), 512):
             for result in pool.map(partial(_attempt, read), files[k : k + 512]):
@@ -176,70 +164,65 @@ def read_all(files: list, read, say=None):
                 progress(1)
 
 
-def _line(name: str, state: tuple, entry: Entry) -> bytes:
+def _line(name: str, state: list, file: ImageFile) -> bytes:
     "One line of the index, with a checksum in front."
-    text = json.dumps([name, state, astuple(entry)])
+    text = json.dumps([name, state, [file.sha256, file.problem, file.done]])
     return f"{zlib.crc32(text.encode()):08x} {text}\n".encode()
 
 
-def _read_index(path: Path) -> tuple[dict, bool]:
-    "{name: (size and time, entry)}, and whether every line was whole and the only one of its name."
-    known, tidy = {}, True
-    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
-        try:
-            name, state, (sha256, problem, done) = json.loads(line[9:])
-            entry = tuple(state), Entry(sha256, problem, tuple(map(tuple, done)))
-            whole = line == _line(name, *entry)
-        except (ValueError, TypeError):
-            whole = False
-        if whole:
-            tidy &= name not in known
-            known[name] = entry
-        else:
-            tidy = False
-    return known, tidy
+def _read_index(path: Path) -> dict:
+    "{name: (size and time, [checksum, problem, what was done])}; damaged lines are left out."
+    known = {}
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with suppress(ValueError):
+            if int(line[:8], 16) == zlib.crc32(line[9:]):
+                name, state, found = json.loads(line[9:])
+                known[name] = state, found
+    return known
 
 
-def _state(path) -> tuple:
-    "Size and time of change of a file; zeros where there is none."
+def _state(file: ImageFile) -> list:
+    "Size and time of change; zeros where there is no file."
     try:
-        s = os.stat(path)
+        s = os.stat(file.path)
     except OSError:
-        return 0, 0
-    return s.st_size, s.st_mtime_ns
+        return [0, 0]
+    return [s.st_size, s.st_mtime_ns]
 
 
 def index_files(
-    cache: Path,  # folder of the index, one for each set
+    cache: Path | None,  # folder of the index, one for each set; None: no index
     base: Path,  # names are relative to it
-    files: list,  # the candidates
+    files: list,  # (class, path) of the candidates
     read,  # function of a path, as `read_image`
-    say=None,  # progress; None: the error stream
-) -> list[Entry]:
+) -> list[ImageFile]:
     "Read the files that the index lacks. A second process waits for the first."
-    path, names = cache / "index.jsonl", [os.path.relpath(f, base) for f in files]
+    files = [ImageFile(path, label) for label, path in files]
+    if cache is None:
+        return [file for file, _ in _read_all(files, read)]
     with ExitStack() as held:
         try:
-            held.enter_context(run_lock(cache, say or _to_stderr))
-            out = held.enter_context(open(path, "ab"))
+            held.enter_context(run_lock(cache, partial(print, file=sys.stderr, flush=True)))
+            out = held.enter_context(open(cache / "index.jsonl", "ab"))
         except OSError:
             out = held.enter_context(open(os.devnull, "wb"))  # a folder that can't be written
-        known, tidy = _read_index(path)
-        if not tidy:
-            out.write(b"\n")  # whatever stands there ends here
+        known = _read_index(cache / "index.jsonl")
+        out.write(b"\n")  # ends what a killed process began
         with ThreadPoolExecutor(THREADS) as pool:
             states = list(pool.map(_state, files, chunksize=1024))
-        todo = [i for i, n in enumerate(names) if known.get(n, ((),))[0] != states[i]]
-        results = read_all([files[i] for i in todo], read, say)
-        for i, (entry, _) in zip(todo, results, strict=True):
-            tidy &= names[i] not in known
-            known[names[i]] = states[i], entry
-            out.write(_line(names[i], states[i], entry))
+        names, todo = [os.path.relpath(f.path, base) for f in files], []
+        for i, name in enumerate(names):
+            state, found = known.get(name, (None, None))
+            if state == states[i]:
+                sha256, problem, done = found
+                files[i] = replace(files[i], sha256=sha256, problem=problem, done=tuple(done))
+            else:
+                todo.append(i)
+        for i, (file, _) in zip(todo, _read_all([files[i] for i in todo], read), strict=True):
+            files[i] = file
+            out.write(_line(names[i], states[i], file))
             out.flush()
-        if (not tidy or len(known) != len(files)) and out.name == str(path):
-            lines = [_line(n, *known[n]) for n in names]
-            write_atomic(path, lambda p: p.write_bytes(b"".join(lines)))
-    return [known[n][1] for n in names]
+    return files
 
 
 def cache_folder(name: str, base: Path, cache_dir=None) -> Path:
@@ -248,31 +231,44 @@ def cache_folder(name: str, base: Path, cache_dir=None) -> Path:
     return root / f"{name}-{digest(str(Path(base).resolve()), 8)}"
 
 
-def _pixels(cache: Path, split: str, files: list, entries: list[Entry], read) -> Tensor:
-    "The prepared images of usable files, uint8 (N, C, H, W), from a cache where possible."
+def usable_files(cache: Path | None, base: Path, files: list, read, notes: list[str]) -> list:
+    "The files that can be read, as `index_files`; what was found is added to the notes."
+    found = index_files(cache, base, files, read)
+    for f in found:
+        name = _label(f.path, base)
+        if f.problem:
+            notes.append(f"left out, not readable: {name} ({printable(f.problem)})")
+        notes += [f"{what}: {name}" for what in f.done]
+    return [f for f in found if not f.problem]
+
+
+def _pixels(cache: Path | None, split: str, files: list[ImageFile], read) -> Tensor:
+    "The prepared images of usable files, uint8 (N, C, H, W), from a cache where there is one."
 
     def decode_all():
-        images = [image for _, image in read_all(files, read)]
+        images = [image for _, image in _read_all(files, read)]
         for f, image in zip(files, images, strict=True):
             if image is None:
-                raise ValueError(f"{printable(f)} is no longer readable")
+                raise ValueError(f"{printable(f.path)} is no longer readable")
         return np.stack(images).transpose(0, 3, 1, 2)
 
-    side = read.keywords["img_size"]
+    side, channels = read.keywords["img_size"], read.keywords["in_chans"]
     if not files:
-        return torch.empty((0, 3, side, side), dtype=torch.uint8)
-    key = digest([side, [e.sha256 for e in entries]], 16)
+        return torch.empty((0, channels, side, side), dtype=torch.uint8)
+    if cache is None:
+        return torch.from_numpy(decode_all())
+    key = digest([side, channels, [f.sha256 for f in files]], 16)
     return torch.from_numpy(cached_array(cache / f"pixels-{split}.npy", key, decode_all))
 
 
 def content_sum(
-    rows,  # (class, sha256 of the file) of each image
+    files: list[ImageFile],
     name: str = "",  # how they are prepared; empty: a user's folder
 ) -> str:  # hexadecimal
     "The checksum of a set's content, independent of names and order of files."
     h = hashlib.sha256(f"{name}\n".encode() if name else b"")
-    for c, sha256 in sorted(rows):
-        h.update(f"{c}\0{sha256}\n".encode("utf-8", "surrogateescape"))
+    for label, sha256 in sorted((f.label, f.sha256) for f in files):
+        h.update(f"{label}\0{sha256}\n".encode("utf-8", "surrogateescape"))
     return h.hexdigest()
 
 
@@ -280,40 +276,26 @@ def _label(path: Path, base: Path) -> str:
     return printable(path.relative_to(base).as_posix())
 
 
-def _notes(base: Path, files: list, entries: list[Entry]) -> list[str]:
-    "What was found in files."
-    notes = []
-    for f, e in zip(files, entries, strict=True):
-        name = _label(f, base)
-        if e.problem:
-            notes.append(f"left out, not readable: {name} ({printable(e.problem)})")
-        notes += [f"{w}: {name} ({d})" if d else f"{w}: {name}" for w, d in e.done]
-    return notes
+def _class_folders(base: Path) -> list[Path]:
+    return sorted(p for p in base.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def list_folder(
     base: Path,  # the folder
 ) -> tuple[list, list[str]]:  # [(class name or "", file)] and notes
     "The images of a folder, one class for each sub-folder; nothing is decoded."
-    classes = _class_folders(base)
+    classes, errors = _class_folders(base), []
     loose = sorted(p for p in base.iterdir() if not p.name.startswith(".") and p not in classes)
-    errors = []
     found = [("", f) for f in loose]
     for c in classes:
         found += [(c.name, folder / n) for folder, names in walk(c, errors.append) for n in names]
     images = [(c, f) for c, f in found if f.name.lower().endswith(EXTENSIONS)]
-    others = [f for _, f in found if not f.name.lower().endswith(EXTENSIONS)]
     inside = [(c, f) for c, f in images if c]
     notes = [f"left out, not readable: {_label(Path(e.filename), base)} (folder)" for e in errors]
-    if inside:
-        notes += [
-            f"left out, beside the class folders: {_label(f, base)}" for c, f in images if not c
-        ]
-    if others:
-        kinds = Counter(f.suffix.lower() or "no extension" for f in others)
-        counts = ", ".join(f"{n} {printable(k)}" for k, n in kinds.most_common(5))
-        first = _label(others[0], base)
-        notes.append(f"not an image, ignored: {len(others)} file(s) ({counts}; first {first})")
+    beside = [_label(f, base) for c, f in images if inside and not c]
+    notes += [f"left out, beside the class folders: {name}" for name in beside]
+    others = [_label(f, base) for _, f in found if not f.name.lower().endswith(EXTENSIONS)]
+    notes += [f"not an image, ignored: {name}" for name in others]
     return inside or images, notes
 
 
@@ -323,37 +305,57 @@ class FolderStream(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        rows: list,  # (label, file, entry) of each image
+        files: list[ImageFile],
+        names: list[str],  # of the classes
         read,  # function of a path, as `read_image`
         strict: bool = False,  # raise instead of replacing
     ):
-        self.rows, self.read, self.strict, self.warned = rows, read, strict, False
+        self.files, self.read, self.strict, self.warned = files, read, strict, False
+        self.number = {c: i for i, c in enumerate(names)}
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.files)
+
+    @property
+    def labels(self) -> Tensor:
+        "The label of each image; 0 where there are no classes."
+        return torch.tensor([self.number.get(f.label, 0) for f in self.files])
 
     def __getitem__(self, i):
         i = range(len(self))[i]
         for j in chain(range(i, len(self)), range(i)):
-            label, file, known = self.rows[j]
-            entry, image = _attempt(self.read, file)
-            if entry.sha256 == known.sha256:
-                return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), label
-            state = entry.problem or "its content changed"
-            what = f"{printable(file)} is no longer what it was ({state})"
+            known = self.files[j]
+            file, image = _attempt(self.read, known)
+            if file.sha256 == known.sha256:
+                x = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+                return x, self.number.get(file.label, 0)
+            state = file.problem or "its content changed"
+            what = f"{printable(file.path)} is no longer what it was ({state})"
             if self.strict:
                 raise ValueError(f"{what}; run the command again")
             if not self.warned:
                 self.warned = True
                 text = f"{what}; such files are replaced by the next good one. This is said once."
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
-        first = printable(self.rows[0][1])
+        first = printable(self.files[0].path)
         raise FileNotFoundError(f"none of the {len(self)} image files is usable, first {first}")
 
     def read_range(self, a: int, b: int) -> Tensor:
         "Images a .. b-1, uint8 (b-a, C, H, W), read in threads."
         with ThreadPoolExecutor(THREADS) as pool:
             return torch.stack([x for x, _ in pool.map(self.__getitem__, range(a, b))])
+
+
+def _streamed(name: str, whole: FolderStream, cfg: DataConfig, notes: list, held=None) -> Data:
+    "A set that is read from its files, its held-out images in memory."
+    files, names, read = whole.files, list(whole.number), whole.read
+    sha256 = content_sum(files, "" if name == "folder" else name)
+    train, test = hold_out(whole.labels, cfg.holdout, sha256)
+    if held is None:
+        away = [files[i] for i in test]
+        held = _pixels(None, "test", away, read), whole.labels[test]
+    stream = FolderStream([files[i] for i in train], names, read)
+    return Data(name, None, stream.labels, *held, len(names), names, sha256, notes, stream)
 
 
 def load_folder(
@@ -365,73 +367,29 @@ def load_folder(
     if cfg.in_chans not in (1, 3):
         raise ParameterError(f"in_chans = {cfg.in_chans}: images have 3 channels (RGB) or 1 (grey)")
     base = locate(cfg.dataset, root)
-    found, notes = list_folder(base)
-    files = [f for _, f in found]
     read = partial(read_image, img_size=cfg.img_size, in_chans=cfg.in_chans)
-    size = len(files) * cfg.img_size**2 * cfg.in_chans
-    resident, images = size <= resident_bytes, []
-    if resident or len(files) < INDEXED_FROM:
-        entries = []
-        for entry, image in read_all(files, read):
-            entries.append(entry)
-            images.append(image if resident else None)
-    else:
-        cache = cache_folder(f"folder{cfg.img_size}x{cfg.in_chans}", base)
-        entries = index_files(cache, base, files, read)
-    notes += _notes(base, files, entries) + _duplicates(base, files, entries)
-    rows = [
-        (c, e.sha256, str(f), i) for i, ((c, f), e) in enumerate(zip(found, entries, strict=True))
-    ]
-    rows = sorted(row for row in rows if row[1])
-    if not rows:
-        raise ValueError(
-            f"{printable(base)}: no usable image among {len(files)} candidate(s) "
-            f"({', '.join(EXTENSIONS)}). {' | '.join(notes[:3])}"
-        )
-    used, folders = {c for c, *_ in rows}, _class_folders(base)
-    notes += [f"empty class, dropped: {_label(p, base)}" for p in folders if p.name not in used]
-    sha256, names = content_sum((c, s) for c, s, *_ in rows), sorted(used - {""})
-    labels = _numbers(names, rows)
-    if resident:
-        x = np.stack([images[i] for *_, i in rows])
-        return from_arrays("folder", x, labels, names, sha256, cfg.holdout, notes)
-    notes.append(f"streamed: {len(rows)} images of {size / 2**20:.1f} MiB together")
-    rows = [(y, files[i], entries[i]) for y, (*_, i) in zip(labels.tolist(), rows, strict=True)]
-    whole = Data("folder", None, labels, None, None, len(names), names, sha256, notes)
-    return _stream(whole, rows, read, cfg)
-
-
-def _class_folders(base: Path) -> list[Path]:
-    return sorted(p for p in base.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _numbers(names: list[str], rows: list) -> np.ndarray:
-    "The label of each row, which begins with the name of its class."
-    number = {c: i for i, c in enumerate(names)}
-    return np.array([number.get(c, 0) for c, *_ in rows])
-
-
-def _stream(whole: Data, rows: list, read, cfg: DataConfig) -> Data:
-    "A set that is read from its files, images held out in memory."
-    labels = torch.as_tensor(whole.train_labels)
-    train, test = hold_out(labels, cfg.holdout, whole.sha256)
-    if whole.test_images is None:
-        x = torch.empty((len(test), cfg.in_chans, cfg.img_size, cfg.img_size), dtype=torch.uint8)
-        if len(test):
-            x = FolderStream([rows[i] for i in test], read).read_range(0, len(test))
-        whole = replace(whole, test_images=x, test_labels=labels[test])
-    stream = FolderStream([rows[i] for i in train], read)
-    return replace(whole, train_labels=labels[train], stream=stream)
-
-
-def _duplicates(base: Path, files: list, entries: list[Entry]) -> list[str]:
-    "Notes on files with the same bytes."
-    first, notes = {}, []
-    for f, e in zip(files, entries, strict=True):
-        name = _label(f, base)
-        if e.sha256 and first.setdefault(e.sha256, name) != name:
-            notes.append(f"duplicate, kept: {name} (same bytes as {first[e.sha256]})")
-    return notes
+    found, notes = list_folder(base)
+    indexed = len(found) >= INDEXED_FROM
+    cache = cache_folder(f"folder{cfg.img_size}x{cfg.in_chans}", base) if indexed else None
+    files = usable_files(cache, base, found, read, notes)
+    files.sort(key=lambda f: (f.label, f.sha256, str(f.path)))
+    if not files:
+        text = f"no usable image among {len(found)} candidate(s) ({', '.join(EXTENSIONS)})"
+        raise ValueError(f"{printable(base)}: {text}. {' | '.join(notes[:3])}")
+    for a, b in pairwise(files):
+        if a.sha256 == b.sha256:
+            name, other = (_label(f.path, base) for f in (b, a))
+            notes.append(f"duplicate, kept: {name} (same bytes as {other})")
+    names = sorted({f.label for f in files} - {""})
+    empty = [p for p in _class_folders(base) if names and p.name not in names]
+    notes += [f"empty class, dropped: {_label(p, base)}" for p in empty]
+    whole, size = FolderStream(files, names, read), len(files) * cfg.img_size**2 * cfg.in_chans
+    if size > resident_bytes:
+        notes.append(f"streamed: {len(files)} images of {size / 2**20:.1f} MiB together")
+        return _streamed("folder", whole, cfg, notes)
+    x = _pixels(cache, "all", files, read).permute(0, 2, 3, 1).numpy()
+    labels, sha256 = whole.labels.numpy(), content_sum(files)
+    return from_arrays("folder", x, labels, names, sha256, cfg.holdout, notes)
 
 
 def find_celeba64(
@@ -455,31 +413,24 @@ def celeba_files(
     expect=CELEBA,  # images of each split; None: any
 ) -> dict:  # {0: files of the training split, 1: validation, 2: test}
     "The files of CelebA by split. Raises where the list or an image of training or test is missing."
-    base, again = find_celeba64(root), how_to_get("celeba64", root)
+    base = find_celeba64(root)
     listed, images = base / "list_eval_partition.txt", base / "img_align_celeba"
-    splits = {k: [] for k in CELEBA}
-    lines = listed.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
+    splits, again = {k: [] for k in CELEBA}, how_to_get("celeba64", root)
+    for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
         name, _, k = line.strip().partition(" ")
-        if name and k.strip() not in ("0", "1", "2"):
-            raise ValueError(
-                f"{printable(listed)}, line {number}: {line[:80]!r} is not a file name and "
-                f"0, 1 or 2. {again}"
-            )
-        if name:
-            splits[int(k)].append(name)
-    found = {k: len(v) for k, v in splits.items()}
-    if expect and found != dict(expect):
-        raise ValueError(
-            f"{printable(listed)} names {found[0]}, {found[1]} and {found[2]} images (training, "
-            f"validation, test); CelebA has {expect[0]}, {expect[1]} and {expect[2]}. {again}"
-        )
+        if k not in ("0", "1", "2"):
+            text = f"{line[:80]!r} is not a file name and 0, 1 or 2"
+            raise ValueError(f"{printable(listed)}: {text}. {again}")
+        splits[int(k)].append(name)
+    found = [len(v) for v in splits.values()]
+    if expect and found != list(expect.values()):
+        text = f"names {found} images (training, validation, test)"
+        raise ValueError(f"{printable(listed)} {text}, not {list(expect.values())}. {again}")
     there = {e.name for e in os.scandir(images)}
     gone = [n for k in (0, 2) for n in splits[k] if n not in there]
     if gone:
-        total, first = sum(found.values()), printable(gone[0])
-        where = f"{len(gone)} of {total} images are not in {printable(images)}, first {first}"
-        raise missing("celeba64", root, where)
+        text = f"{len(gone)} of {sum(found)} images are not in {printable(images)}"
+        raise missing("celeba64", root, f"{text}, first {printable(gone[0])}")
     return {k: [images / n for n in sorted(v)] for k, v in splits.items()}
 
 
@@ -490,27 +441,21 @@ def load_celeba64(
     cache_dir=None,  # of the index; None: results/cache
 ) -> Data:  # in memory
     "CelebA, aligned and cropped, training split, with its test split held out (Section 5.1)."
-    check_size("celeba64", 64, 64, 3, cfg)
-    check_no_holdout(cfg)
+    check_size("celeba64", (64, 64, 3), cfg, own_test_split=True)
     splits, base = celeba_files(root, expect), Path(root) / "celeba" / "img_align_celeba"
-    cache = cache_folder("celeba64", base, cache_dir)
-    read = partial(read_image, img_size=64, crop=celeba_crop)
-    files = splits[0] + splits[2]
-    entries = index_files(cache, base, files, read)
-    known = dict(zip(files, entries, strict=True))
-    usable = {k: [f for f in splits[k] if not known[f].problem] for k in (0, 2)}
-    if not usable[0]:
-        first = next((e.problem for e in entries if e.problem), "none is listed")
-        raise ValueError(
-            f"{printable(base)}: no usable image among {len(splits[0])} of the training split; "
-            f"the first: {first}"
-        )
-    sets = []
-    for k, split in ((0, "train"), (2, "test")):
-        x = _pixels(cache, split, usable[k], [known[f] for f in usable[k]], read)
-        sets += [x, torch.zeros(len(x), dtype=torch.long)]
-    sha256 = content_sum((("", known[f].sha256) for f in usable[0]), "celeba64")
-    return Data("celeba64", *sets, 0, [], sha256, _notes(base, files, entries))
+    cache, notes, sets = cache_folder("celeba64", base, cache_dir), [], []
+    read = partial(read_image, img_size=64, in_chans=3, crop=celeba_crop)
+    files = [("", f) for k in (0, 2) for f in splits[k]]
+    files, train = usable_files(cache, base, files, read, notes), set(splits[0])
+    splits = {
+        "train": [f for f in files if f.path in train],
+        "test": [f for f in files if f.path not in train],
+    }
+    if not splits["train"]:
+        raise ValueError(f"{printable(base)}: no usable image; {' | '.join(notes[:3])}")
+    for split, rows in splits.items():
+        sets += [_pixels(cache, split, rows, read), torch.zeros(len(rows), dtype=torch.long)]
+    return Data("celeba64", *sets, 0, [], content_sum(splits["train"], "celeba64"), notes)
 
 
 IMAGENET = {"classes": 1000, "train": 1_281_167}
@@ -546,11 +491,8 @@ def imagenet_files(
         shown = ", ".join(printable(c) or "loose files" for c in other[:20])
         notes.append(f"not a class of ImageNet, ignored: {shown}")
     if expect is not None and len(names) != expect:
-        raise ValueError(
-            f"imagenet64: {len(names)} class folders in {printable(folder)}, ImageNet has "
-            f"{expect}, and with fewer the labels would mean other classes. For a part of "
-            f"ImageNet use dataset = folder:{folder} with img_size = 64"
-        )
+        text = f"{len(names)} class folders in {printable(folder)}, ImageNet has {expect}"
+        raise ValueError(f"{text}: for a part of it use dataset = folder:{folder}, img_size = 64")
     known = set(names)
     return sorted((c, f) for c, f in files if c in known), names, notes
 
@@ -562,39 +504,25 @@ def load_imagenet64(
     cache_dir=None,  # of the index; None: results/cache
 ) -> Data:  # streamed; held-out images in memory
     "ImageNet at 64x64: repeated box halving, bicubic, centre crop (Section 5.1)."
-    check_size("imagenet64", 64, 64, 3, cfg)
+    check_size("imagenet64", (64, 64, 3), cfg)
     train = imagenet_folder(root)
     read = partial(read_image, img_size=64, in_chans=3)
-    pairs, names, notes = imagenet_files(train, expect)
+    found, names, notes = imagenet_files(train, expect)
     cache = cache_folder("imagenet64", train, cache_dir)
-    kept = _usable(cache, train, pairs, read, notes)
-    if not kept:
+    files = usable_files(cache, train, found, read, notes)
+    if not files:
         raise ValueError(f"{printable(train)}: no usable image; {' | '.join(notes[:3])}")
-    if expect and len(kept) != IMAGENET["train"]:
-        notes.append(f"number of images: {len(kept)} usable, ImageNet has {IMAGENET['train']}")
-    val, held = train.parent / "val", (None, None)
-    pairs = [(c, f) for c, f in list_folder(val)[0] if c in set(names)] if val.is_dir() else []
-    if not pairs:
+    if expect and len(files) != IMAGENET["train"]:
+        notes.append(f"number of images: {len(files)} usable, ImageNet has {IMAGENET['train']}")
+    val, held = train.parent / "val", None
+    found = [(c, f) for c, f in list_folder(val)[0] if c in set(names)] if val.is_dir() else []
+    if not found:
         state = "has no folder of a class" if val.is_dir() else "is not there"
         notes.append(f"nothing held out: {printable(val)} {state}")
     elif cfg.holdout:
         raise ParameterError(f"holdout = {cfg.holdout}: {val} is held out already; use holdout = 0")
     else:
-        cache = cache.with_name(cache.name + "-val")
-        test = _usable(cache, val, pairs, read, notes)
-        x = _pixels(cache, "test", [f for _, f, _ in test], [e for *_, e in test], read)
-        held = x, torch.from_numpy(_numbers(names, test))
-    sha256 = content_sum(((c, e.sha256) for c, _, e in kept), "imagenet64")
-    labels = _numbers(names, kept)
-    rows = [(y, f, e) for y, (_, f, e) in zip(labels.tolist(), kept, strict=True)]
-    whole = Data("imagenet64", None, labels, *held, len(names), names, sha256, notes)
-    return _stream(whole, rows, read, cfg)
-
-
-def _usable(cache: Path, base: Path, pairs: list, read, notes: list[str]) -> list:
-    "(class, file, entry) of usable images; what is wrong with the others is added to the notes."
-    files = [f for _, f in pairs]
-    entries = index_files(cache, base, files, read)
-    notes += _notes(base, files, entries)
-    rows = [(c, f, e) for (c, f), e in zip(pairs, entries, strict=True)]
-    return [row for row in rows if not row[2].problem]
+        cache = cache.with_name(f"{cache.name}-val")
+        test = usable_files(cache, val, found, read, notes)
+        held = _pixels(cache, "test", test, read), FolderStream(test, names, read).labels
+    return _streamed("imagenet64", FolderStream(files, names, read), cfg, notes, held)

@@ -57,13 +57,9 @@ class Data:
         return len(self.train_labels)
 
     def __repr__(self):
-        where = "in memory" if self.stream is None else "streamed from files"
         return (
-            f"Data {self.name}: {len(self)} training images "
-            f"({'as latents' if self.inputs is not None else where}), "
-            f"{len(self.test_labels)} held out, shape {self.shape}, "
-            f"{self.num_classes or 'no'} classes, checksum {self.sha256[:12]}, "
-            f"{len(self.notes)} notes"
+            f"Data {self.name}: {len(self)} training images, {len(self.test_labels)} held out, "
+            f"shape {self.shape}, {self.num_classes or 'no'} classes, checksum {self.sha256[:12]}"
         )
 
 
@@ -177,10 +173,8 @@ def ordered_sum(
 def check_content(name: str, sha256: str, source: str):
     "Raise when a named set is not what its name promises."
     if sha256 != CONTENT[name]:
-        raise ValueError(
-            f"{name}: what was read from {source} is not {name}: its checksum is {sha256}, "
-            f"expected {CONTENT[name]}. Remove it and get it again"
-        )
+        text = f"what was read from {source} is not {name}: its checksum is {sha256}"
+        raise ValueError(f"{text}, expected {CONTENT[name]}. Remove it and get it again")
 
 
 def hold_out(
@@ -203,24 +197,17 @@ def hold_out(
     return torch.from_numpy(np.flatnonzero(~held)), torch.from_numpy(np.flatnonzero(held))
 
 
-def check_size(what: str, h: int, w: int, c: int, cfg: DataConfig):
-    "Raise `ParameterError` when images of fixed size are not what the configuration says."
-    if (h, w, c) == (cfg.img_size, cfg.img_size, cfg.in_chans):
-        return
-    todo = "crop them to squares, or use folder:PATH, which does"
-    if h == w:
-        todo = f"add -p img_size {h} -p in_chans {c}"
-    raise ParameterError(
-        f"{what}: images of {h}x{w} pixels and {c} channel(s), but img_size = {cfg.img_size} "
-        f"and in_chans = {cfg.in_chans}; {todo}"
-    )
-
-
-def check_no_holdout(cfg: DataConfig):
-    "Raise `ParameterError` when images are to be held out of a set that has a test split."
-    if cfg.holdout:
+def check_size(what: str, shape: tuple, cfg: DataConfig, own_test_split=False):
+    "Raise `ParameterError` when images (H, W, C) are not what the configuration says."
+    h, w, c = shape
+    if own_test_split and cfg.holdout:
+        text = f"holdout = {cfg.holdout}: {what} has a test split of its own; use holdout = 0"
+        raise ParameterError(text)
+    if (h, w, c) != (cfg.img_size, cfg.img_size, cfg.in_chans):
+        todo = f"add -p img_size {h} -p in_chans {c}" if h == w else "crop them to squares"
         raise ParameterError(
-            f"holdout = {cfg.holdout}: {cfg.dataset} has a test split of its own; use holdout = 0"
+            f"{what}: images of {h}x{w} pixels and {c} channel(s), but img_size = "
+            f"{cfg.img_size} and in_chans = {cfg.in_chans}; {todo}"
         )
 
 
@@ -257,13 +244,10 @@ def locate(dataset: str, root) -> Path:
         if p.exists():
             if p.is_dir() == (kind != "npz"):
                 return p
-            raise ValueError(
-                f"{printable(p)} is a {'folder' if p.is_dir() else 'file'}: folder:PATH takes a "
-                "folder of images, latents:PATH one of encoded images, npz:PATH a file of arrays"
-            )
-    wanted = "file" if kind == "npz" else "folder"
+            found, wanted = ("folder", "file") if p.is_dir() else ("file", "folder")
+            raise ValueError(f"{printable(p)} is a {found}; {kind}:PATH takes a {wanted}")
     looked = " and ".join(map(printable, places))
-    raise FileNotFoundError(f"dataset = {dataset!r}: no such {wanted}; looked for {looked}")
+    raise FileNotFoundError(f"dataset = {dataset!r}: nothing there; looked for {looked}")
 
 
 def walk(
@@ -314,12 +298,8 @@ def _stamp(dataset: str, root: str) -> str:
     files = [where / "index.json"] if kind == "latents" else [where]
     if kind == "folder":
         files += [folder / n for folder, names in walk(where) for n in ("", *names)]
-    h = hashlib.sha256()
-    for f in files:
-        state = os.stat(f) if os.path.exists(f) else os.lstat(f) if os.path.lexists(f) else None
-        known = (state.st_size, state.st_mtime_ns) if state else None
-        h.update(repr((str(f), known)).encode("utf-8", "surrogateescape"))
-    return h.hexdigest()
+    states = [(str(f), f.stat()) for f in files if f.exists()]
+    return repr([(name, s.st_size, s.st_mtime_ns) for name, s in states])
 
 
 @lru_cache(maxsize=4)
@@ -332,10 +312,8 @@ def _with_classes(data: Data, cfg: DataConfig) -> Data:
     "The data with as many classes as the configuration says."
     found, wanted = data.num_classes, cfg.num_classes
     if wanted and found > wanted:
-        raise ParameterError(
-            f"num_classes = {wanted}: {cfg.dataset} has labels 0..{found - 1}; "
-            f"set num_classes = {found}, or 0 to take it from the data"
-        )
+        text = f"num_classes = {wanted}: {cfg.dataset} has labels 0..{found - 1}"
+        raise ParameterError(f"{text}; set num_classes = {found}, or 0 for as many as there are")
     if not found or wanted in (0, found):
         return data
     names = data.class_names + [str(i) for i in range(found, wanted)]
@@ -344,25 +322,15 @@ def _with_classes(data: Data, cfg: DataConfig) -> Data:
 
 def _check_condition(exp: Experiment, data: Data):
     "Raise `ParameterError` when the data lack what the model is conditioned on."
-    cfg, condition = exp.data, exp.model.condition
+    cfg, condition, problem = exp.data, exp.model.condition, ""
     if condition == "class" and not data.num_classes:
-        raise ParameterError(
-            f"condition = 'class', but {cfg.dataset} has no labels: use condition = 'none' with "
-            "p_uncond = 0 and cfg_scale = 1, or give labels (folder: one sub-folder for each "
-            "class; npz: an array `labels`)"
-        )
-    if condition == "text":
-        if data.texts is None:
-            raise ParameterError(
-                f"condition = 'text', but {cfg.dataset} has no captions: "
-                "the sets with captions are mscoco256 and shapes"
-            )
-        found = tuple(data.texts.null.shape)
-        if found != (cfg.text_tokens, cfg.text_dim):
-            raise ParameterError(
-                f"text_tokens = {cfg.text_tokens}, text_dim = {cfg.text_dim}: "
-                f"the captions of {cfg.dataset} are encoded as {found[0]} x {found[1]}"
-            )
+        problem = "has no labels: use condition = 'none', p_uncond = 0, cfg_scale = 1, or add them"
+    elif condition == "text" and data.texts is None:
+        problem = "has no captions: use mscoco256 or shapes"
+    elif condition == "text" and data.texts.null.shape != (cfg.text_tokens, cfg.text_dim):
+        problem = f"has captions of {tuple(data.texts.null.shape)}: set text_tokens and text_dim"
+    if problem:
+        raise ParameterError(f"condition = {condition!r}, but {cfg.dataset} {problem}")
 
 
 def open_data(
@@ -375,9 +343,8 @@ def open_data(
     data = _with_classes(_load(key, root, _stamp(cfg.dataset, root)), cfg)
     if cfg.data_sha256 not in ("", data.sha256):
         raise ValueError(
-            f"{cfg.dataset}: the experiment was made with data of checksum {cfg.data_sha256[:16]}, "
-            f"but the files there now have {data.sha256[:16]}; bring back the old files, or leave "
-            "data_sha256 empty for a new experiment"
+            f"{cfg.dataset}: the experiment's data had checksum {cfg.data_sha256[:16]}, the files "
+            f"there have {data.sha256[:16]}: bring back the old ones, or leave data_sha256 empty"
         )
     _check_condition(exp, data)
     sha256 = "" if kind in CONTENT else data.sha256
@@ -471,10 +438,8 @@ class Batches:
     def __post_init__(self):
         data, self.device = self.data, torch.device(self.device)
         if self.batch_size < 1 or not len(data):
-            raise ParameterError(
-                f"batch_size = {self.batch_size} on {len(data)} training images: "
-                "both must be at least 1"
-            )
+            text = f"batch_size = {self.batch_size} on {len(data)} training images"
+            raise ParameterError(f"{text}: both must be at least 1")
         self.order = Order(len(data), self.batch_size, self.seed)
         self.rows = slice(self.part[0], None, self.part[1])
         self.texts = data.texts if self.condition == "text" else None

@@ -1,7 +1,7 @@
 """Stores of latents as data sets: moments to train on, held-out latents, a decoder to pixels."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from uvit_repro.config import DataConfig, ParameterError
 from uvit_repro.data.autoencoder import Autoencoder, load_autoencoder
 from uvit_repro.data.fetch import missing
 from uvit_repro.data.files import printable
-from uvit_repro.data.images import Data, hold_out, locate
+from uvit_repro.data.images import Data, check_size, hold_out, locate
 from uvit_repro.data.store import Store, StoreError
 
 
@@ -108,40 +108,27 @@ class LatentDecoder:
 
 def store_decoder(store: LatentStore, root, device, decoder: str) -> Autoencoder:
     "The autoencoder that encoded a store, or the one that the configuration names."
-    want = store.index["autoencoder"]
+    want, where = store.index["autoencoder"], printable(store.path)
     ae = load_autoencoder(decoder or want["name"], root, device)
     if not decoder and ae.sha256 != want["sha256"]:
-        raise StoreError(
-            f"{printable(store.path)} was encoded with {want['name']} of checksum "
-            f"{want['sha256'][:16]}, what is found under this name has {ae.sha256[:16]}: "
-            "name the right one with decoder, or bring it back"
-        )
+        text = f"{where} was encoded with another autoencoder of the name {want['name']!r}"
+        raise StoreError(f"{text}: name the right one with decoder, or bring it back")
     if 2 * ae.latent_chans != store.shape[0]:
-        raise ParameterError(
-            f"decoder = {decoder!r} takes latents of {ae.latent_chans} channels, "
-            f"{printable(store.path)} has {store.shape[0] // 2}"
-        )
+        text = f"decoder = {decoder!r} takes latents of {ae.latent_chans} channels"
+        raise ParameterError(f"{text}, {where} has {store.shape[0] // 2}")
     return ae
 
 
 def _check(store: LatentStore, cfg: DataConfig):
     "Raise `ParameterError` where a store is not what the configuration says."
     (c2, h, w), own = store.shape, store.index["source"]["held_out"]
-    where, factor = printable(store.path), store.index["statistics"]["scale"]
-    if (h, w, c2 // 2) != (cfg.img_size, cfg.img_size, cfg.in_chans):
-        raise ParameterError(
-            f"{where}: latents of {c2 // 2}x{h}x{w}, but img_size = {cfg.img_size} and in_chans = "
-            f"{cfg.in_chans}; add -p img_size {h} -p in_chans {c2 // 2}"
-        )
+    check_size(f"latents in {printable(store.path)}", (h, w, c2 // 2), cfg)
     if cfg.latent_scale <= 0:
-        raise ParameterError(
-            f"latent_scale = {cfg.latent_scale}: a factor above 0; for unit variance {factor:.5g}"
-        )
+        factor = store.index["statistics"]["scale"]
+        raise ParameterError(f"latent_scale = 0: must be above 0; for unit variance {factor:.5g}")
     if own and cfg.holdout not in (0, own):
-        raise ParameterError(
-            f"holdout = {cfg.holdout}: {where} has {own} held-out images of its own; "
-            "use holdout = 0"
-        )
+        text = f"holdout = {cfg.holdout}: there are {own} held-out images of its own"
+        raise ParameterError(f"{text} in {printable(store.path)}; use holdout = 0")
 
 
 def from_store(
@@ -167,21 +154,11 @@ def from_store(
     means = [store.read(i).float().chunk(2, 1)[0] for i in test.split(1000)]
     if decode is None:
         decode = LatentDecoder(lambda d, on: store_decoder(store, root, on, d), cfg.latent_scale)
-    names = list(store.index["class_names"])
-    return Data(
-        name,
-        take(train),
-        labels[train],
-        held,
-        labels[test],
-        len(names),
-        names,
-        store.sha256,
-        list(store.index["notes"]),
-        inputs=Inputs(store, train),
-        test_inputs=cfg.latent_scale * torch.cat(means),
-        decode=decode,
-    )
+    names, notes = list(store.index["class_names"]), list(store.index["notes"])
+    split = take(train), labels[train], held, labels[test]
+    data = Data(name, *split, len(names), names, store.sha256, notes, decode=decode)
+    latents = cfg.latent_scale * torch.cat(means)
+    return replace(data, inputs=Inputs(store, train), test_inputs=latents)
 
 
 def load_latents(

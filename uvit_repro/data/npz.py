@@ -78,13 +78,11 @@ def load_npz(
     "A user's arrays."
     path = locate(cfg.dataset, root)
     images, labels, notes = read_npz(path)
-    check_size(printable(path), *images.shape[1:], cfg)
+    check_size(printable(path), images.shape[1:], cfg)
     K = 0 if labels is None else int(labels.max()) + 1
     if max(len(images), MOST_CLASSES) < K:
-        raise ValueError(
-            f"{printable(path)}: labels up to {K - 1} for {len(images)} images; "
-            "number the classes 0..K-1"
-        )
+        text = f"labels up to {K - 1} for {len(images)} images; number the classes 0..K-1"
+        raise ValueError(f"{printable(path)}: {text}")
     if labels is None:
         labels = np.zeros(len(images), np.int64)
     images, labels = canonical(images, labels)

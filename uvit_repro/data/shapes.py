@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from uvit_repro.config import DataConfig, ParameterError, key_seed
-from uvit_repro.data.images import Data, Prompts, check_content, ordered_sum
+from uvit_repro.data.images import Data, Prompts, check_content, check_size, ordered_sum
 
 COLOURS = {
     "red": (214, 39, 40),
@@ -111,12 +111,11 @@ def _scenes() -> dict:
     groups = [Group(n, *k) for n in (1, 2) for k in KINDS]
     pairs = [(a, b) for a in groups for b in groups]
     found = {}
-    for half in HALVES:
-        for g in [(g,) for g in groups] + pairs:
-            scene = Scene(half, g)
-            found[caption(scene)] = scene
-            if len(g) == 1:
-                found[caption(scene, 1)] = scene
+    for half, g in itertools.product(HALVES, [(g,) for g in groups] + pairs):
+        scene = Scene(half, g)
+        found[caption(scene)] = scene
+        if len(g) == 1:
+            found[caption(scene, 1)] = scene
     return found
 
 
@@ -125,11 +124,9 @@ def parse_caption(text: str) -> Scene:
     words = " ".join(text.lower().split())
     scene = _scenes().get(words.replace("one ", "a "))
     if scene is None:
-        raise ParameterError(
-            f"{text!r} is no caption of shapes; try 'a red circle above two blue squares' or "
-            f"'a red circle at the top': colours {', '.join(COLOURS)}; forms {', '.join(FORMS)}; "
-            f"a or two; {', '.join(RELATIONS.values())}; at the top or bottom, on the left or right"
-        )
+        known = f"colours {', '.join(COLOURS)}; forms {', '.join(FORMS)}; a or two; places"
+        example = "'a red circle above two blue squares', 'a red circle at the top'"
+        raise ParameterError(f"{text!r} is no caption of shapes; try {example} ({known})")
     return scene
 
 
@@ -305,12 +302,7 @@ def load_shapes(
     root=None,  # not used: the pictures are drawn
 ) -> Data:  # pictures drawn from a fixed seed, one in 32 held out
     "Pictures of coloured forms with captions, and an exact judge of samples (not in the paper)."
-    if (cfg.img_size, cfg.in_chans) != (2 * CELL, 3) or cfg.holdout or cfg.num_classes:
-        raise ParameterError(
-            f"shapes: img_size = {cfg.img_size}, in_chans = {cfg.in_chans}, holdout = "
-            f"{cfg.holdout}, num_classes = {cfg.num_classes}; it has 16x16 pixels, 3 channels, "
-            "a held-out set of its own (holdout = 0), no classes (0)"
-        )
+    check_size("shapes", (2 * CELL, 2 * CELL, 3), cfg, own_test_split=True)
     rng = random.Random(key_seed("shapes scenes"))
     scenes = [draw_scene(rng) for _ in range(N_SHAPES)]
     x = draw_pictures(scenes, "set")

@@ -99,18 +99,15 @@ def _begin(path: Path, job: dict, say):
         ours = [r["job"] == digest(job) for r in shards if r]
         there = [p.name for p in path.iterdir() if p.name != ".lock" and ".damaged-" not in p.name]
         if not all(ours) or (there and not ours and not begun):
-            raise ParameterError(
-                f"{printable(path)} is not empty ({printable(', '.join(sorted(there)[:3]))}) and "
-                "no store of this: give another folder"
-            )
+            shown = printable(", ".join(sorted(there)[:3]))
+            text = f"{printable(path)} is not empty ({shown}) and no store of this"
+            raise ParameterError(f"{text}: give another folder")
         write_checked_json(path / "job.json", job)
     elif old != job:
         differ = [k for k in job if old.get(k) != job[k]]
         text = "; ".join(f"{k} = {old.get(k)!r} there, {job[k]!r} here" for k in differ)
-        raise ParameterError(
-            f"{printable(path)} holds something else ({text[:200]}). "
-            "Give another folder, or remove this one"
-        )
+        text = f"{printable(path)} holds something else ({text[:200]})"
+        raise ParameterError(f"{text}: give another folder, or remove this one")
 
 
 def write_store(
@@ -123,10 +120,8 @@ def write_store(
     "Encode what a store lacks. The same call resumes, repairs, or finds that all is done."
     path, size, batch = Path(path), job["shard_rows"], job["batch"]
     if job["dtype"] not in ("float32", "float16") or batch < 1 or size < batch or size % batch:
-        raise ParameterError(
-            f"dtype = {job['dtype']!r}, batch = {batch}, shard_rows = {size}: "
-            "float32 or float16, and whole batches in a shard"
-        )
+        text = f"dtype = {job['dtype']!r}, batch = {batch}, shard_rows = {size}"
+        raise ParameterError(f"{text}: float32 or float16, and whole batches in a shard")
     spans = [(a, min(a + size, job["count"])) for a in range(0, job["count"], size)]
     with run_lock(path, say):
         sweep_unfinished(path)
@@ -172,10 +167,8 @@ class Store:
             raise StoreError(f"{e}. {AGAIN}") from None
         found = tuple(self.index.get(k) for k in ("format", "version"))
         if found != (FORMAT, VERSION) or self.kind not in ("", self.index["kind"]):
-            raise StoreError(
-                f"{shown} holds {self.index.get('kind')!r} in format {found}; wanted "
-                f"{self.kind or 'any kind'!r} in format {(FORMAT, VERSION)}"
-            )
+            text = f"{shown} holds {self.index.get('kind')} in format {found}"
+            raise StoreError(f"{text}; wanted {self.kind} in format {(FORMAT, VERSION)}")
         self._refuse(self.problems(thorough=False))
         self.ends = np.cumsum(self.index["rows"])
 
@@ -237,10 +230,8 @@ class Store:
     def records(self) -> list[dict]:
         "What was noted about each shard."
         try:
-            return [
-                read_checked_json(self.path / f"shard-{k:05d}.json")
-                for k in range(len(self.index["rows"]))
-            ]
+            names = [f"shard-{k:05d}.json" for k in range(len(self.index["rows"]))]
+            return [read_checked_json(self.path / n) for n in names]
         except (DamagedFile, FileNotFoundError) as e:
             raise StoreError(f"{e}. {AGAIN}") from None
 
