@@ -219,7 +219,6 @@ def test_a_killed_benchmark_can_be_published(tmp_path, monkeypatch):
     publish_bench(record.folder)
     df = load_bench("published")
     assert df.status[0] == "stopped" and df.option[0] == 'a, "b"' and df["max"][0] == 0.3
-    assert Record({"machine": "Box (9)"}).folder != record.folder  # in the same second
     record.write(status="failed")
     with pytest.raises(ValueError, match="not evidence"):
         publish_bench(record.folder)
@@ -250,7 +249,10 @@ def test_published_records_load():
     assert "matrix" not in set(df.attention) and "math" in set(df.attention)
     table = speed_table(newest(df))
     row = table[(table.what == "train") & (table.precision == "bf16")].iloc[0]
-    assert (row.over_released, row.of_ceiling) == ("2.10x [2.00, 2.14]", "77 %")
+    assert (row["over released code"], row["share of matrix rate"]) == (
+        "2.10x [2.00, 2.14]",
+        "77 %",
+    )
 
 
 def test_released_code_beside_ours(checkout, tmp_path, capsys):
@@ -403,7 +405,7 @@ def test_a_killed_session_resumes(tmp_path, monkeypatch, capsys):
     tried = []
 
     def run_step(step, args, seconds):
-        tried.append(step.work.__name__)
+        tried.append(step.name)
         if len(tried) == 2:
             raise KeyboardInterrupt
         return {"status": "ok", "seconds": 0.0, "found": {}}
@@ -427,7 +429,7 @@ def test_a_step_that_hangs_is_stopped(tmp_path):
 
 
 def test_steps_of_a_session(tmp_path, capsys):
-    for name in ("compare_s2", "sample_large"):
+    for name in ("compare_s2", "sample_h2"):
         assert gpu_session.main(["--rehearse", "--step", name, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "compare_s2.json").read_text(encoding="utf-8"))
     assert any("attention" in name for name in found["attention kernels of ours"])

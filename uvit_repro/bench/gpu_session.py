@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ from uvit_repro.data.files import write_json
 from uvit_repro.runs.certificate import certificate, golden_forward
 from uvit_repro.runs.devices import pick_device
 from uvit_repro.runs.experiment import run_experiment
+
+COMMAND = (sys.executable, "-m", "uvit_repro.bench.gpu_session")
 
 
 def certify(args: argparse.Namespace) -> dict:
@@ -68,16 +71,6 @@ def compare_s2(args: argparse.Namespace) -> dict:
     return result
 
 
-def train_large(args: argparse.Namespace) -> dict:
-    "L/2 and H/2 training."
-    return benchmark(args, models=(L2, H2), what=("train",))
-
-
-def sample_large(args: argparse.Namespace) -> dict:
-    "H/2: sampling without guidance, memory and time with activation checkpointing."
-    return benchmark(args, models=(H2,), what=("sample", "checkpointing"))
-
-
 def first_updates(args: argparse.Namespace) -> dict:
     "The first 2,500 updates of protocol gpu, adopted and without skips, with samples to look at."
     protocol, short = "gpu", {"n_steps": 2500, "keep_checkpoint": True}
@@ -96,34 +89,33 @@ def first_updates(args: argparse.Namespace) -> dict:
 class Step:
     "One part of the session."
 
+    name: str
     work: Callable  # (arguments) -> findings
     minutes: float  # predicted on one H200
     limit: float  # minutes after which it is stopped
 
 
 STEPS = (
-    Step(certify, 3, 4),
-    Step(compare_s2, 3.5, 5),
-    Step(train_large, 5, 6.5),
-    Step(sample_large, 6, 7.5),
-    Step(first_updates, 7, 10),
+    Step("certify", certify, 3, 4),
+    Step("compare_s2", compare_s2, 3.5, 5),
+    Step("train_large", partial(benchmark, models=(L2, H2), what=("train",)), 5, 6.5),
+    Step("sample_h2", partial(benchmark, models=(H2,), what=("sample", "checkpointing")), 6, 7.5),
+    Step("first_updates", first_updates, 7, 10),
 )
 
 
 def run_step(step: Step, args: argparse.Namespace, seconds: float) -> dict:  # of session.json
     "Run a step in a process of its own, which may crash or be stopped alone."
-    name, begin = step.work.__name__, time.perf_counter()
-    command = [sys.executable, "-m", "uvit_repro.bench.gpu_session", "--step", name]
-    command += ["--out", str(args.out), "--peer", args.peer, "--budget", str(seconds)]
-    command += ["--rehearse"] if args.rehearse else []
-    with open(args.out / f"{name}.log", "a", encoding="utf-8") as log:
+    begin, result = time.perf_counter(), args.out / f"{step.name}.json"
+    command = [*COMMAND, "--step", step.name, "--out", str(args.out), "--peer", args.peer]
+    command += ["--budget", str(seconds), *(["--rehearse"] if args.rehearse else [])]
+    with open(result.with_suffix(".log"), "a", encoding="utf-8") as log:
         try:
             code = subprocess.run(command, stdout=log, stderr=log, timeout=seconds).returncode
             status = "ok" if code == 0 else f"failed with exit code {code}, see {log.name}"
         except subprocess.TimeoutExpired:
             status = f"stopped after {seconds:.0f} s"
-    path = args.out / f"{name}.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if status == "ok" else None
+    found = json.loads(result.read_text(encoding="utf-8")) if status == "ok" else None
     return {"status": status, "seconds": time.perf_counter() - begin, "found": found}
 
 
@@ -132,15 +124,15 @@ def run_session(args: argparse.Namespace) -> dict:  # name of a step -> what bec
     path, begin = args.out / "session.json", time.perf_counter()
     done = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for step in STEPS:
-        name, left = step.work.__name__, args.budget - (time.perf_counter() - begin)
-        if done.get(name, {}).get("status") == "ok":
+        left = args.budget - (time.perf_counter() - begin)
+        if done.get(step.name, {}).get("status") == "ok":
             continue
-        print(f"{name}: {step.minutes:g} min predicted, {left / 60:.1f} min left", flush=True)
-        done[name] = {"status": "not run: too little time was left"}
+        print(f"{step.name}: {step.minutes:g} min predicted, {left / 60:.1f} min left", flush=True)
+        done[step.name] = {"status": "not run: too little time was left"}
         if args.rehearse or left > 30 * step.minutes:  # half of what is predicted
-            done[name] = run_step(step, args, min(60 * step.limit, left))
+            done[step.name] = run_step(step, args, min(60 * step.limit, left))
         write_json(path, done)
-        print(f"{name}: {done[name]['status']}", flush=True)
+        print(f"  {done[step.name]['status']}", flush=True)
     return done
 
 
@@ -152,18 +144,17 @@ def main(argv: list = None) -> int:
     parser.add_argument("--budget", type=float, default=1500, help="seconds (default: 1500)")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on a CPU")
     parser.add_argument("--detach", action="store_true", help="run in the background")
-    parser.add_argument("--step", choices=[s.work.__name__ for s in STEPS], help="only this one")
+    parser.add_argument("--step", choices=[s.name for s in STEPS], help="only this one")
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     args.device = "cpu" if args.rehearse else "auto"
     args.out.mkdir(parents=True, exist_ok=True)
     if args.step:
-        work = next(s.work for s in STEPS if s.work.__name__ == args.step)
+        work = {s.name: s.work for s in STEPS}[args.step]
         write_json(args.out / f"{args.step}.json", work(args))
         return 0
     if args.detach:
-        again = [sys.executable, "-m", "uvit_repro.bench.gpu_session"]
-        again += [a for a in argv if a != "--detach"]
+        again = [*COMMAND, *(a for a in argv if a != "--detach")]
         with open(args.out / "session.log", "a", encoding="utf-8") as log:
             subprocess.Popen(again, stdout=log, stderr=log, start_new_session=True)
         print(f"started: see session.log and session.json in {args.out}")

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import hashlib
 import importlib
 import io
 import logging
@@ -25,11 +24,11 @@ from uvit_repro.bench.contestants import (
 )
 from uvit_repro.bench.results import bench_row
 from uvit_repro.config import Experiment, ParameterError
+from uvit_repro.data.files import sha256_file
 from uvit_repro.runs.devices import tf32_off
 from uvit_repro.sample import initial_noise
 
 MODULES = ("libs.uvit", "sde", "utils", "dpm_solver_pytorch")
-TEXT_MODULE = "libs.uvit_t2i"
 MAX_OUTPUT_DIFFERENCE = 1e-5  # absolute, one forward pass in float32
 MAX_IMAGE_DIFFERENCE = 1e-4  # of the largest value, a short solve in float32
 
@@ -74,26 +73,24 @@ class Peer:
 
     def __init__(self, folder):
         self.folder = Path(folder).expanduser().resolve()
-        files = {n: self.folder / f"{n.replace('.', '/')}.py" for n in (*MODULES, TEXT_MODULE)}
-        missing = [files[n].name for n in MODULES if not files[n].is_file()]
+        files = [self.folder / f"{n.replace('.', '/')}.py" for n in MODULES]
+        missing = [path.name for path in files if not path.is_file()]
         if missing:
             raise ParameterError(
                 f"peer = {str(folder)!r} is not a checkout of the released U-ViT "
                 f"({', '.join(missing)} missing). "
                 "Fetch one with: git clone https://github.com/baofff/U-ViT"
             )
-        checksum = hashlib.sha256(files["libs.uvit"].read_bytes()).hexdigest()
-        self.version = f"sha256 of libs/uvit.py {checksum}"
-        names = tuple(n for n in files if files[n].is_file())
+        self.version = f"sha256 of libs/uvit.py {sha256_file(files[0])}"
         try:
-            with isolated_imports(self.folder, names):
-                self.modules = {n: importlib.import_module(n) for n in names}
+            with isolated_imports(self.folder, MODULES):
+                modules = [importlib.import_module(n) for n in MODULES]
         except ImportError as e:
             raise ParameterError(
                 f"peer = {str(folder)!r} can't be imported: {e}. "
                 "Install what it needs, or check that the checkout is complete"
             ) from None
-        self.uvit, self.sde, self.utils, self.solver = (self.modules[n] for n in MODULES)
+        self.uvit, self.sde, self.utils, self.solver = modules
         self.attention = getattr(self.uvit, "ATTENTION_MODE", "unknown")
 
     def network(self, exp: Experiment, checkpoint: bool = False) -> nn.Module:
@@ -104,12 +101,8 @@ class Peer:
         sizes.update({n: getattr(m, n) for n in names})
         sizes.update(depth=m.depth - 1, conv=m.conv == "after")
         with torch.device("meta"):  # drawn weights would only be overwritten
-            if m.condition == "text":
-                text = {"clip_dim": d.text_dim, "num_clip_token": d.text_tokens}
-                net = self.modules[TEXT_MODULE].UViT(**sizes, **text)
-            else:
-                classes = d.num_classes + (exp.train.p_uncond > 0) if m.condition == "class" else -1
-                net = self.uvit.UViT(**sizes, num_classes=classes)
+            classes = d.num_classes + (exp.train.p_uncond > 0) if m.condition == "class" else -1
+            net = self.uvit.UViT(**sizes, num_classes=classes)
         net.load_state_dict(bench_network(exp).state_dict(), assign=True)
         return net
 
@@ -194,13 +187,9 @@ class PeerSampling(PeerContestant):
         net = peer_accelerator(self.precision, self.device).prepare(net).eval()
         scale = self.ours.sampling.cfg_scale - 1  # their scale is ours less 1
 
-        def guided(x, t, **cond):  # two calls, as released
-            if "y" in cond:
-                null = {"y": torch.full_like(cond["y"], d.num_classes)}
-            else:
-                null = {"context": torch.zeros_like(cond["context"])}
-            out = net(x, t, **cond)
-            return out + scale * (out - net(x, t, **null))
+        def guided(x, t, y):  # two calls, as released
+            out = net(x, t, y=y)
+            return out + scale * (out - net(x, t, y=torch.full_like(y, d.num_classes)))
 
         self.model = self.peer.score_model(guided if scale else net)
         shape = (d.in_chans, d.img_size, d.img_size)

@@ -1,6 +1,5 @@
 """The record of a benchmark: written as it comes, read by the report."""
 
-import csv
 import json
 import re
 import shutil
@@ -14,17 +13,16 @@ from uvit_repro.data.files import write_atomic, write_json
 from uvit_repro.runs.records import published_root, runs_root
 from uvit_repro.runs.timing import Spread
 
-TEXTS = "what", "model", "precision", "attention", "compile", "impl", "option", "metric", "unit"
-BENCH_COLUMNS = [*TEXTS, "img_size", "in_chans", "batch"]
-BENCH_COLUMNS += ["value", "low", "high", "min", "max", "repeats", "note"]
-
-
+BENCH_COLUMNS = ["what", "model", "img_size", "in_chans", "batch", "precision", "attention"]
+BENCH_COLUMNS += ["compile", "impl", "option", "metric", "value", "unit", "low", "high"]
+BENCH_COLUMNS += ["min", "max", "repeats", "note"]
+NUMBERS = ("img_size", "in_chans", "batch", "value", "low", "high", "min", "max", "repeats")
 SPEED_COLUMNS = {  # metric: column of `speed_table`
     "seconds": "time",
-    "images_per_second": "images_per_second",
-    "mfu": "of_ceiling",
+    "images_per_second": "images per second",
+    "mfu": "share of matrix rate",
     "peak_memory": "memory",
-    "speedup": "over_released",
+    "speedup": "over released code",
 }
 
 
@@ -57,11 +55,9 @@ class Record:
     ):
         name = re.sub("[^a-z0-9]+", "-", info["machine"].lower()).strip("-")
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-        root, k = runs_root(out_dir), 1
-        while (folder := root / f"bench-{name}-{stamp}{f'-{k}' * (k > 1)}").exists():
-            k += 1
-        folder.mkdir(parents=True)
-        self.folder, self.jobs, self.start = folder, {}, time.perf_counter()
+        self.folder = runs_root(out_dir) / f"bench-{name}-{stamp}"
+        self.folder.mkdir(parents=True)
+        self.jobs, self.start = {}, time.perf_counter()
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self.info = {**info, "status": "running", "started": started, "error": None}
         self.info.update(times={}, left=[], errors={})
@@ -81,22 +77,16 @@ class Record:
         "Write the record, with more about the run."
         self.info.update(info, seconds=time.perf_counter() - self.start)
 
-        def write_rows(path):
-            with open(path, "w", newline="", encoding="utf-8") as f:
-                writer = csv.DictWriter(f, BENCH_COLUMNS, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(self.rows)
-
-        write_atomic(self.folder / "bench.csv", write_rows)
+        table = pd.DataFrame(self.rows, columns=BENCH_COLUMNS, dtype=object)
+        write_atomic(self.folder / "bench.csv", lambda path: table.to_csv(path, index=False))
         write_json(self.folder / "bench.json", self.info)
 
 
 def read_bench(folder: Path):  # DataFrame
     "One recorded benchmark. Records of before 2026-11-21 called the attention path `math` `matrix`."
     info = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
-    texts = dict.fromkeys([*TEXTS, "note"], str)
-    df = pd.read_csv(folder / "bench.csv", dtype=texts).reindex(columns=BENCH_COLUMNS)
-    df = df.fillna(dict.fromkeys(texts, ""))
+    texts = {name: str for name in BENCH_COLUMNS if name not in NUMBERS}
+    df = pd.read_csv(folder / "bench.csv", dtype=texts).fillna(dict.fromkeys(texts, ""))
     about = {k: info.get(k, "") for k in ("machine", "device", "started", "status")}
     return df.assign(attention=df.attention.replace("matrix", "math"), folder=str(folder), **about)
 
@@ -182,27 +172,9 @@ def speed_table(
     key = ["machine", "what", "model", "option", "batch", "precision"]
     table = shown.pivot_table("text", key, "metric", "first", sort=False)
     table = table.reindex(columns=list(SPEED_COLUMNS)).rename(columns=SPEED_COLUMNS)
-    table["over_released"] = table.over_released.fillna("not run: --peer DIR")
+    ratio = SPEED_COLUMNS["speedup"]
+    table[ratio] = table[ratio].fillna("not run: --peer DIR")
     seconds = shown[shown.metric == "seconds"].set_index(key)
-    table = table.assign(when=seconds.started, note=seconds.note)
-    return table.fillna("-").reset_index().rename_axis(columns=None)
-
-
-def plot_speedup(
-    df,  # of `newest`
-    ax=None,
-):  # matplotlib axes
-    "Ratio to the released code with its quartiles."
-    import matplotlib.pyplot as plt
-
-    d = df[df.metric == "speedup"]
-    ax = ax or plt.subplots(figsize=(8, 0.8 + 0.4 * len(d)))[1]
-    names = d.what + " " + d.model + ", " + d.precision + " " + d.option + "\n" + d.machine
-    ax.errorbar(d.value, names, xerr=[d.value - d.low, d.high - d.value], fmt="o", capsize=3)
-    for name, value in zip(names, d.value, strict=True):
-        ax.annotate(f"{value:.2f}x", (value, name), xytext=(0, 6), textcoords="offset points")
-    ax.invert_yaxis()
-    ax.axvline(1, color="0.3", lw=1)
-    ax.set_xlim(0, 1.15 * max(d.high.max(), 1))
-    ax.set_xlabel("times as fast as the released code, same run")
-    return ax
+    table["benchmark"] = seconds.folder.map(lambda folder: Path(folder).name)
+    table = table.assign(note=seconds.note).fillna("-").reset_index().rename_axis(columns=None)
+    return table.astype({"batch": int})

@@ -14,7 +14,6 @@ from uvit_repro.bench.contestants import (
     Feeding,
     FreshProcess,
     Sampling,
-    Solver,
     Training,
     TrainingOptions,
     bench_experiment,
@@ -23,19 +22,10 @@ from uvit_repro.bench.peer import OutputsDiffer, Peer, PeerSampling, PeerTrainin
 from uvit_repro.bench.results import Record, bench_row, row_line
 from uvit_repro.bench.targets import H2, L2, S2, check_targets
 from uvit_repro.config import ParameterError
+from uvit_repro.runs import timing
 from uvit_repro.runs.devices import pick_device
 from uvit_repro.runs.execution import AUTOCAST, choose_attention, wants_compile
 from uvit_repro.runs.records import conditions
-from uvit_repro.runs.timing import (
-    free_memory,
-    interleaved,
-    matmul_rate,
-    memory_bandwidth,
-    memory_in_use,
-    paired_ratio,
-    peak_memory,
-    spread,
-)
 
 CHOICES = {
     "what": ("train", "sample", "features", "data", "checkpointing", "start"),
@@ -123,7 +113,7 @@ class Job:
 
     label: str
     model: str
-    contestants: dict  # name -> Contestant; special names: released, solver, without
+    contestants: dict  # name -> Contestant; special names: released, without
     repeats: int
 
 
@@ -137,21 +127,19 @@ def verdict(ratio) -> str:  # of a Spread: time without something over time with
 def contestant_rows(c: Contestant, name: str, times: dict, memory, rate: float) -> list:
     "Time, images per second, memory, share of the ceiling, ratios to the others."
     t = np.array(times[name])
-    rows = [("seconds", spread(t), "s")]
+    rows = [("seconds", timing.spread(t), "s")]
     if c.items:
-        rows.append((f"{c.unit}_per_second", spread(c.items / t), "1/s"))
+        rows.append((f"{c.unit}_per_second", timing.spread(c.items / t), "1/s"))
     if memory:
         rows.append(("peak_memory", float(memory), "bytes"))
     if c.flops:
-        rows.append(("flops_per_second", spread(c.flops / t), "FLOP/s"))
-        rows.append(("mfu", spread(c.flops / t / rate), "of the matrix rate"))
+        rows.append(("flops_per_second", timing.spread(c.flops / t), "FLOP/s"))
+        rows.append(("mfu", timing.spread(c.flops / t / rate), "of the matrix rate"))
     if "released" in times and name != "released":
-        rows.append(("speedup", paired_ratio(times["released"], t), "x"))
-    if "solver" in times and name != "released":
-        rows.append(("solver_share", spread(100 * np.array(times["solver"]) / t), "%"))
+        rows.append(("speedup", timing.paired_ratio(times["released"], t), "x"))
     found = [bench_row(c.columns, *row) for row in rows]
     if "without" in times and name != "without":
-        ratio = paired_ratio(times["without"], t)
+        ratio = timing.paired_ratio(times["without"], t)
         found.append(bench_row(c.columns, "worth", ratio, "x", note=verdict(ratio)))
     return found
 
@@ -184,11 +172,10 @@ class Bench:
         return Job(f"train {model} batch {batch}", model, ours, s.repeats)
 
     def sample_job(self, model: str, guided: bool) -> Job:
-        "Sets of images: ours in each precision, the solver alone, and the released code's."
+        "Sets of images: ours in each precision, and the released code's."
         exp, s = bench_experiment(model, self.settings.images), self.settings
         how = self.device, s.nfe, guided
         ours = {p: Sampling(exp, self.options(exp, p), *how) for p in s.precision}
-        ours["solver"] = Solver(exp, TrainingOptions(), *how)
         if self.peer:
             ours["released"] = PeerSampling(self.peer, ours[s.precision[0]])
         return Job(
@@ -264,30 +251,27 @@ class Bench:
             yield Job("data", "-", {"resident": Feeding(s.batch[-1], self.device)}, s.repeats)
 
     def measure_ceilings(self) -> None:
-        "What this machine can do at all: matrix products and copying."
+        "What this machine can do at all."
         sizes = (256,) if self.settings.quick else None
         for p in AUTOCAST if self.device.type == "cuda" else ("fp32", "bf16"):
-            self.rates[p] = matmul_rate(self.device, AUTOCAST[p] or torch.float32, sizes)
-        bandwidth = memory_bandwidth(self.device, 4 if self.settings.quick else None)
+            self.rates[p] = timing.matmul_rate(self.device, AUTOCAST[p] or torch.float32, sizes)
         machine = {"what": "machine", "model": "-", "impl": "ours"}
         rows = [
             bench_row(machine, "matrix_rate", rate, "FLOP/s", precision=p)
             for p, rate in self.rates.items()
         ]
-        rows.append(bench_row(machine, "bandwidth", bandwidth, "bytes/s"))
-        self.record.info["ceilings"] = {**self.rates, "bandwidth": bandwidth}
         self.record.put("machine", rows, {})
         rates = ", ".join(f"{r / 1e12:.3g} TFLOP/s {p}" for p, r in self.rates.items())
-        self.say(f"matrix products here: {rates}; memory {bandwidth / 1e9:.3g} GB/s")
+        self.say(f"matrix products here: {rates}")
 
     def prepare(self, contestant: Contestant) -> int | None:  # peak memory in bytes
         "Build and warm up a contestant; its first calls do not count as memory."
-        base, peak = memory_in_use(self.device), None
+        base, peak = timing.memory_in_use(self.device), None
         contestant.prepare()
         for _ in range(contestant.warmup):
             contestant.call()
         if contestant.flops:
-            peak = peak_memory(contestant.call, self.device)
+            peak = timing.peak_memory(contestant.call, self.device)
         contestant.note_compilation()
         return None if None in (base, peak) else max(peak - base, 0)
 
@@ -307,11 +291,11 @@ class Bench:
             except torch.OutOfMemoryError:
                 note = f"not run: out of memory on {self.device}"
                 rows.append(bench_row(c.columns, "seconds", None, "s", note=note))
-                free_memory(self.device)
+                timing.free_memory(self.device)
         fill = 0 if job.repeats < self.settings.repeats else 0.05  # seconds of a repetition
-        for times in interleaved(calls, job.repeats, self.device, fill, self.out_of_time):
+        for times in timing.interleaved(calls, job.repeats, self.device, fill, self.out_of_time):
             rows = [r for r in rows if r["value"] is None]
-            for name in calls.keys() - {"solver"}:
+            for name in calls:
                 c = job.contestants[name]
                 rate = self.rates.get(c.columns.get("precision"))
                 rows += contestant_rows(c, name, times, memory[name], rate)
@@ -337,7 +321,7 @@ class Bench:
             except Exception as e:
                 self.record.info["errors"][job.label] = f"{type(e).__name__}: {e}"
                 self.say(f"  failed: {type(e).__name__}: {e}")
-            free_memory(self.device)
+            timing.free_memory(self.device)
 
 
 def run_bench(

@@ -41,14 +41,12 @@ TARGETS = (
     Target("cuda", "train", H2, "worth", 0.87, batch=128, option=KEPT),
     Target("cuda", "sample", S2, "seconds", None, 1.7, 500),
     Target("cuda", "sample", H2, "seconds", None, 14, 500),
-    Target("cuda", "sample", S2, "solver_share", None, 5, 500),
     Target("cuda", "start", S2, "seconds", None, 30, option=WARM),
     Target("cuda", "start", S2, "seconds", None, 5, option="without compile"),
     Target("cpu", "train", S2, "speedup", 2.1, batch=8),
     Target("cpu", "train", S2, "speedup", 0.99, batch=8, precision="fp32"),
     Target("cpu", "sample", S2, "speedup", 1.89, batch=8),
     Target("cpu", "sample", S2, "speedup", 0.99, batch=8, precision="fp32"),
-    Target("cpu", "sample", S2, "solver_share", None, 5, 8),
     Target("cpu", "start", S2, "seconds", None, 5, option="without compile"),
 )
 

@@ -6,12 +6,12 @@ All that the report takes from `campaign` is taken here.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 
 import pandas as pd
 
+from uvit_repro.bench.results import load_bench, newest, speed_table
 from uvit_repro.campaign.cells import chosen, computed, ledger, measured
 from uvit_repro.campaign.jobs import jobs
 from uvit_repro.campaign.predict import paper_gpu, predict
@@ -20,7 +20,6 @@ from uvit_repro.paper.claims import queued_experiments
 from uvit_repro.paper.registry import registry
 from uvit_repro.report.evidence import SCALES, Evidence, claims_status, has_list
 from uvit_repro.runs.counting import params_of
-from uvit_repro.runs.records import published_root, runs_root
 
 PRINTED = (
     "reproducible",
@@ -207,14 +206,4 @@ def run_rows(ev: Evidence, protocol: str) -> list[dict]:
 
 def speed_rows() -> list[dict]:
     "Speed beside the released code, timed in turn in one process, from the benchmarks' records."
-    rows = []
-    for root in (runs_root(), published_root()):
-        for path in sorted(root.glob("bench-*/bench.json")):
-            table = pd.read_csv(path.with_name("bench.csv"))
-            machine = json.loads(path.read_text(encoding="utf-8")).get("conditions", {})
-            for r in table[table.metric == "speedup"].itertuples():
-                row = {"what": r.what, "model": r.model, "precision": r.precision}
-                row |= {"speed over released code": f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]"}
-                row |= {"machine": machine.get("gpu") or machine.get("cpu"), "note": r.note}
-                rows.append(row | {"benchmark": path.parent.name})
-    return rows
+    return speed_table(newest(load_bench())).to_dict("records")

@@ -70,17 +70,12 @@ def time_calls(
     return [a.elapsed_time(b) / 1e3 for a, b in zip(events, events[1:], strict=False)]
 
 
-def never() -> bool:
-    "For a timer without a deadline."
-    return False
-
-
 def interleaved(
     calls: dict,  # name -> function without arguments, already warmed up
     repeats: int = 10,  # timed repetitions of each
     device="cpu",  # where they compute
     min_seconds: float = 0.05,  # a repetition holds as many calls as fill this; 0: one call
-    stop: Callable = never,  # () -> bool, asked before each round: whether to end now
+    stop: Callable = bool,  # () -> bool, asked before each round: whether to end now
 ) -> Iterator[dict]:  # after each round: name -> seconds per call, one for each repetition so far
     "Time functions in turn, so that drift of the machine hits all alike."
     per_repetition = dict.fromkeys(calls, 1)
@@ -160,15 +155,3 @@ def matmul_rate(
         seconds = time_calls(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, repeats)
         rates.append(2 * n**3 / statistics.median(seconds))
     return max(rates)
-
-
-def memory_bandwidth(
-    device="cpu",
-    megabytes: int = None,  # size of the tensor; None: 64 on a CPU, 1024 on a GPU
-    repeats: int = 5,  # timed copies
-) -> float:  # bytes/s, read and written
-    "The rate of copying a large tensor."
-    n = (megabytes or (1024 if torch.device(device).type == "cuda" else 64)) * 2**20
-    a = torch.ones(n // 4, device=device)
-    b = torch.empty_like(a)
-    return 2 * n / statistics.median(time_calls(lambda: b.copy_(a), device, repeats))
