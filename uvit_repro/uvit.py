@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'SIZES', 'patchify', 'unpatchify', 'PatchEmbed', 'prime_factors', 'timestep_embedding', 'sincos2d',
-           'Attention', 'Mlp', 'AdaLN', 'compute_type', 'merge_skip', 'Block', 'check_variant', 'check_input', 'UViT',
-           'conv3x3', 'time_mlp', 'init_parameter', 'init_weights', 'condition_fields', 'from_config', 'official_shape',
-           'load_official', 'count_parameters', 'matched_none']
+           'Attention', 'Mlp', 'AdaLN', 'compute_type', 'merge_skip', 'Block', 'check_variant', 'check_input',
+           'init_parameter', 'init_weights', 'UViT', 'conv3x3', 'time_mlp', 'from_config', 'count_parameters',
+           'matched_none', 'official_shape', 'load_official']
 
 # %% ../nbs/02_architecture.ipynb #02-imports
 import math
@@ -26,7 +26,7 @@ from uvit_repro.config import (
     key_seed,
     preset,
 )
-from .data.files import ReleasedWeights
+from .data.files import CheckpointError, load_tensors
 from .runs.execution import attention, run_block, set_checkpoint
 
 # %% ../nbs/02_architecture.ipynb #02-patches
@@ -204,18 +204,12 @@ class Block(nn.Module):
     recompute = None  # see `set_checkpoint`
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_ratio=4.0,
-        qkv_bias=False,
-        skip="none",
-        time="token",
+        self, dim, num_heads, mlp_ratio=4.0, qkv_bias=False, skip="none", time="token"
     ):
         super().__init__()
-        norm = (
-            partial(nn.LayerNorm, dim) if time == "token" else partial(AdaLN, dim, time)
-        )
+        norm = partial(AdaLN, dim, time)
+        if time == "token":
+            norm = partial(nn.LayerNorm, dim)
         self.norm1, self.attn = norm(), Attention(dim, num_heads, qkv_bias)
         self.norm2, self.mlp = norm(), Mlp(dim, int(dim * mlp_ratio))
         self.skip, self.time = skip, time
@@ -246,16 +240,12 @@ CHOICES = {
 }
 
 
-def check_variant(num_classes=None, clip_dim=None, **choices):
-    "Raise `ParameterError` for a choice that Figure 2 does not offer."
-    for name, value in choices.items():
-        if value not in CHOICES[name]:
-            allowed = ", ".join(map(repr, CHOICES[name]))
+def check_variant(*values: str):
+    "Raise `ParameterError` for a value that CHOICES, in its order, does not offer."
+    for (name, allowed), value in zip(CHOICES.items(), values, strict=True):
+        if value not in allowed:
+            allowed = ", ".join(map(repr, allowed))
             raise ParameterError(f"{name} = {value!r}: allowed are {allowed}")
-    if num_classes and clip_dim:
-        raise ParameterError(
-            "num_classes and clip_dim: give a class or a text, not both"
-        )
 
 
 def check_input(model, x: Tensor, y, context):
@@ -272,14 +262,70 @@ def check_input(model, x: Tensor, y, context):
         if value is not None and not built:
             raise ValueError(f"{name} was given, and this model was built without it")
 
+# %% ../nbs/02_architecture.ipynb #02-init-parameter
+def init_parameter(
+    owner: nn.Module,  # the module that holds it
+    leaf: str,  # its name there: weight, bias, pos_embed
+    p: Tensor,  # filled in place
+    gen=None,  # random generator; None: the global one
+    pos_std=0.02,  # standard deviation of a position embedding
+):
+    "The released initialisation of one parameter."
+    if leaf == "pos_embed":
+        # the released cut at 2 only matters for a wide distribution
+        fill = nn.init.normal_ if pos_std < 0.1 else nn.init.trunc_normal_
+        return fill(p, std=pos_std, generator=gen)
+    if isinstance(owner, nn.Linear):
+        if leaf == "bias":
+            return nn.init.zeros_(p)
+        return nn.init.normal_(p, std=0.02, generator=gen)
+    if isinstance(owner, (nn.LayerNorm, nn.GroupNorm)):
+        return nn.init.ones_(p) if leaf == "weight" else nn.init.zeros_(p)
+    if isinstance(owner, nn.Embedding):
+        return nn.init.normal_(p, generator=gen)
+    if isinstance(owner, nn.Conv2d):  # PyTorch's own, for weight and bias
+        bound = owner.weight[0].numel() ** -0.5
+        return nn.init.uniform_(p, -bound, bound, generator=gen)
+    raise ValueError(
+        f"no initialisation for {leaf} of {type(owner).__name__}: "
+        "add one to init_parameter"
+    )
+
+# %% ../nbs/02_architecture.ipynb #02-init-weights
+@torch.no_grad()
+def init_weights(
+    model: nn.Module,  # on the CPU
+    seed: int = None,  # None: draw from the global generator
+    pos_std=0.02,  # standard deviation of the position embedding
+    conv_init="default",  # identity: the final convolution starts by passing its input
+) -> nn.Module:  # the same model
+    "Initial weights, each a function of the seed and the parameter's name alone."
+    if next(model.parameters()).is_meta:
+        return model  # nothing to fill
+    # a backbone from another library starts as its own code does
+    fill = getattr(model, "init_parameter", init_parameter)
+    for name, module in model.named_modules():
+        for leaf, p in module.named_parameters(recurse=False):
+            key = f"{name}.{leaf}".lstrip(".")
+            gen = None
+            if seed is not None:
+                gen = torch.Generator().manual_seed(key_seed(seed, "init", key))
+            fill(module, leaf, p, gen, pos_std)
+    for module in model.modules():
+        if hasattr(module, "init_special"):
+            module.init_special()
+    final = getattr(model, "final_layer", None)
+    if conv_init == "identity" and isinstance(final, nn.Conv2d):
+        nn.init.dirac_(final.weight)
+        nn.init.zeros_(final.bias)
+    return model
+
 # %% ../nbs/02_architecture.ipynb #02-uvit
 class UViT(nn.Module):
     "U-ViT with every variant of Figure 2; `depth` counts all blocks, as in Table 2."
 
     compiled_methods = ("embed", "head")  # besides the blocks: see `compile_blocks`
-    bf16_residual = (
-        False  # round the residual stream under autocast: see `set_residual`
-    )
+    bf16_residual = False  # under autocast: see `set_residual`
 
     def __init__(  # noqa: PLR0913 - arguments of the released network
         self,
@@ -305,15 +351,9 @@ class UViT(nn.Module):
     ):
         super().__init__()
         check_geometry(img_size, patch_size, embed_dim, depth, num_heads)
-        check_variant(
-            num_classes,
-            clip_dim,
-            skip=skip,
-            time=time,
-            conv=conv,
-            patch_embed=patch_embed,
-            pos_embed=pos_embed,
-        )
+        check_variant(skip, time, conv, patch_embed, pos_embed)
+        if num_classes and clip_dim:
+            raise ParameterError("num_classes, clip_dim: use one of them, not both")
         self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
         self.embed_dim, self.depth, self.time = embed_dim, depth, time
         self.num_classes, self.clip_dim = num_classes, clip_dim
@@ -407,81 +447,11 @@ def conv3x3(width: int) -> nn.Conv2d:
 
 def time_mlp(dim: int) -> nn.Sequential:
     "The two-layer MLP on the time embedding, off in every released model."
-    return nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
-
-# %% ../nbs/02_architecture.ipynb #02-init-parameter
-def init_parameter(
-    owner: nn.Module,  # the module that holds it
-    leaf: str,  # its name there: weight, bias, pos_embed
-    p: Tensor,  # filled in place
-    gen=None,  # random generator; None: the global one
-    pos_std=0.02,  # standard deviation of a position embedding
-):
-    "The released initialisation of one parameter."
-    if leaf == "pos_embed":
-        # the released cut at 2 only matters for a wide distribution
-        fill = nn.init.normal_ if pos_std < 0.1 else nn.init.trunc_normal_
-        return fill(p, std=pos_std, generator=gen)
-    if isinstance(owner, nn.Linear):
-        if leaf == "bias":
-            return nn.init.zeros_(p)
-        return nn.init.normal_(p, std=0.02, generator=gen)
-    if isinstance(owner, (nn.LayerNorm, nn.GroupNorm)):
-        return nn.init.ones_(p) if leaf == "weight" else nn.init.zeros_(p)
-    if isinstance(owner, nn.Embedding):
-        return nn.init.normal_(p, generator=gen)
-    if isinstance(owner, nn.Conv2d):  # PyTorch's own, for weight and bias
-        bound = owner.weight[0].numel() ** -0.5
-        return nn.init.uniform_(p, -bound, bound, generator=gen)
-    raise ValueError(
-        f"no initialisation for {leaf} of {type(owner).__name__}: "
-        "add one to init_parameter"
-    )
-
-# %% ../nbs/02_architecture.ipynb #02-init-weights
-@torch.no_grad()
-def init_weights(
-    model: nn.Module,  # on the CPU
-    seed: int = None,  # None: draw from the global generator
-    pos_std=0.02,  # standard deviation of the position embedding
-    conv_init="default",  # identity: the final convolution starts by passing its input
-) -> nn.Module:  # the same model
-    "Initial weights, each a function of the seed and the parameter's name alone."
-    if next(model.parameters()).is_meta:
-        return model  # nothing to fill
-    # a backbone from another library starts as its own code does
-    fill = getattr(model, "init_parameter", init_parameter)
-    for name, module in model.named_modules():
-        for leaf, p in module.named_parameters(recurse=False):
-            key = f"{name}.{leaf}".lstrip(".")
-            gen = None
-            if seed is not None:
-                gen = torch.Generator().manual_seed(key_seed(seed, "init", key))
-            fill(module, leaf, p, gen, pos_std)
-    for module in model.modules():
-        if hasattr(module, "init_special"):
-            module.init_special()
-    final = getattr(model, "final_layer", None)
-    if conv_init == "identity" and isinstance(final, nn.Conv2d):
-        nn.init.dirac_(final.weight)
-        nn.init.zeros_(final.bias)
-    return model
+    wide = 4 * dim
+    return nn.Sequential(nn.Linear(dim, wide), nn.SiLU(), nn.Linear(wide, dim))
 
 # %% ../nbs/02_architecture.ipynb #02-from-config
 SIZES = ["patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias"]
-
-
-def condition_fields(
-    model,  # ModelConfig
-    data,  # DataConfig, with num_classes known
-    p_uncond: float,  # above 0 there is one more class, for dropped labels
-) -> dict:  # keyword arguments of a backbone
-    "What a network is conditioned on in an experiment: nothing, a class or a text."
-    if model.condition == "class":
-        return {"num_classes": data.num_classes + (p_uncond > 0)}
-    if model.condition == "text":
-        return {"clip_dim": data.text_dim, "num_clip_token": data.text_tokens}
-    return {}
 
 
 def from_config(
@@ -493,7 +463,10 @@ def from_config(
 ) -> UViT:  # with initial weights from the global generator
     "A U-ViT from the sections of an experiment."
     kwargs = {k: getattr(model, k) for k in (*SIZES, "mlp_time_embed", *CHOICES)}
-    kwargs.update(condition_fields(model, data, p_uncond))
+    if model.condition == "class":
+        kwargs["num_classes"] = data.num_classes + (p_uncond > 0)
+    if model.condition == "text":
+        kwargs.update(clip_dim=data.text_dim, num_clip_token=data.text_tokens)
     return UViT(
         img_size=data.img_size,
         in_chans=data.in_chans,
@@ -501,6 +474,22 @@ def from_config(
         activation_budget=activation_budget,
         **kwargs,
     )
+
+# %% ../nbs/02_architecture.ipynb #02-count
+def count_parameters(model: nn.Module) -> int:
+    "Trainable numbers of a network."
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def matched_none(
+    embed_dim: int,
+    depth: int,
+    mlp_ratio: float = 4.0,  # of the model with concatenation
+) -> float:  # mlp_ratio of a model without skips and with as many parameters
+    "MLP ratio at which `skip='none'` has as many parameters as `skip='concat'`."
+    extra = (depth // 2) * (2 * embed_dim**2 + embed_dim)
+    hidden = int(embed_dim * mlp_ratio) + extra / (depth * (2 * embed_dim + 1))
+    return (round(hidden) + 0.5) / embed_dim
 
 # %% ../nbs/02_architecture.ipynb #02-official-shape
 def official_shape(
@@ -519,7 +508,7 @@ def official_shape(
         raise ParameterError(
             f"{tokens} tokens leave {patches} patches, which is no square{hint}"
         )
-    kwargs = {
+    shape = {
         "img_size": side * patch,
         "depth": 2 * (1 + max(numbers, default=-1)) + 1,
         "mlp_ratio": sd["mid_block.mlp.fc1.weight"].shape[0] / dim,
@@ -530,9 +519,9 @@ def official_shape(
         "num_classes": None if labels is None else labels.shape[0],
     }
     if text:
-        clip_dim = sd["context_embed.weight"].shape[1]
-        kwargs.update(clip_dim=clip_dim, num_clip_token=text)
-    return kwargs
+        shape["clip_dim"] = sd["context_embed.weight"].shape[1]
+        shape["num_clip_token"] = text
+    return shape
 
 # %% ../nbs/02_architecture.ipynb #02-load-official
 def load_official(
@@ -541,32 +530,26 @@ def load_official(
     num_clip_token: int = None,  # text tokens; None: 77
 ) -> UViT:  # on the CPU, in eval mode
     "A U-ViT with the authors' released weights; `CheckpointError` for anything else."
-    needed = ("patch_embed.proj.weight", "pos_embed", "mid_block.attn.qkv.weight")
-    file = ReleasedWeights.read(source, "U-ViT", (*needed, "decoder_pred.weight"))
-    sd = file.state
+    is_dict = isinstance(source, dict)
+    sd = source if is_dict else load_tensors(source)
+    name = "the state dictionary" if is_dict else str(source)
+    needed = ["patch_embed.proj", "pos_embed", "mid_block.attn.qkv", "decoder_pred"]
+    for k in needed:
+        if k not in sd and f"{k}.weight" not in sd:
+            raise CheckpointError(
+                f"{name} is not a U-ViT checkpoint: it has no {k} "
+                f"(it has {', '.join(list(sd)[:4])}, ...)"
+            )
     dim, chans, patch, _ = sd["patch_embed.proj.weight"].shape
     heads = num_heads or HEADS.get(dim)
     if not heads:
-        widths = ", ".join(map(str, HEADS))
-        raise ParameterError(
-            f"width {dim} is not one of Table 2 ({widths}): say num_heads"
-        )
-    kwargs = official_shape(sd, num_clip_token)
-    sizes = {"patch_size": patch, "in_chans": chans, "embed_dim": dim}
-    return file.fill(UViT(**sizes, num_heads=heads, **kwargs))
-
-# %% ../nbs/02_architecture.ipynb #02-count
-def count_parameters(model: nn.Module) -> int:
-    "Trainable numbers of a network."
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def matched_none(
-    embed_dim: int,
-    depth: int,
-    mlp_ratio: float = 4.0,  # of the model with concatenation
-) -> float:  # mlp_ratio of a model without skips and with as many parameters
-    "MLP ratio at which `skip='none'` has as many parameters as `skip='concat'`."
-    extra = (depth // 2) * (2 * embed_dim**2 + embed_dim)
-    hidden = int(embed_dim * mlp_ratio) + extra / (depth * (2 * embed_dim + 1))
-    return (round(hidden) + 0.5) / embed_dim
+        raise ParameterError(f"width {dim} is not one of Table 2: say num_heads")
+    shape = official_shape(sd, num_clip_token)
+    shape.update(patch_size=patch, in_chans=chans, embed_dim=dim, num_heads=heads)
+    model = UViT(**shape)
+    try:
+        model.load_state_dict(sd)
+    except RuntimeError as e:
+        fit = f"a U-ViT of width {dim} with {shape['depth']} layers"
+        raise CheckpointError(f"{name} does not fit {fit}: {e}") from None
+    return model.eval()
