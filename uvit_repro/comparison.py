@@ -50,7 +50,7 @@ def short(protocol: str, seed: int = 0, n_steps: int = None) -> Experiment:
     once = replace(base.evaluation, curve_steps=(), loss_steps=())
     return replace(base, evaluation=once)
 
-
+# %% ../nbs/14_comparison.ipynb #14-matched
 def contenders(
     protocol: str,  # smoke | laptop | cpu | gpu | paper
     measure: str = "params",  # what is equal: params | macs
@@ -171,7 +171,7 @@ def collect_comparison(
             rows.append(mine.assign(parameters=params_of(e), macs=macs_of(e))[COLUMNS])
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=COLUMNS)
 
-
+# %% ../nbs/14_comparison.ipynb #14-recorded
 def recorded_comparison(
     runs: list,  # of `load_runs`
     protocol: str,  # whose runs
