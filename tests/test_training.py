@@ -42,7 +42,7 @@ from uvit_repro.config import SMOKE, with_overrides
 from uvit_repro.data.images import open_data
 from uvit_repro.runs import training
 torch.set_num_threads(1)
-training.Progress.__init__.__defaults__ = (print, 0.0)
+training.PROGRESS_SECONDS = 0.0
 exp = with_overrides(SMOKE, n_steps=40, checkpoint_seconds=0.0, log_every=1, attention="math",
                      precision=sys.argv[2])
 training.train(*open_data(exp), Path(sys.argv[1]), lambda line: print(line, flush=True))

@@ -26,6 +26,7 @@ from uvit_repro.runs.devices import ALONE, DistributedContext, pick_device
 from uvit_repro.runs.execution import attention_choice, set_attention, set_residual, wants_compile
 from uvit_repro.train import Trainer, build_model, fit, lr_at
 
+PROGRESS_SECONDS = 15.0  # between lines of progress
 SAVING_SHARE = 0.02  # of the time, at most, goes into checkpoints
 
 
@@ -36,27 +37,6 @@ class TrainingFailed(RuntimeError):
         return [f"{type(self).__name__}: {self}"]
 
 
-class Progress:
-    "Step, loss, images per second and time left, in a line now and then."
-
-    def __init__(self, total: int, batch: int, say=print, every: float = 15.0):
-        self.total, self.batch, self.say, self.every = total, batch, say, every
-        self.start, self.first, self.last = time.perf_counter(), None, -math.inf
-
-    def __call__(self, step: int, loss: float) -> None:
-        now = time.perf_counter()
-        self.first = step if self.first is None else self.first
-        if step < self.total and now - self.last < self.every:
-            return
-        self.last = now
-        line = f"step {step:>6}/{self.total}  loss {loss:.4f}"
-        rate = (step - self.first) / max(now - self.start, 1e-9)
-        if rate:
-            left = format_duration((self.total - step) / rate)
-            line += f"  {rate * self.batch:.0f} images/s  {left} left"
-        self.say(line)
-
-
 class LossLog:
     "Losses of a run: kept on the device until they are reported, then checked, averaged, logged."
 
@@ -64,7 +44,7 @@ class LossLog:
         self.cfg, self.folder = exp.train, folder
         self.rows, self.pending = [], []
         self.earlier = []  # losses that were pending when the checkpoint was made
-        self.progress = Progress(exp.train.n_steps, exp.train.batch_size, say)
+        self.say, self.said, self.first = say, -math.inf, None  # time and step of progress lines
         self.start = time.perf_counter()
 
     def seconds(self) -> float:
@@ -108,7 +88,21 @@ class LossLog:
         mean = float(self.check(step).mean())
         self.pending, self.earlier = [], []
         self.rows.append((step, mean, lr_at(self.cfg, step - 1), self.seconds()))
-        self.progress(step, mean)
+        now = time.perf_counter()
+        if self.first is None:
+            self.first, self.first_at = step, now
+        if step == self.cfg.n_steps or now - self.said >= PROGRESS_SECONDS:
+            self.said = now
+            self.say(f"step {step:>6}/{self.cfg.n_steps}  loss {mean:.4f}{self.speed(step, now)}")
+
+    def speed(self, step: int, now: float) -> str:
+        "Images per second since the first report, and the time left."
+        seconds = now - self.first_at
+        if step == self.first or not seconds:
+            return ""
+        rate = (step - self.first) / seconds
+        left = format_duration((self.cfg.n_steps - step) / rate)
+        return f"  {rate * self.cfg.batch_size:.0f} images/s  {left} left"
 
     def write(self) -> None:
         "log.csv: step, mean loss since the row before, learning rate, seconds of training."
