@@ -1,18 +1,15 @@
 """Benchmarks: times in turn, records that survive, a made-up checkout of the released code."""
 
 import json
-import os
-import subprocess
 import sys
 import types
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from uvit_repro import cli, train
+from uvit_repro import train
 from uvit_repro.bench import gpu_session
 from uvit_repro.bench.contestants import (
     Contestant,
@@ -22,7 +19,7 @@ from uvit_repro.bench.contestants import (
     TrainingOptions,
     bench_experiment,
 )
-from uvit_repro.bench.peer import Peer, PeerTraining, check_outputs
+from uvit_repro.bench.peer import OutputsDiffer, Peer, PeerTraining, check_outputs
 from uvit_repro.bench.results import (
     BENCH_COLUMNS,
     Record,
@@ -34,6 +31,7 @@ from uvit_repro.bench.results import (
 )
 from uvit_repro.bench.run import Bench, Job, Settings, check_settings, run_bench, verdict
 from uvit_repro.bench.targets import TARGETS, check_targets
+from uvit_repro.config import ParameterError
 from uvit_repro.runs.execution import compile_blocks
 from uvit_repro.runs.timing import interleaved, paired_ratio, peak_memory, spread
 
@@ -299,40 +297,37 @@ def test_released_step_trains(checkout):
         ("dpm_solver_pytorch.py", "x, steps)\n", "x, steps) + 1\n", "images differ"),
     ],
 )
-def test_other_outputs_end_without_a_ratio(checkout, tmp_path, capsys, file, old, new, message):
+def test_other_outputs_end_without_a_ratio(checkout, tmp_path, file, old, new, message):
     (checkout / file).write_text(CHECKOUT[file].replace(old, new), encoding="utf-8")
-    line = (
-        f"bench --quick --what train --device cpu --repeats 1 --peer {checkout} --out {tmp_path}/r"
-    )
-    assert cli.main(line.split()) == 1
-    err = capsys.readouterr().err
-    assert message in err and "nothing was timed" in err
+    with pytest.raises(OutputsDiffer, match=f"{message}.*nothing was timed"):
+        run_bench(replace(QUICK, peer=str(checkout)), tmp_path / "r", say=silent)
     df = load_bench("runs", tmp_path / "r")
     assert set(df.what) == {"machine"} and set(df.status) == {"failed"}
 
 
 @pytest.mark.parametrize(
-    "line, message",
+    "given, message",
     [
-        ("bench --what trian", "allowed are train, sample, features, data, checkpointing, start"),
-        ("bench --models U-ViT-S/8", "not released"),
-        ("bench --peer .", "git clone https://github.com/baofff/U-ViT"),
-        ("bench --device cuda:99", "device = 'cuda:99'"),
-        ("bench --images -3", "at least 1"),
-        ("bench --compile maybe", "allowed are auto, on, off"),
-        ("bench --precision int8", "allowed are fp32, bf16, fp16"),
+        ({"what": ("trian",)}, "allowed are train, sample, features, data, checkpointing, start"),
+        ({"models": ("U-ViT-S/8",)}, "not released"),
+        ({"peer": "."}, "git clone https://github.com/baofff/U-ViT"),
+        ({"device": "cuda:99"}, "device = 'cuda:99'"),
+        ({"images": -3}, "at least 1"),
+        ({"compile": "maybe"}, "allowed are auto, on, off"),
+        ({"precision": ("int8",)}, "allowed are fp32, bf16, fp16"),
     ],
+    ids=str,
 )
-def test_impossible_requests_say_what_is_allowed(line, message, capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(line.split()) == 2
-    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+def test_impossible_requests_say_what_is_allowed(given, message, tmp_path):
+    with pytest.raises(ParameterError, match=message):
+        run_bench(Settings(**{"device": "cpu", **given}), tmp_path, say=silent)
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_peer_that_can_not_be_imported(checkout, capsys):
+def test_a_peer_that_can_not_be_imported(checkout):
     (checkout / "sde.py").write_text("import a_module_that_is_nowhere\n", encoding="utf-8")
-    assert cli.main(f"bench --quick --device cpu --peer {checkout}".split()) == 2
-    assert "a_module_that_is_nowhere" in capsys.readouterr().err
+    with pytest.raises(ParameterError, match="a_module_that_is_nowhere"):
+        Peer(checkout)
 
 
 @pytest.mark.parametrize("name", ("digits_cnn", "resnet20_cifar10"))
@@ -436,13 +431,7 @@ def test_steps_of_a_session(tmp_path, capsys):
     assert not found["errors"] and {"train", "sample"} <= {r["what"] for r in found["rows"]}
 
 
-def test_quick_from_a_shell(tmp_path):
-    root = Path(__file__).resolve().parent.parent
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-m", "uvit_repro.cli", "bench", "--quick", "--json"]
-    command += ["--out", str(tmp_path), "--repeats", "1"]
-    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    found = json.loads(run.stdout)
-    assert found["status"] == "ok" and found["conditions"]["threads"] == 1
-    assert {"machine", "train", "sample", "features", "data"} == {r["what"] for r in found["rows"]}
+def test_quick_measures_a_bit_of_everything(tmp_path):
+    record = run_bench(replace(QUICK, what=(), repeats=1), tmp_path, "uvit-repro bench", silent)
+    assert record.info["status"] == "ok" and record.info["command"] == "uvit-repro bench"
+    assert {"machine", "train", "sample", "features", "data"} == {r["what"] for r in record.rows}

@@ -133,7 +133,10 @@ def bench_command(args, argv: list, say) -> dict:
         raise Failed(str(error)) from None
     if args.publish:
         say(f"published as {publish_bench(record.folder)}")
-    return {**record.info, "folder": str(record.folder), "rows": record.rows}
+    found = {**record.info, "folder": str(record.folder), "rows": record.rows}
+    if record.info["errors"]:
+        raise Failed(f"failed: {', '.join(record.info['errors'])}; the rest is recorded", found)
+    return found
 
 
 def plan_command(args, argv: list, say) -> dict:
