@@ -51,7 +51,7 @@ class Process:
 
 # %% ../nbs/01_background.ipynb #01-vp
 class VP(Process):
-    "Continuous VP-SDE with linear beta (Section 2; released `VPSDE`). Network time 999 t."
+    "Continuous VP-SDE with linear beta (Section 2). Network time 999 t."
 
     t_min, t_max = 1e-4, 1.0
 
@@ -75,7 +75,7 @@ class VP(Process):
 
 # %% ../nbs/01_background.ipynb #01-interp
 def _interp(x: Tensor, xp: Tensor, fp: Tensor) -> Tensor:
-    "Piecewise linear interpolation with increasing `xp`; the end pieces extrapolate."
+    "Piecewise linear interpolation, `xp` increasing; the end pieces extrapolate."
     i = torch.searchsorted(xp, x.contiguous()).clamp(1, len(xp) - 1)
     return fp[i - 1] + (x - xp[i - 1]) * (fp[i] - fp[i - 1]) / (xp[i] - xp[i - 1])
 
@@ -87,12 +87,12 @@ class Betas(Process):
 
     def __init__(self, betas: Tensor):
         self.n, self.t_min, self.betas = len(betas), 1 / len(betas), betas
-        self.log_alphas = 0.5 * torch.log1p(-betas).cumsum(0)  # at t = 1/n, 2/n, .. 1
+        self.log_alphas = 0.5 * torch.log1p(-betas).cumsum(0)  # at t = 1/n, .. 1
         self.times = torch.arange(1, self.n + 1, dtype=torch.float64) / self.n
         self._on = {}
 
     def tables(self, device) -> tuple[Tensor, Tensor]:
-        "Times and log alphas on a device, copied once: a copy per step would make it wait."
+        "Times and log alphas on a device, copied once so that no step waits."
         if device not in self._on:
             self._on[device] = self.times.to(device), self.log_alphas.to(device)
         return self._on[device]
@@ -212,15 +212,15 @@ def expand(t: Tensor, like: Tensor) -> Tensor:
 
 
 class Diffusion:
-    "A process and what the network predicts: all between a network and a loss or a sampler."
+    "A process and what the network predicts: what losses and samplers need."
 
     def __init__(self, cfg: DiffusionConfig):
         self.cfg, self.process, self.prediction = cfg, make_process(cfg), cfg.prediction
         self.posteriors = {}  # by device, for learned variances
         if cfg.variance == "learned" and not isinstance(self.process, Betas):
             raise ParameterError(
-                f"variance = 'learned' with process = {cfg.process!r}: the variance of a "
-                "reverse step needs discrete steps; use process = 'linear' or 'sd'"
+                f"variance = 'learned' with process = {cfg.process!r}: it needs "
+                "discrete steps; use process = 'linear' or 'sd'"
             )
 
     def scalings(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,12 +237,9 @@ class Diffusion:
         return (d / r) ** 2, s * d / r, 1 / r
 
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        r"Draw $x_t = \alpha_t x_0 + \sigma_t\epsilon$; x0, eps (B, C, H, W), t (B,) (Section 2)."
-        alpha, sigma = (
-            expand(self.process.alpha(t), x0),
-            expand(self.process.sigma(t), x0),
-        )
-        return alpha * x0 + sigma * eps
+        r"Draw $x_t = \alpha_t x_0 + \sigma_t\epsilon$ at times (B,) (Section 2)."
+        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        return expand(alpha, x0) * x0 + expand(sigma, x0) * eps
 
     def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         "What the network's output is trained towards (the table's last column)."
@@ -277,7 +274,7 @@ class Diffusion:
         return (F.float() - self.target(x0, t, eps)).square().flatten(1).mean(1)
 
     def loss(self, model, x0: Tensor, t: Tensor, eps: Tensor, **cond) -> Tensor:
-        "What training minimises, (B,): the error, and the bound where variances are learned."
+        "What training minimises, (B,): the error, and the bound of learned variances."
         xt, channels = self.q_sample(x0, t, eps), x0.shape[1]
         out = self.network(model, xt, t, **cond)
         diff = out[:, :channels].float() - self.target(x0, t, eps)
@@ -287,18 +284,16 @@ class Diffusion:
             return simple
         if out.shape[1] != 2 * channels:
             raise ParameterError(
-                f"variance = 'learned' needs a network with {2 * channels} output channels, "
-                f"and this one has {out.shape[1]}; use a backbone that predicts variances, "
-                "or variance = 'fixed'"
+                f"variance = 'learned' needs a network with {2 * channels} output "
+                f"channels, and this one has {out.shape[1]}; use a backbone that "
+                "predicts variances, or variance = 'fixed'"
             )
         return simple + variance_loss(self, out, x0, xt, t)
 
 # %% ../nbs/01_background.ipynb #01-posterior
 def posterior(
-    log_alpha: Tensor,  # of increasing times, float64, (S,); time 0 comes before the first
-) -> (
-    tuple
-):  # four (S,): factors of x0 and of x_t, logs of the smallest and largest variance
+    log_alpha: Tensor,  # of increasing times, float64, (S,); time 0 comes first
+) -> tuple:  # four (S,): factors of x0 and x_t, logs of smallest and largest variance
     "The Gaussian of each reverse step (Nichol and Dhariwal 2021; clipped as in ADM)."
     before = torch.cat([torch.zeros_like(log_alpha[:1]), log_alpha[:-1]])
     steps = (log_alpha - before, log_alpha, before)
@@ -309,12 +304,8 @@ def posterior(
     return from_x0, from_xt, torch.cat([small[1:2], small[1:]]).log(), beta.log()
 
 
-def mix_variance(
-    v: Tensor,  # the network's output
-    small,  # log variances, numbers or tensors that broadcast
-    large,
-) -> Tensor:  # log variance
-    r"$\tfrac{v+1}2\log\beta + \tfrac{1-v}2\log\tilde\beta$ (Nichol and Dhariwal, Eq. 15)."
+def mix_variance(v: Tensor, small, large) -> Tensor:  # log variances
+    r"$\tfrac{v+1}2\log\beta + \tfrac{1-v}2\log\tilde\beta$ (Nichol and Dhariwal 2021)."
     w = (v.float() + 1) / 2
     return w * large + (1 - w) * small
 
@@ -349,7 +340,7 @@ def variance_loss(
 ) -> Tensor:  # bits per dimension, (B,)
     "The bound's term of each example's step, times steps/1000 (Nichol and Dhariwal 2021)."
     p, kept, (F, v) = diffusion.process, diffusion.posteriors, out.chunk(2, 1)
-    if x0.device not in kept:  # copied once: a copy per step would make the device wait
+    if x0.device not in kept:  # copied once, so that no step waits
         kept[x0.device] = torch.stack(posterior(p.log_alphas)).to(x0.device)
     table = kept[x0.device][:, (t * p.n).round().long() - 1]
     c0, cx, small, large = (expand(c, x0) for c in table)
@@ -357,7 +348,6 @@ def variance_loss(
     mean_q, mean_p = c0 * x0 + cx * xt, c0 * guess + cx * xt
     first_step = expand(t * p.n, x0) < 1.5
     likelihood = binned_nll(x0, mean_p, log_var)
-    nats = torch.where(
-        first_step, likelihood, kl_gaussians(mean_q, small, mean_p, log_var)
-    )
+    kl = kl_gaussians(mean_q, small, mean_p, log_var)
+    nats = torch.where(first_step, likelihood, kl)
     return nats.flatten(1).mean(1) / math.log(2) * (p.n / 1000)
