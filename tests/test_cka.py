@@ -55,7 +55,7 @@ def rnd(*shape, s=0):
 
 
 def quadruples(x, y):
-    "HSIC without bias by its definition, an average over all quadruples of distinct samples; features are not centred first."
+    "HSIC without bias by its definition, an average over all quadruples of distinct samples."
     K, L = (v.flatten(1).double() @ v.flatten(1).double().T for v in (x, y))
     i, j, q, r = torch.tensor(list(itertools.permutations(range(len(x)), 4))).T
     return float((K[i, j] * (L[i, j] + L[q, r] - 2 * L[i, q])).mean())
@@ -129,7 +129,7 @@ def test_layers_that_do_not_vary_have_no_similarity():
 
 
 def test_no_bias():
-    "Independent features: zero on average over repeats; Gaussians give the squared norm of their covariance."
+    "Independent features: zero on average over repeats, and Gaussians their covariance."
     K, L = zip(
         *((gram(rnd(8, 20, s=2 * i)), gram(rnd(8, 20, s=2 * i + 1))) for i in range(600)),
         strict=False,
