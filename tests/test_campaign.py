@@ -288,7 +288,7 @@ def test_what_is_missing_is_done_once(faked):
     again = run.run("fig2a", "smoke", machine=machine, say=quiet)
     assert len(again["done"]) == 7 and len(starts(faked)) == 7
     (entry, *_) = predict.attempts(faked)
-    assert entry["outcome"] == "ran" and entry["machine"] == "m"
+    assert entry.outcome == "ran" and entry.machine == "m"
 
 
 def test_a_run_starts_only_when_it_fits(faked, monkeypatch):

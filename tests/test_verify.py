@@ -73,7 +73,7 @@ def change_digit(path, after: bytes):
         ("run.json", b'"n_steps": ', "run_id"),
         ("run.json", b'"stats_sha256": "', "sha256"),
         ("run.json", b'"images_seen": ', "images_seen"),
-        ("run.json", b'"images_per_second": ', "images_per_second"),
+        ("log.csv", b",0.00", "learning rates"),
         ("run.json", b'"nfe": ', "name of the evaluation"),
         ("run.json", b"-p seed ", "command"),
         ("log.csv", b"\n1000,", ""),

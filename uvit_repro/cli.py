@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 
 from uvit_repro.bench import gpu_session
 from uvit_repro.bench.peer import OutputsDiffer
@@ -84,26 +84,28 @@ def option(text: str) -> tuple:
 
 
 FLAG = {"action": "store_true"}
-ARGUMENTS = {  # shared by several commands
+DIR = {"metavar": "DIR"}
+ARGUMENTS = {  # of all commands
     "what": {
         "nargs": "?",
         "default": "all",
-        "help": "all, claims, fig2, fig3, table1, ... or a cell; several joined by commas",
+        "help": "all, claims, fig2, table1, ... joined by commas",
     },
+    "sources": {"nargs": "+", "metavar": "DIR|ARCHIVE"},
     "--protocol": {"help": "smoke, laptop, cpu, gpu or paper (default: by the machine)"},
     "--seeds": {"type": numbers, "default": (0,), "help": "each a set of runs (default: 0)"},
-    "--out-dir": {"metavar": "DIR", "help": "folder of runs (default: results/runs)"},
+    "--out-dir": {**DIR, "help": "folder of runs (default: results/runs)"},
+    "--to": {**DIR, "help": "where to (default: results/published)"},
     "--workers": {"type": count, "help": "runs at a time (default: one per core, at most 8)"},
     "--processes": {"type": count, "default": 1, "help": "that train one run together"},
     "--budget": {"type": duration, "help": "time, as 540 or 9m: stop cleanly inside it"},
-    "--to": {"metavar": "DIR", "help": "where to (default: results/published)"},
-}
-ONLY_RUN = {
     "--executor": {"default": "local", "help": "local, or slurm: one job for each run"},
     "--slurm": {"type": option, "action": "append", "default": [], "metavar": "NAME=VALUE"},
     "--detach": {**FLAG, "help": "in the background; see status"},
-}
-ONLY_BENCH = {  # fields of `Settings`
+    "--wait": {"type": duration, "default": 0.0, "help": "for its end, at most this long"},
+    "--only": {"help": "one part: fig2, fig3, fig7, claims, cost, ..."},
+    "--origin": {"default": "published", "help": "published, or runs: this machine's"},
+    "--no-self-test": {**FLAG, "help": "leave out ten seconds of computing"},
     "--what": {"type": words, "help": f"any of {','.join(CHOICES['what'])}"},
     "--models": {"type": words, "help": "released models, by name (default: U-ViT-S/2)"},
     "--batch": {"type": numbers, "help": "training (default: 8; on a GPU 8,128)"},
@@ -113,14 +115,13 @@ ONLY_BENCH = {  # fields of `Settings`
     "--device": {"help": "auto, cpu, cuda, cuda:1"},
     "--repeats": {"type": count, "help": "timed repetitions (default: 10)"},
     "--compile": {"help": "the blocks: auto (as training decides), on, off"},
-    "--peer": {"metavar": "DIR", "help": "a checkout of the released U-ViT"},
+    "--peer": {**DIR, "help": "a checkout of the released U-ViT"},
     "--ablate": {**FLAG, "help": "turn each optimisation off, one at a time"},
     "--targets": {**FLAG, "help": "what the targets of this machine need"},
     "--quick": {**FLAG, "help": "a tiny model: its numbers mean nothing"},
     "--publish": {**FLAG, "help": "copy the record to results/published"},
     "--gpu-session": {**FLAG, "help": "first: all that one GPU must show; see its --help"},
 }
-JOBS = ("what", "--protocol", "--seeds", "--out-dir")
 
 
 def bench_command(args, argv: list, say) -> dict:
@@ -167,7 +168,7 @@ def run_command(args, argv: list, say) -> dict:
 
 def status_command(args, argv: list, say) -> dict:
     "Run `status`."
-    end, found = time.monotonic() + (args.wait or 0), status(args.out_dir)
+    end, found = time.monotonic() + args.wait, status(args.out_dir)
     while found["running"] and time.monotonic() < end:
         time.sleep(min(2.0, max(0.0, end - time.monotonic())))
         found = status(args.out_dir)
@@ -234,71 +235,61 @@ class Command:
 
     help: str
     run: Callable  # (arguments, words as typed, say) -> dict for --json
-    shared: tuple = ()  # of ARGUMENTS
-    own: dict = field(default_factory=dict)
+    arguments: str = ""  # names in ARGUMENTS
     examples: tuple = ()
 
 
+JOBS = "what --protocol --seeds --out-dir"
+BENCH = (
+    "--what --models --batch --images --nfe --precision --device --repeats --compile --peer "
+    "--ablate --targets --quick --budget --out-dir --publish --gpu-session"
+)
 COMMANDS = {
     "plan": Command(
         "Every run behind a table, a figure or the claims: state, cost, command.",
         plan_command,
-        (*JOBS, "--workers", "--processes"),
-        examples=("plan claims --protocol cpu", "plan all --protocol paper --json"),
+        f"{JOBS} --workers --processes",
+        ("plan claims --protocol cpu", "plan all --protocol paper --json"),
     ),
     "run": Command(
         "Do what a plan has left, inside a budget; again to go on, twice to share the work.",
         run_command,
-        (*JOBS, "--workers", "--processes", "--budget"),
-        ONLY_RUN,
+        f"{JOBS} --workers --processes --budget --executor --slurm --detach",
         (
             "run fig2 --protocol laptop --budget 5m",
             "run claims --protocol cpu --budget 8h --detach",
             "run fig2 --protocol gpu --executor slurm --slurm slurm_partition=gpu",
         ),
     ),
-    "status": Command(
-        "What became of the latest campaign.",
-        status_command,
-        ("--out-dir",),
-        {"--wait": {"type": duration, "help": "for its end, at most this long"}},
-    ),
+    "status": Command("What became of the latest campaign.", status_command, "--out-dir --wait"),
     "publish": Command(
         "Copy the evidence of finished runs to results/published, or to a folder to be carried.",
         publish_command,
-        (*JOBS, "--to"),
-        examples=("publish claims --protocol cpu --to carried",),
+        f"{JOBS} --to",
+        ("publish claims --protocol cpu --to carried",),
     ),
     "collect": Command(
         "Verify records that were carried here, and publish those that hold.",
         collect_command,
-        ("--to",),
-        {"sources": {"nargs": "+", "metavar": "DIR|ARCHIVE"}},
+        "sources --to",
         ("collect carried", "collect carried.tar.gz"),
     ),
-    "report": Command(
-        "Write results/report.html.",
-        report_command,
-        own={"--only": {"help": "one part: fig2, fig3, fig7, claims, cost, ..."}},
-    ),
+    "report": Command("Write results/report.html.", report_command, "--only"),
     "verify": Command(
         "Recompute every recorded number; compare every file with its checksum.",
         verify_command,
-        ("--out-dir",),
-        {"--origin": {"default": "published", "help": "published, or runs: this machine's"}},
+        "--origin --out-dir",
         ("verify --origin runs",),
     ),
     "doctor": Command(
         "What this machine has, what it lacks, and the command that fetches it.",
         doctor_command,
-        ("--out-dir",),
-        {"--no-self-test": {**FLAG, "help": "leave out ten seconds of computing"}},
+        "--no-self-test --out-dir",
     ),
     "bench": Command(
         "Time training and sampling, beside the released code where a checkout of it is given.",
         bench_command,
-        ("--budget", "--out-dir"),
-        ONLY_BENCH,
+        BENCH,
         ("bench --quick", "bench --peer ~/U-ViT --targets --budget 9m"),
     ),
     "encode": Command("Encode images or captions into a store.", encode_command),
@@ -326,9 +317,8 @@ def make_parser() -> Parser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         p.add_argument("--json", action="store_true", help="print one JSON object; progress aside")
-        own = {argument: ARGUMENTS[argument] for argument in command.shared} | command.own
-        for argument, settings in own.items():
-            p.add_argument(argument, **settings)
+        for argument in command.arguments.split():
+            p.add_argument(argument, **ARGUMENTS[argument])
         if name == "encode":
             add_encode_arguments(p)
     return parser

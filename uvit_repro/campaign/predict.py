@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
 from uvit_repro.config import CONFIGS, PROTOCOLS, Experiment, project_root
 from uvit_repro.data.files import write_json
@@ -87,19 +86,6 @@ def busy() -> bool:
     return False
 
 
-@contextlib.contextmanager
-def alone(path: Path):
-    "Wait for another process that measures; a folder that can't be written needs no waiting."
-    lock = FileLock(path)
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def measured_rate(
     exp: Experiment,  # as `timed_experiment` gives it
     device: torch.device,
@@ -110,17 +96,15 @@ def measured_rate(
     "The rate at which this machine trains a network: measured once, then read."
     cache = cache or project_root() / "results" / "cache" / "throughput.json"
     name = rate_name(exp, device, threads)
-    if name in (known := read_json(cache, {})):
+    known = read_json(cache, {})
+    if name in known:
         return known[name]
-    with alone(cache.with_suffix(".lock")):
-        if name in (known := read_json(cache, {})):
-            return known[name]
-        keep = device.type == "cuda" or not busy()
-        with thread_count(threads):
-            rate = max(timed_updates(exp, device, seconds / 3) for _ in range(3))
-        if keep:  # what a busy CPU gave is used once
-            with contextlib.suppress(OSError):
-                write_json(cache, {**known, name: rate})
+    keep = device.type == "cuda" or not busy()
+    with thread_count(threads):
+        rate = max(timed_updates(exp, device, seconds / 3) for _ in range(3))
+    if keep:  # what a busy CPU gave is used once
+        with contextlib.suppress(OSError):  # a folder that can't be written
+            write_json(cache, {**read_json(cache, {}), name: rate})
     return rate
 
 
@@ -145,20 +129,26 @@ def predict(
     return {"train": train, "sample": sample, "total": train + sample}
 
 
-def is_attempt(entry) -> bool:
-    "Whether an entry of prediction.json is one of ours."
-    if not isinstance(entry, dict) or not isinstance(entry.get("predicted"), dict):
-        return False
-    numbers = (entry.get("seconds"), entry.get("cell_seconds"), entry["predicted"].get("total"))
-    return {"machine", "outcome"} <= set(entry) and all(isinstance(n, int | float) for n in numbers)
+@dataclass(frozen=True)
+class Attempt:
+    "What was predicted of a run that a campaign did, and what it took."
+
+    machine: str  # as `Machine.mode` calls it
+    outcome: str  # ran | failed | left
+    predicted: float  # seconds of its work
+    seconds: float  # of its work
+    cell_seconds: float  # with its start
 
 
-def attempts(out_dir=None) -> list[dict]:
-    "What was predicted and what it took, of every run that a campaign did here."
+def attempts(out_dir=None) -> list[Attempt]:
+    "Every attempt on this machine; what is damaged is left out."
     found = []
     for path in sorted(runs_root(out_dir).glob("*/prediction.json")):
-        entries = read_json(path, [])
-        found += [e for e in entries if is_attempt(e)] if isinstance(entries, list) else []
+        with contextlib.suppress(TypeError, KeyError, ValueError):
+            for entry in read_json(path, []):
+                names = entry["machine"], entry["outcome"]
+                took = float(entry["seconds"]), float(entry["cell_seconds"])
+                found.append(Attempt(*names, float(entry["predicted"]["total"]), *took))
     return found
 
 
@@ -175,10 +165,9 @@ def calibration(
     past: list,  # of `attempts`, in one mode
 ) -> tuple[float, float]:  # seconds of a run outside its work; true over predicted seconds of it
     "How this machine differs from its predictions: medians over finished runs; 10 s and 1 before."
-    ran = [a for a in past if a["outcome"] == "ran"]
-    startup = [a["cell_seconds"] - a["seconds"] for a in ran] or [10.0]
-    long = [a for a in ran if a["predicted"]["total"] > 10]  # seconds say nothing about rates
-    ratio = [a["seconds"] / a["predicted"]["total"] for a in long] or [1.0]
+    ran = [a for a in past if a.outcome == "ran"]
+    startup = [a.cell_seconds - a.seconds for a in ran] or [10.0]
+    ratio = [a.seconds / a.predicted for a in ran if a.predicted > 10] or [1.0]
     return statistics.median(startup), statistics.median(ratio)
 
 
@@ -219,7 +208,7 @@ class Machine:
     def expected(self, exp: Experiment, done: float = 0.0) -> float:
         "Seconds that a run will take from here, as far as this machine's past tells."
         mode = self.mode(exp)
-        startup, ratio = calibration([a for a in attempts(self.out_dir) if a["machine"] == mode])
+        startup, ratio = calibration([a for a in attempts(self.out_dir) if a.machine == mode])
         return startup + ratio * predict(exp, self.rate(exp), done)["total"]
 
 

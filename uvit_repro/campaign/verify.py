@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -94,32 +93,22 @@ def check_seal(run: RunChecks):
 
 
 def check_record(run: RunChecks, info: dict, exp: Experiment):
-    "Compare what run.json says about the run with its experiment."
-    training, images = info["training"], exp.train.n_steps * exp.train.batch_size
-    content = exp.data.data_sha256 or content_name(exp.data)[1]
+    "Compare what run.json says about a run that was trained here with its experiment."
     done = {eval_id(e, step, n) for e, step, n in measurements_of(exp)}
-    parts = [v["seconds"] for name, v in info["evaluations"].items() if name in done]
-    covered = info["wall_seconds"] >= training["seconds"] + sum(parts) - 1
+    content = exp.data.data_sha256 or content_name(exp.data)[1]
+    names, ours = [d[0] for d in info["deviations"]], [d[1] for d in info["deviations"]]
+    values = [getattr(getattr(exp, PARAMETERS[name][0]), name) for name in names]
     for what, recorded, found in (
         ("name of the folder", run.folder.name, exp.run_id),
         ("run_id", info["run_id"], exp.run_id),
         ("command", info["command"], repeat_command(exp)),
-        ("images_seen", info["images_seen"], images),
+        ("images_seen", info["images_seen"], exp.train.n_steps * exp.train.batch_size),
         ("data sha256", info["data"]["sha256"], content),
         ("missing evaluations", [], sorted(done - set(info["evaluations"]))),
-        ("wall_seconds covers its parts", True, covered),
+        ("deviations", ours, json.loads(json.dumps(values))),
+        ("certificate", True, all(r["difference"] < r["tolerance"] for r in info["certificate"])),
     ):
         run.compare(what, "run.json", recorded, found)
-    if training["steps"] == exp.train.n_steps:
-        speed = images / training["seconds"]
-        given = training["images_per_second"]
-        run.compare("images_per_second", "run.json", given, speed, 0.05 * speed + 20)
-    for name, ours, _ in info["deviations"]:
-        value = json.loads(json.dumps(getattr(getattr(exp, PARAMETERS[name][0]), name)))
-        run.compare(f"deviation {name}", "run.json", ours, value)
-    for row in info["certificate"]:
-        within = row["difference"] < row["tolerance"]
-        run.compare(f"certificate {row['file']}", "run.json", row["ok"], within)
 
 
 def evaluations(run: RunChecks, info: dict, exp: Experiment) -> dict:
@@ -198,19 +187,10 @@ def expected_columns(exp: Experiment, step: int, num_samples: int) -> dict:
 def check_log(run: RunChecks, exp: Experiment):
     "Compare log.csv with the schedule."
     with open(run.folder / "log.csv", newline="", encoding="utf-8") as lines:
-        log = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(lines)]
-    steps, seconds = ([row[name] for row in log] for name in ("step", "seconds"))
-    rates = [float(f"{lr_at(exp.train, int(step) - 1):.6g}") for step in steps]
-    for what, holds in (
-        ("steps rise to the last", steps == sorted({*steps, exp.train.n_steps})),
-        ("seconds rise", seconds == sorted(seconds)),
-        (
-            "learning rates",
-            all(math.isclose(r["lr"], lr) for r, lr in zip(log, rates, strict=True)),
-        ),
-        ("losses are above 0", all(0 < row["loss"] < math.inf for row in log)),
-    ):
-        run.compare(what, "log.csv", True, holds)
+        log = [(int(row["step"]), float(row["lr"])) for row in csv.DictReader(lines)]
+    run.compare("last step", "log.csv", log[-1][0], exp.train.n_steps)
+    rates = [(step, float(f"{lr_at(exp.train, step - 1):.6g}")) for step, _ in log]
+    run.compare("learning rates", "log.csv", log, rates)
 
 
 def check_local_files(run: RunChecks):
