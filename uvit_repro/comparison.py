@@ -13,13 +13,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from uvit_repro.config import (
-    PROTOCOLS,
-    Experiment,
-    ParameterError,
-    experiment,
-    with_overrides,
-)
+from .config import Experiment, ParameterError, experiment, with_overrides
 from .runs.counting import macs_of, meta_model, params_of
 from .runs.records import load_results
 from .unet import match_experiment, measure_of, unet_fields

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHOICES', 'SIZES', 'patchify', 'unpatchify', 'PatchEmbed', 'prime_factors', 'timestep_embedding', 'sincos2d',
            'Attention', 'Mlp', 'AdaLN', 'compute_type', 'merge_skip', 'Block', 'check_variant', 'check_input',
-           'init_parameter', 'init_weights', 'UViT', 'conv3x3', 'time_mlp', 'from_config', 'count_parameters',
-           'matched_none', 'official_shape', 'load_official']
+           'fixed_positions', 'conv3x3', 'time_mlp', 'init_parameter', 'init_weights', 'UViT', 'from_config',
+           'count_parameters', 'matched_none', 'official_shape', 'load_official']
 
 # %% ../nbs/02_architecture.ipynb #02-imports
 import math
@@ -240,8 +240,10 @@ CHOICES = {
 }
 
 
-def check_variant(*values: str):
+def check_variant(num_classes, clip_dim, *values: str):
     "Raise `ParameterError` for a value that CHOICES, in its order, does not offer."
+    if num_classes and clip_dim:
+        raise ParameterError("num_classes, clip_dim: use one of them, not both")
     for (name, allowed), value in zip(CHOICES.items(), values, strict=True):
         if value not in allowed:
             allowed = ", ".join(map(repr, allowed))
@@ -261,6 +263,24 @@ def check_input(model, x: Tensor, y, context):
             raise ValueError(f"{name} was not given, and this model needs it")
         if value is not None and not built:
             raise ValueError(f"{name} was given, and this model was built without it")
+
+
+def fixed_positions(kind: str, side: int, dim: int, extras: int) -> Tensor:
+    "Positions that are not learned (1, L, D), zero for tokens of time and condition."
+    if kind == "sincos2d":
+        return F.pad(sincos2d(side, dim), (0, 0, extras, 0))[None]
+    return None
+
+
+def conv3x3(width: int) -> nn.Conv2d:
+    "A 3x3 convolution that keeps size and width."
+    return nn.Conv2d(width, width, 3, padding=1)
+
+
+def time_mlp(dim: int) -> nn.Sequential:
+    "The two-layer MLP on the time embedding, off in every released model."
+    wide = 4 * dim
+    return nn.Sequential(nn.Linear(dim, wide), nn.SiLU(), nn.Linear(wide, dim))
 
 # %% ../nbs/02_architecture.ipynb #02-init-parameter
 def init_parameter(
@@ -351,15 +371,12 @@ class UViT(nn.Module):
     ):
         super().__init__()
         check_geometry(img_size, patch_size, embed_dim, depth, num_heads)
-        check_variant(skip, time, conv, patch_embed, pos_embed)
-        if num_classes and clip_dim:
-            raise ParameterError("num_classes, clip_dim: use one of them, not both")
+        check_variant(num_classes, clip_dim, skip, time, conv, patch_embed, pos_embed)
         self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
         self.embed_dim, self.depth, self.time = embed_dim, depth, time
         self.num_classes, self.clip_dim = num_classes, clip_dim
         self.num_clip_token = num_clip_token if clip_dim else 0
         self.extras = (time == "token") + bool(num_classes) + self.num_clip_token
-
         # everything becomes a token
         D, side, half = embed_dim, img_size // patch_size, depth // 2
         self.patch_embed = PatchEmbed(patch_size, in_chans, D, patch_embed)
@@ -371,17 +388,14 @@ class UViT(nn.Module):
         if pos_embed == "learned":
             self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + side**2, D))
         else:
-            sincos = pos_embed == "sincos2d"
-            table = F.pad(sincos2d(side, D), (0, 0, self.extras, 0)) if sincos else None
+            table = fixed_positions(pos_embed, side, D, self.extras)
             self.register_buffer("pos_embed", table, persistent=False)
-
         # blocks; out-block j merges what in-block routes[j] put out
         block = partial(Block, D, num_heads, mlp_ratio, qkv_bias, time=time)
         self.in_blocks = nn.ModuleList(block() for _ in range(half))
         self.mid_block = block()
         self.out_blocks = nn.ModuleList(block(skip=skip) for _ in range(half))
         self.routes = tuple(reversed(range(half)))
-
         # back to an image
         self.norm = nn.LayerNorm(D)
         self.token_conv = conv3x3(D) if conv == "before" else None
@@ -427,8 +441,7 @@ class UViT(nn.Module):
         "Patch tokens to an image."
         x = self.norm(x[:, self.extras :])
         if self.token_conv is not None:
-            side = self.img_size // self.patch_size
-            image = x.transpose(1, 2).unflatten(2, (side, side))
+            image = rearrange(x, "b (h w) d -> b d h w", h=math.isqrt(x.shape[1]))
             x = self.token_conv(image).flatten(2).transpose(1, 2)
         x = unpatchify(self.decoder_pred(x), self.patch_size, self.in_chans)
         return self.final_layer(x)
@@ -436,19 +449,7 @@ class UViT(nn.Module):
     @classmethod
     def from_preset(cls, name: str, img_size: int, in_chans: int, **kwargs) -> "UViT":
         "A model by its name in Table 2, `U-ViT-S/2`; keyword arguments override."
-        sizes = {"img_size": img_size, "in_chans": in_chans, **preset(name)}
-        return cls(**{**sizes, **kwargs})
-
-
-def conv3x3(width: int) -> nn.Conv2d:
-    "A 3x3 convolution that keeps size and width."
-    return nn.Conv2d(width, width, 3, padding=1)
-
-
-def time_mlp(dim: int) -> nn.Sequential:
-    "The two-layer MLP on the time embedding, off in every released model."
-    wide = 4 * dim
-    return nn.Sequential(nn.Linear(dim, wide), nn.SiLU(), nn.Linear(wide, dim))
+        return cls(**dict(preset(name), img_size=img_size, in_chans=in_chans) | kwargs)
 
 # %% ../nbs/02_architecture.ipynb #02-from-config
 SIZES = ["patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias"]

@@ -66,7 +66,7 @@ def make_accelerator(
     precision: str,  # fp32 | bf16 | fp16
     device: torch.device,  # where to compute
 ):  # accelerate.Accelerator
-    "An `Accelerator` for one run; an earlier one of another precision in this process is forgotten."
+    "An `Accelerator` for one run; forgets an earlier one of another precision in this process."
     from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState, GradientState
 

@@ -275,7 +275,7 @@ ATTENTION_RATE = 0.3
 
 
 def run_block(block: nn.Module, *args):
-    "Call `block.body`, recomputing activations in the backward pass where `set_checkpoint` says so."
+    "Call `block.body`, recomputing activations in the backward pass if `set_checkpoint` said so."
     if block.recompute and block.training:
         return checkpoint(block.body, *args, **block.recompute)
     return block.body(*args)
