@@ -1,4 +1,4 @@
-"""Feature networks that judge images: where their weights are, how they are loaded, what they compute."""
+"""Feature networks that judge images: their weights, how they are loaded, what they compute."""
 
 import hashlib
 import io
@@ -20,7 +20,7 @@ SPATIAL_LAYER = "Mixed_6d.branch1x1"  # of Inception, behind its ReLU: the featu
 
 
 class ResBlock(nn.Module):
-    "Two 3x3 convolutions and a parameter-free shortcut (names of `akamaster/pytorch_resnet_cifar10`)."
+    "Two 3x3 convolutions and a parameter-free shortcut (names as in the public weights)."
 
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Real images as a reference: statistics and features of a data set or of a reference file, cached."""
+"""Real images as a reference: cached statistics and features of data sets and reference files."""
 
 import hashlib
 import zipfile
