@@ -478,7 +478,8 @@ def test_errors_say_what_to_do():
 
 
 def test_import_is_light():
-    code = "import uvit_repro.sample, sys; assert not {'diffusers', 'torchvision', 'sklearn', 'matplotlib'} & set(sys.modules)"
+    heavy = {"diffusers", "torchvision", "sklearn", "matplotlib"}
+    code = f"import uvit_repro.sample, sys; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
