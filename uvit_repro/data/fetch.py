@@ -38,8 +38,8 @@ def _public(name: str, root: Path) -> tuple:
             ),
         ),
         "imagenet": (
-            "Get ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar "
-            f"(144 GB) from https://image-net.org into {imagenet}, then unpack them with",
+            "Get the devkit and the train and val archives of ILSVRC2012 (144 GB) from "
+            f"https://image-net.org into {imagenet}, then unpack them with",
             _python(
                 "from torchvision.datasets import ImageNet; "
                 f"[ImageNet({imagenet!r}, s) for s in ('train', 'val')]"
