@@ -13,8 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .config import CONFIGS
-from .data.autoencoder import DIGITS_VAE, Autoencoder, enlarge
+from .data.autoencoder import DIGITS_VAE, enlarge
+from .data.features import extract
 from .data.images import Data, draw_latents, to_model
+from .paper.numbers import load_paper
+from .runs.evaluate import read_samples
 from .runs.remeasure import remeasure
 
 # %% ../nbs/07_imagenet.ipynb #07-train_digits_autoencoder
@@ -76,8 +79,6 @@ def guidance_sweep(
     say=print,
 ):  # DataFrame of `remeasure`, with `spread` over that of the held-out images
     "Fidelity against variety over the scale of guidance."
-    from uvit_repro.data.features import extract
-    from uvit_repro.runs.evaluate import read_samples
 
     def spread(images, labels):
         return class_spread(extract(images, features)["features"], labels)
@@ -111,8 +112,6 @@ def solver_table(
 
 def paper_table3():
     "FID of DPM-Solver on ImageNet 256x256 as published: steps by model, a DataFrame."
-    from uvit_repro.paper.numbers import load_paper
-
     t = load_paper("Table 3", "ImageNet 256x256", "FID")
     t["model"] = t.method + t.steps.map(lambda s: f", {s // 1000}K iterations")
     return t.pivot(index="nfe", columns="model", values="number")

@@ -10,7 +10,12 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from .config import CONFIGS
+from .data.images import to_uint8
+from .diffusion import Diffusion
+from .paper.numbers import load_paper
+from .runs.checkpoints import load_weights
+from .runs.devices import pick_device
+from .sample import sample
 
 # %% ../nbs/08_mscoco.ipynb #08-prompt_accuracy
 def prompt_accuracy(
@@ -32,12 +37,6 @@ def draw_captions(
     **sampling,  # fields of SamplingConfig
 ) -> Tensor:  # uint8 (k, n, C, H, W)
     "Draw captions of one's own with a trained network on pixels."
-    from uvit_repro.data.images import to_uint8
-    from uvit_repro.diffusion import Diffusion
-    from uvit_repro.runs.devices import pick_device
-    from uvit_repro.sample import sample
-    from uvit_repro.runs.checkpoints import load_weights
-
     e, device = run.exp, pick_device(run.exp.execution.device)
     net = load_weights(e, run.folder, step or e.train.n_steps).to(device)
     how = {
@@ -59,8 +58,6 @@ def draw_captions(
 # %% ../nbs/08_mscoco.ipynb #08-table4_experiments
 def paper_table4():
     "The published rows: FID, millions of parameters, data. DataFrame, index: method."
-    from uvit_repro.paper.numbers import load_paper
-
     t = load_paper("Table 4", "MS-COCO 256x256")
     fid = t[t.metric == "FID"].set_index("method")
     size = t[(t.metric == "params_M") & (t.condition == "denoising network")]
