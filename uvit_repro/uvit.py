@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHOICES', 'SIZES', 'patchify', 'unpatchify', 'PatchEmbed', 'prime_factors', 'timestep_embedding', 'sincos2d',
            'Attention', 'Mlp', 'AdaLN', 'compute_type', 'merge_skip', 'Block', 'check_variant', 'check_input',
-           'fixed_positions', 'conv3x3', 'time_mlp', 'init_parameter', 'init_weights', 'UViT', 'from_config',
-           'count_parameters', 'matched_none', 'official_shape', 'load_official']
+           'fixed_positions', 'conv3x3', 'time_mlp', 'init_parameter', 'init_weights', 'UViT', 'condition_fields',
+           'from_config', 'count_parameters', 'matched_none', 'official_shape', 'load_official']
 
 # %% ../nbs/02_architecture.ipynb #02-imports
 import math
@@ -26,7 +26,7 @@ from uvit_repro.config import (
     key_seed,
     preset,
 )
-from .data.files import CheckpointError, load_tensors
+from .data.files import ReleasedWeights
 from .runs.execution import attention, run_block, set_checkpoint
 
 # %% ../nbs/02_architecture.ipynb #02-patches
@@ -455,6 +455,19 @@ class UViT(nn.Module):
 SIZES = ["patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias"]
 
 
+def condition_fields(
+    model,  # ModelConfig
+    data,  # DataConfig, with num_classes known
+    p_uncond: float,  # above 0 there is one more class, for dropped labels
+) -> dict:  # keyword arguments of a backbone
+    "What a network is conditioned on in an experiment: nothing, a class or a text."
+    if model.condition == "class":
+        return {"num_classes": data.num_classes + (p_uncond > 0)}
+    if model.condition == "text":
+        return {"clip_dim": data.text_dim, "num_clip_token": data.text_tokens}
+    return {}
+
+
 def from_config(
     model,  # ModelConfig
     data,  # DataConfig, with num_classes known
@@ -464,10 +477,7 @@ def from_config(
 ) -> UViT:  # with initial weights from the global generator
     "A U-ViT from the sections of an experiment."
     kwargs = {k: getattr(model, k) for k in (*SIZES, "mlp_time_embed", *CHOICES)}
-    if model.condition == "class":
-        kwargs["num_classes"] = data.num_classes + (p_uncond > 0)
-    if model.condition == "text":
-        kwargs.update(clip_dim=data.text_dim, num_clip_token=data.text_tokens)
+    kwargs.update(condition_fields(model, data, p_uncond))
     return UViT(
         img_size=data.img_size,
         in_chans=data.in_chans,
@@ -531,26 +541,13 @@ def load_official(
     num_clip_token: int = None,  # text tokens; None: 77
 ) -> UViT:  # on the CPU, in eval mode
     "A U-ViT with the authors' released weights; `CheckpointError` for anything else."
-    is_dict = isinstance(source, dict)
-    sd = source if is_dict else load_tensors(source)
-    name = "the state dictionary" if is_dict else str(source)
-    needed = ["patch_embed.proj", "pos_embed", "mid_block.attn.qkv", "decoder_pred"]
-    for k in needed:
-        if k not in sd and f"{k}.weight" not in sd:
-            raise CheckpointError(
-                f"{name} is not a U-ViT checkpoint: it has no {k} "
-                f"(it has {', '.join(list(sd)[:4])}, ...)"
-            )
+    needed = ("patch_embed.proj.weight", "pos_embed", "mid_block.attn.qkv.weight")
+    file = ReleasedWeights.read(source, "U-ViT", (*needed, "decoder_pred.weight"))
+    sd = file.state
     dim, chans, patch, _ = sd["patch_embed.proj.weight"].shape
     heads = num_heads or HEADS.get(dim)
     if not heads:
         raise ParameterError(f"width {dim} is not one of Table 2: say num_heads")
     shape = official_shape(sd, num_clip_token)
     shape.update(patch_size=patch, in_chans=chans, embed_dim=dim, num_heads=heads)
-    model = UViT(**shape)
-    try:
-        model.load_state_dict(sd)
-    except RuntimeError as e:
-        fit = f"a U-ViT of width {dim} with {shape['depth']} layers"
-        raise CheckpointError(f"{name} does not fit {fit}: {e}") from None
-    return model.eval()
+    return file.fill(UViT(**shape))
