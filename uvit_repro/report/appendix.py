@@ -16,9 +16,10 @@ from uvit_repro.campaign.cells import chosen, computed, ledger, measured
 from uvit_repro.campaign.jobs import jobs
 from uvit_repro.campaign.predict import paper_gpu, predict
 from uvit_repro.config import CONFIGS, main_metric, with_overrides
-from uvit_repro.paper.claims import queued_experiments
+from uvit_repro.paper.claims import load_claims, queued_experiments
+from uvit_repro.paper.numbers import read_table
 from uvit_repro.paper.registry import registry
-from uvit_repro.report.evidence import SCALES, Evidence, claims_status, has_list
+from uvit_repro.report.evidence import SCALES, Evidence, has_list
 from uvit_repro.runs.counting import params_of
 
 PRINTED = (
@@ -157,7 +158,8 @@ def claim_rows(numbers: pd.DataFrame, words: dict[str, str]) -> list[dict]:
     "All claims of the papers: the word where a list judges it, else a plain status."
     counted = arithmetic(numbers)
     rows = []
-    for c in claims_status().itertuples():
+    needs = read_table("claims_status.csv")
+    for c in load_claims().merge(needs, on="id", validate="one_to_one").itertuples():
         if c.id in words:
             status = words[c.id]
         elif c.id in counted:

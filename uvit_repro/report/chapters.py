@@ -39,6 +39,7 @@ def to_html(
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
     nb.cells = [cell for cell in nb.cells if cell.source.strip() or cell.get("outputs")]
     nb.metadata["title"] = f"uvit_repro: {notebook.stem}"
+
     def unchanged(code):  # our own highlighted code; cleaning it takes half of the time
         return code
 

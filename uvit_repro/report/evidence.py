@@ -25,9 +25,7 @@ from uvit_repro.config import (
 from uvit_repro.paper.claims import (
     arm_experiment,
     fixed_list,
-    load_claims,
 )
-from uvit_repro.paper.numbers import read_table
 from uvit_repro.report.statistics import Claim, Comparison, Effect, Verdict, judge
 from uvit_repro.runs.records import current_metric_name, published_root, runs_root
 
@@ -97,16 +95,13 @@ class Record:
         return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["step", "loss"])
 
 
-def read_record(
-    folder: Path,  # of a run
-    origin: str,  # this machine | published
-) -> Record | None:  # None: not finished, or of protocol smoke
+def read_record(folder: Path, origin: str) -> Record | None:  # None: unfinished, or of smoke
     "Read one run; an exception says why it can't be used."
     info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     if info["status"] != "ok" or info["experiment"]["protocol"] == "smoke":
         return None
     e = from_dict(info["experiment"])
-    if folder.name not in (e.run_id, info["run_id"]) or info["run_id"] != e.run_id:
+    if not folder.name == info["run_id"] == e.run_id:
         raise ValueError(f"the folder holds another run: {e.run_id}")
     text = (folder / "measurements.csv").read_text(encoding="utf-8")
     rows = [row for row in csv.DictReader(io.StringIO(text)) if row["status"] == "ok"]
@@ -214,14 +209,15 @@ def listed_claims(protocol: str) -> list[Claim]:
     ]
 
 
-def arm_values(
-    ev: Evidence,
-    protocol: str,  # with a fixed list
-) -> pd.DataFrame:  # arm, seed, step, measure, value, run_id, one column per band; .attrs: problems
-    "The held-out loss of every arm of the fixed list at every seed and measured step."
+def arm_values(ev: Evidence, protocol: str) -> pd.DataFrame:
+    """The held-out loss of every arm of the fixed list at every seed and measured step.
+
+    Columns arm, seed, step, measure, value, run_id and one per band; `.attrs["problems"]` names
+    the records whose statistics contradict their value.
+    """
     entry = fixed_list(protocol)
     seeds = sorted({r.experiment.seed for r in ev.at(protocol)})
-    bands = {band_name(b): b for b in entry["log_snr_bands"]}
+    bands = {f"log-SNR {low:g} to {high:g}": (low, high) for low, high in entry["log_snr_bands"]}
     rows, problems = [], []
     for arm, seed in ((arm, seed) for arm in entry["arms"] for seed in seeds):
         record = ev.records.get(arm_experiment(protocol, arm, seed).run_id)
@@ -243,17 +239,10 @@ def arm_values(
     return frame
 
 
-def band_name(band: tuple[float, float]) -> str:
-    "A band of log-SNR in words."
-    return f"log-SNR {band[0]:g} to {band[1]:g}"
-
-
 def band_differences(
-    effect: Effect,  # of one comparison
-    values: pd.DataFrame,  # of `arm_values`
-    step: int,  # of the claim
-) -> dict[str, dict[int, float]]:  # band -> seed -> log(worse / better)
-    "The same comparison in each band of noise."
+    effect: Effect, values: pd.DataFrame, step: int
+) -> dict[str, dict[int, float]]:
+    "The same comparison in each band of noise: band -> seed -> log(worse / better)."
     steps = dict(effect.comparison.steps)
     out = {}
     for band in (c for c in values.columns if c.startswith("log-SNR")):
@@ -270,6 +259,26 @@ def judged(ev: Evidence, protocol: str) -> tuple[list[Verdict], pd.DataFrame]:
     "The verdicts on the fixed list and the measurements behind them."
     values = arm_values(ev, protocol)
     return judge(listed_claims(protocol), values), values
+
+
+def comparison_name(effect: Effect) -> str:
+    "A comparison in a few words."
+    c = effect.comparison
+    return f"{c.worse} against {c.better}" + (", equal time" if c.steps else "")
+
+
+def effect_rows(verdicts: list[Verdict], values: pd.DataFrame) -> pd.DataFrame:
+    "Every seed of every comparison that has results, with its interval and its bands."
+    rows = []
+    for v, e in ((verdict, effect) for verdict in verdicts for effect in verdict.effects):
+        bands = band_differences(e, values, fixed_list(v.protocol)["step"])
+        row = {"claim": v.id, "word": v.word, "comparison": comparison_name(e)}
+        row |= {"effect": e.effect, "low": e.low, "high": e.high, "df": e.df, "sd": e.sd}
+        row |= {"threshold": e.comparison.threshold, "p": v.p, "p_holm": v.p_holm}
+        for seed, difference in e.differences.items():
+            line = {"seed": seed, "difference": difference}
+            rows.append(row | line | {name: by_seed.get(seed) for name, by_seed in bands.items()})
+    return pd.DataFrame(rows)
 
 
 # ---- What was seen outside the fixed list ----
@@ -289,9 +298,7 @@ def variant_label(model: ModelConfig, base: ModelConfig) -> str:
     )
 
 
-def against_adopted(
-    records: dict[str, Record],  # by run id
-) -> pd.DataFrame:  # protocol, variant, steps, seed, measure, difference, value, run_id, adopted_id
+def against_adopted(records: dict[str, Record]) -> pd.DataFrame:
     "The log ratio of each run to the adopted model with the same data, training and seed."
     rows = []
     for r in records.values():
@@ -315,11 +322,8 @@ def against_adopted(
     return pd.DataFrame(rows, columns=[*columns, "run_id", "adopted_id"])
 
 
-def transferred(
-    arm: str,  # of the fixed list at protocol cpu
-    protocol: str,  # another one
-) -> str:  # as `variant_label`; empty for the adopted model
-    "An arm at another protocol: as many layers more or fewer, other sizes in proportion."
+def transferred(arm: str, protocol: str) -> str:  # as `variant_label`
+    "An arm of protocol cpu at another protocol: as many layers more or fewer, other sizes in proportion."
     here, there = PROTOCOLS["cpu"].model, PROTOCOLS[protocol].model
     change = {k: v for k, v in fixed_list("cpu")["arms"][arm].items() if k != "loss_steps"}
     if "model" in change:
@@ -331,12 +335,8 @@ def transferred(
     return variant_label(experiment(protocol, **change).model, there)
 
 
-def seen(
-    ev: Evidence,
-    claim: dict,  # of the fixed list at protocol cpu
-    protocol: str,  # another one, without a fixed list
-) -> pd.DataFrame:  # worse, better, measure, steps, seed, difference, run_id
-    "A claim's comparisons in runs that no list named: described, never judged."
+def seen(ev: Evidence, claim: dict, protocol: str) -> pd.DataFrame:
+    "A claim's comparisons in runs that no list named, worse over better: described, never judged."
     d = ev.differences[ev.differences.protocol == protocol]
     keys = ["measure", "steps", "seed"]
     out = []
@@ -350,8 +350,3 @@ def seen(
         out.append(found.assign(worse=worse, better=better))
     frame = pd.concat(out, ignore_index=True)
     return frame[frame.steps == frame.steps.max()]
-
-
-def claims_status() -> pd.DataFrame:  # id, paper, claim, source, paper_numbers, needs, command
-    "All claims with what each still needs and the command for it."
-    return load_claims().merge(read_table("claims_status.csv"), on="id", validate="one_to_one")

@@ -5,23 +5,23 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from uvit_repro.config import PROTOCOLS, experiment, main_metric
+from uvit_repro.config import PROTOCOLS, Experiment, experiment, main_metric
 from uvit_repro.paper.claims import fixed_list
 from uvit_repro.paper.numbers import FIGURE2, figure2, figure7, load_paper
 from uvit_repro.report.evidence import (
     SCALES,
     Evidence,
     Record,
-    band_differences,
     has_list,
     variant_label,
 )
-from uvit_repro.report.statistics import Verdict, paired_difference
+from uvit_repro.report.statistics import paired_difference
 
 SETTINGS = {"concatenation": "", "addition": "skip=add", "no long skip": "skip=none"}  # of Figure 7
 GREY = "0.55"
@@ -63,6 +63,22 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+def label_of(record: Record) -> str:
+    "What distinguishes a run's model from the adopted one; empty for that one."
+    return variant_label(record.experiment.model, PROTOCOLS[record.experiment.protocol].model)
+
+
+def variant_at(protocol: str, change: dict) -> str:
+    "The label of a change at a protocol."
+    return variant_label(experiment(protocol, **change).model, PROTOCOLS[protocol].model)
+
+
+def trained_alike(record: Record, base: Experiment) -> bool:
+    "Whether a run has the data and the training of a protocol."
+    e = record.experiment
+    return (e.train, e.data.dataset) == (base.train, base.data.dataset)
+
+
 def measure_of(protocol: str) -> str:
     "What is compared at a protocol: the measure of its fixed list, else its distance."
     return (
@@ -79,22 +95,16 @@ def measure_words(metric: str) -> str:
 def endpoints(ev: Evidence, protocol: str) -> pd.DataFrame:  # variant, seed, value, run_id
     "The last measurement of every run that has the protocol's length and data."
     base = PROTOCOLS[protocol]
-    rows = []
-    for r in ev.at(protocol):
-        e = r.experiment
-        if (e.train, e.data.dataset) == (base.train, base.data.dataset):
-            label = variant_label(e.model, base.model)
-            rows.append((label, e.seed, r.value(measure_of(protocol)), r.run_id))
+    rows = [
+        (label_of(r), r.experiment.seed, r.value(measure_of(protocol)), r.run_id)
+        for r in ev.at(protocol)
+        if trained_alike(r, base)
+    ]
     frame = pd.DataFrame(rows, columns=["variant", "seed", "value", "run_id"])
     return frame.dropna().sort_values("seed", ignore_index=True)
 
 
-def draw_endpoints(
-    ax,
-    points: pd.DataFrame,  # of `endpoints`
-    variants: list[tuple[str, str]],  # (label of the axis, variant)
-    protocol: str,
-):
+def draw_endpoints(ax, points: pd.DataFrame, variants: list[tuple[str, str]], protocol: str):
     "Every seed a dot, in the colour of its variant; a grey line joins the runs of one seed."
     found = points[points.variant.isin([v for _, v in variants])]
     position = {v: i for i, (_, v) in enumerate(variants)}
@@ -116,63 +126,80 @@ def draw_endpoints(
         ax.tick_params(axis="y", which="minor", labelsize=7)
 
 
+def side_by_side(ev: Evidence, panels: list[tuple]) -> tuple:  # figure, our data
+    "Rows of panels (title, function that draws the paper's, function protocol -> variants)."
+    protocols = ev.protocols or ["cpu"]
+    fig, axes = subplots(len(panels), 1 + len(protocols), (4.2, 2.7))
+    points = {p: endpoints(ev, p) for p in protocols}
+    for row, (title, draw_paper, variants) in zip(axes, panels, strict=True):
+        draw_paper(row[0])
+        row[0].set_title(f"{title}: paper")
+        for ax, p in zip(row[1:], protocols, strict=True):
+            draw_endpoints(ax, points[p], variants(p), p)
+            ax.set_title(f"{title}, ours: {SCALES[p]}")
+    frames = [points[p].assign(scale=p, measure=measure_of(p)) for p in protocols]
+    return fig, pd.concat(frames, ignore_index=True)
+
+
+def draw_curves(ax, panel: str) -> None:
+    "The paper's curves of one panel of Figure 2."
+    curves = figure2(panel)
+    for i, (label, _) in enumerate(FIGURE2[panel][1]):
+        mine = curves[curves.variant == label].sort_values("steps")
+        ax.plot(mine.steps / 1000, mine.fid, "-", color=palette()[i], label=label)
+        ax.plot(mine.steps.tail(1) / 1000, mine.fid.tail(1), "o", ms=6, color=palette()[i])
+    ax.set(yscale="log", xlabel="thousand iterations", ylabel="FID, 10,000 samples")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
+    ax.legend(fontsize=7, frameon=False)
+
+
 def draw_figure2(ev: Evidence) -> Figure:
     "Figure 2: the paper's curves, and the ends of our runs at each protocol."
-    protocols = ev.protocols or ["cpu"]
-    fig, axes = subplots(len(FIGURE2), 1 + len(protocols), (4.2, 2.7))
-    points = {p: endpoints(ev, p) for p in protocols}
-    data = [figure2().assign(scale="paper").drop(columns="overrides")]
-    for row, (panel, (title, variants)) in zip(axes, FIGURE2.items(), strict=True):
-        curves = figure2(panel)
-        for i, (label, _) in enumerate(variants):
-            mine = curves[curves.variant == label].sort_values("steps")
-            row[0].plot(mine.steps / 1000, mine.fid, "-", color=palette()[i], label=label)
-            row[0].plot(mine.steps.tail(1) / 1000, mine.fid.tail(1), "o", ms=6, color=palette()[i])
-        row[0].set(yscale="log", xlabel="thousand iterations", ylabel="FID, 10,000 samples")
-        row[0].set_title(f"({panel}) {title}: paper")
-        row[0].yaxis.set_major_formatter("{x:g}")
-        row[0].yaxis.set_minor_formatter("{x:g}")
-        row[0].legend(fontsize=7, frameon=False)
-        for ax, protocol in zip(row[1:], protocols, strict=True):
-            ours = [
-                (
-                    label[:3],
-                    variant_label(experiment(protocol, **change).model, PROTOCOLS[protocol].model),
-                )
-                for label, change in variants
-            ]
-            draw_endpoints(ax, points[protocol], ours, protocol)
-            ax.set_title(f"({panel}) ours: {SCALES[protocol]}")
-    data += [points[p].assign(scale=p, measure=measure_of(p)) for p in protocols]
+
+    def variants(changes, protocol):
+        return [(label[:3], variant_at(protocol, change)) for label, change in changes]
+
+    panels = [
+        (f"({p}) {title}", partial(draw_curves, panel=p), partial(variants, changes))
+        for p, (title, changes) in FIGURE2.items()
+    ]
+    fig, data = side_by_side(ev, panels)
     caption = "Figure 2. Left: the paper's curves. Right: the ends of our runs, every seed a dot."
-    command = f"uvit-repro run fig2 --protocol {protocols[0]}"
-    return Figure("figure2", caption, fig, pd.concat(data, ignore_index=True), command)
+    command = f"uvit-repro run fig2 --protocol {(ev.protocols or ['cpu'])[0]}"
+    return Figure("figure2", caption, fig, data, command)
+
+
+def draw_notes(ax, panel: str) -> None:
+    "What notes on the paper say about one panel of Figure 3."
+    paper = load_paper("Figure 3", metric="FID")
+    paper[["panel", "size"]] = paper.method.str.split(expand=True)
+    mine = paper[paper.panel == panel].astype({"size": int}).sort_values("size")
+    ax.plot(mine["size"].astype(str), mine.number, "o", mfc="white", color=GREY)
+    ax.set(xlabel=f"{panel}, from notes of low confidence", ylabel="FID at 50K iterations")
 
 
 def draw_figure3(ev: Evidence) -> Figure:
     "Figure 3: depth, width and patch size."
-    protocols = ev.protocols or ["cpu"]
-    paper = load_paper("Figure 3", metric="FID")
-    paper[["panel", "size"]] = paper.method.str.split(expand=True)
-    sizes = {"depth": ("depth", [-4, 0, 4]), "width": ("embed_dim", [0.5, 1, 1.5]),
-             "patch": ("patch_size", [0.5, 1, 2])}  # fmt: skip
-    fig, axes = subplots(3, 1 + len(protocols), (4.2, 2.7))
-    data = [paper[["panel", "size", "number", "confidence"]].assign(scale="paper")]
-    for row, (panel, (field, changes)) in zip(axes, sizes.items(), strict=True):
-        mine = paper[paper.panel == panel].astype({"size": int}).sort_values("size")
-        row[0].plot(mine["size"].astype(str), mine.number, "o", mfc="white", color=GREY)
-        row[0].set(xlabel=panel, ylabel="FID at 50K iterations")
-        row[0].set_title(f"{panel}: paper, from notes (low confidence)")
-        for ax, protocol in zip(row[1:], protocols, strict=True):
-            here = getattr(PROTOCOLS[protocol].model, field)
-            ours = [int(here + c if field == "depth" else here * c) for c in changes]
-            variants = [(str(v), "" if v == here else f"{field}={v}") for v in ours]
-            draw_endpoints(ax, endpoints(ev, protocol), variants, protocol)
-            ax.set(xlabel=panel)
-            ax.set_title(f"{panel}, ours: {SCALES[protocol]}")
-    data += [endpoints(ev, p).assign(scale=p, measure=measure_of(p)) for p in protocols]
+
+    def variants(field, changes, protocol):
+        here = getattr(PROTOCOLS[protocol].model, field)
+        sizes = [int(here + c if field == "depth" else here * c) for c in changes]
+        return [(str(v), "" if v == here else f"{field}={v}") for v in sizes]
+
+    changed = {
+        "depth": ("depth", (-4, 0, 4)),
+        "width": ("embed_dim", (0.5, 1, 1.5)),
+        "patch": ("patch_size", (0.5, 1, 2)),
+    }
+    panels = [
+        (panel, partial(draw_notes, panel=panel), partial(variants, *change))
+        for panel, change in changed.items()
+    ]
+    fig, data = side_by_side(ev, panels)
     caption = "Figure 3. Left: the paper. Right: the ends of our runs, every seed a dot."
-    return Figure("figure3", caption, fig, pd.concat(data, ignore_index=True))
+    command = f"uvit-repro run fig3 --protocol {(ev.protocols or ['cpu'])[0]}"
+    return Figure("figure3", caption, fig, data, command)
 
 
 def cka_matrix(record: Record) -> np.ndarray | None:
@@ -193,157 +220,128 @@ def cka_matrix(record: Record) -> np.ndarray | None:
 def draw_figure7(ev: Evidence) -> Figure:
     "Figure 7: similarity of representations, a row for the paper and one for each scale and seed."
     rows = {"paper": {name: figure7(name).to_numpy() for name in SETTINGS}}
-    for protocol in ev.protocols:
-        base = PROTOCOLS[protocol].model
-        for r in ev.at(protocol):
-            label = variant_label(r.experiment.model, base)
-            if r.experiment.train == PROTOCOLS[protocol].train and label in SETTINGS.values():
-                matrix = cka_matrix(r)
-                name = f"{SCALES[protocol]}, seed {r.experiment.seed}"
-                setting = next(k for k, v in SETTINGS.items() if v == label)
-                if matrix is not None:
-                    rows.setdefault(name, {})[setting] = matrix
+    names = {variant: name for name, variant in SETTINGS.items()}
+    for r in (r for protocol in ev.protocols for r in ev.at(protocol)):
+        e = r.experiment
+        alike = trained_alike(r, PROTOCOLS[e.protocol]) and label_of(r) in names
+        if alike and (matrix := cka_matrix(r)) is not None:
+            rows.setdefault(f"{SCALES[e.protocol]}, seed {e.seed}", {})[names[label_of(r)]] = matrix
     fig, axes = subplots(len(rows), 3, (2.6, 2.5))
     data = []
-    for line, (name, matrices) in zip(axes, rows.items(), strict=True):
+    for line, (scale, matrices) in zip(axes, rows.items(), strict=True):
         for ax, setting in zip(line, SETTINGS, strict=True):
-            ax.set_title(f"{setting}\n{name}", fontsize=8)
+            ax.set_title(f"{setting}\n{scale}", fontsize=8)
             ax.grid(False)
             if setting not in matrices:
                 ax.text(0.5, 0.5, "not run", ha="center", color=GREY, transform=ax.transAxes)
                 continue
-            matrix = matrices[setting]
-            image = ax.imshow(matrix, vmin=0, vmax=1, origin="lower", cmap="magma")
-            i, j = np.indices(matrix.shape).reshape(2, -1)
-            frame = {"scale": name, "setting": setting, "layer": i, "other": j}
-            data.append(pd.DataFrame(frame | {"cka": matrix.ravel()}))
+            image = ax.imshow(matrices[setting], vmin=0, vmax=1, origin="lower", cmap="magma")
+            frame = pd.DataFrame(matrices[setting]).stack().rename("cka").reset_index()
+            data.append(frame.assign(scale=scale, setting=setting))
     fig.colorbar(image, ax=axes, shrink=0.5, label="CKA")
     caption = (
         "Figure 7. Similarity (CKA) of the outputs of all layers; the first row is the paper's."
     )
-    return Figure("figure7", caption, fig, pd.concat(data, ignore_index=True))
+    command = "papermill nbs/09_representations.ipynb out.ipynb -p protocol cpu"
+    return Figure("figure7", caption, fig, pd.concat(data, ignore_index=True), command)
 
 
 def draw_samples(ev: Evidence, protocol: str) -> Figure | None:
     "Samples of the same noise, one row per variant, and the nearest training images."
     base = PROTOCOLS[protocol]
-    changes = [change for _, variants in FIGURE2.values() for _, change in variants]
-    shown = {
-        variant_label(experiment(protocol, **c).model, base.model) or "adopted" for c in changes
-    }
+    shown = {variant_at(protocol, c) for _, variants in FIGURE2.values() for _, c in variants}
     rows, runs = {}, []
-    for r in sorted(ev.at(protocol), key=lambda r: (r.experiment.seed, r.run_id)):
-        label = variant_label(r.experiment.model, base.model) or "adopted"
-        path = r.folder / "first.npz"
-        alike = (r.experiment.train, r.experiment.data.dataset) == (base.train, base.data.dataset)
-        if not alike or label not in shown - set(rows) or not path.is_file():
+    for r in sorted(ev.at(protocol), key=lambda r: (r.experiment.seed, label_of(r))):
+        label, path = label_of(r), r.folder / "first.npz"
+        if not trained_alike(r, base) or label not in shown or not path.is_file():
             continue
+        shown.remove(label)
         with np.load(path, allow_pickle=False) as arrays:
-            rows[label] = arrays["images"][:12]
-            if label == "adopted" and "nearest" in arrays:
+            rows[label or "adopted"] = arrays["images"][:12]
+            if not label and "nearest" in arrays:
                 rows["nearest training image"] = arrays["nearest"][:12]
-        runs.append((label, r.experiment.seed, r.run_id))
+        runs.append((label or "adopted", r.experiment.seed, r.run_id))
     if not rows:
         return None
-    first = ["adopted", "nearest training image"]
-    names = [n for n in first if n in rows] + sorted(set(rows) - set(first))
-    fig, axes = subplots(len(names), 1, (8, 0.72))
-    for ax, name in zip(axes.flat, names, strict=True):
-        ax.imshow(np.concatenate(rows[name].transpose(0, 2, 3, 1), axis=1).squeeze(), cmap="gray")
+    fig, axes = subplots(len(rows), 1, (8, 0.72))
+    for ax, (name, images) in zip(axes.flat, rows.items(), strict=True):
+        ax.imshow(np.concatenate(images.transpose(0, 2, 3, 1), axis=1).squeeze(), cmap="gray")
         ax.set(xticks=[], yticks=[])
         ax.grid(False)
-        ax.set_ylabel(plain(name), rotation=0, ha="right", va="center", fontsize=8)
-    steps = f"{base.train.n_steps:,} steps"
+        ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     caption = (
-        f"Samples after {steps}, {SCALES[protocol]}: the same noise in every row. "
-        "The second row shows the training image nearest to each sample of the first."
+        f"Samples after {base.train.n_steps:,} steps, {SCALES[protocol]}: the same noise in every "
+        "row; below the adopted model's, the training image nearest to each."
     )
     data = pd.DataFrame(runs, columns=["variant", "seed", "run_id"])
     return Figure(f"samples_{protocol}", caption, fig, data)
 
 
-def draw_effects(protocol: str, verdicts: list[Verdict], values: pd.DataFrame) -> Figure | None:
-    "The effects of the fixed list with every seed, and the same in three bands of noise."
-    shown = [(v, e) for v in verdicts for e in v.effects if e.differences]
-    if not shown:
+def draw_effects(protocol: str, effects: pd.DataFrame) -> Figure | None:
+    "The effects of the fixed list (`effect_rows`) with every seed, and in three bands of noise."
+    if effects.empty:
         return None
-    fig, axes = subplots(1, 2, (5.2, 1.2 + 0.32 * len(shown)), sharey=True)
-    axes = axes[0]
-    data = []
-    for y, (verdict, e) in enumerate(shown):
-        percent = 100 * np.array(list(e.differences.values()))
-        axes[0].plot([100 * e.low, 100 * e.high], [y, y], "-", color="black", lw=1.5)
-        axes[0].plot(percent, [y] * len(percent), "o", ms=6, color=palette()[0])
-        axes[0].plot(
-            [100 * e.comparison.threshold] * 2, [y - 0.4, y + 0.4], "-", color=palette()[3]
+    names = list(dict.fromkeys(effects.claim + "  " + effects.comparison))
+    y = (effects.claim + "  " + effects.comparison).map(names.index)
+    fig, [axes] = subplots(1, 2, (5.2, 1.2 + 0.32 * len(names)), sharey=True)
+    axes[0].hlines(y, 100 * effects.low, 100 * effects.high, color="black", lw=1.5)
+    axes[0].plot(100 * effects.difference, y, "o", ms=6, color=palette()[0])
+    axes[0].plot(100 * effects.threshold, y, "|", ms=16, mew=1.5, color=palette()[3])
+    for i, band in enumerate(c for c in effects if c.startswith("log-SNR")):
+        axes[1].plot(
+            100 * effects[band], y + 0.2 * (i - 1), "o", color=palette()[i + 1], label=band
         )
-        bands = band_differences(e, values, fixed_list(protocol)["step"])
-        for i, (band, by_seed) in enumerate(bands.items()):
-            found = 100 * np.array(list(by_seed.values()))
-            axes[1].plot(found, [y + 0.2 * (i - 1)] * len(found), "o", ms=5, color=palette()[i + 1],
-                         label=band if y == 0 else None)  # fmt: skip
-        for seed, difference in e.differences.items():
-            row = {"claim": verdict.id, "better": e.comparison.better, "worse": e.comparison.worse}
-            row |= {"seed": seed, "difference": difference, "low": e.low, "high": e.high}
-            data.append(row | {band: d.get(seed) for band, d in bands.items()})
-    names = [f"{v.id}  {effect_name(e)}" for v, e in shown]
-    axes[0].set_yticks(range(len(shown)), names, fontsize=8)
-    axes[0].set(xlabel="held-out loss, worse over better, %")
+    axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0].set(xlabel="held-out loss, worse over better, %", ylim=(len(names) - 0.5, -0.5))
     axes[1].set(xlabel="the same in three bands of noise, %")
     axes[1].legend(fontsize=7, frameon=False)
-    axes[0].set_ylim(len(shown) - 0.5, -0.5)
     for ax in axes:
         ax.axvline(0, color="black", lw=0.8)
         ax.set_xscale("symlog", linthresh=5)
         ax.xaxis.set_major_formatter("{x:g}")
-    caption = f"Effects of the fixed list, {SCALES[protocol]}: dots are seeds, lines 95 % intervals; right of red is the paper's side."
-    return Figure(f"effects_{protocol}", caption, fig, pd.DataFrame(data))
+    caption = (
+        f"Effects of the fixed list, {SCALES[protocol]}: dots are seeds, lines 95 % intervals; "
+        "right of the red mark is the paper's side."
+    )
+    return Figure(f"effects_{protocol}", caption, fig, effects)
 
 
-def effect_name(effect) -> str:
-    "A comparison in a few words."
-    c = effect.comparison
-    return f"{c.worse} against {c.better}" + (", equal time" if c.steps else "")
+def running_differences(ev: Evidence, runs: pd.DataFrame, steps: int) -> pd.DataFrame:
+    "The running difference of training loss to the adopted model, of every run, in percent."
+    frames = []
+    for r in runs.drop_duplicates("run_id").itertuples():
+        logs = (ev.records[run_id].training_log() for run_id in (r.run_id, r.adopted_id))
+        curve = paired_difference(*logs, window=max(250, steps // 20))
+        curve = curve.assign(variant=plain(r.variant), seed=f"seed {r.seed}")
+        frames.append(curve.assign(percent=100 * curve.difference, error=196 * curve.se))
+    return pd.concat(frames, ignore_index=True)
 
 
 def draw_running(ev: Evidence, protocol: str) -> list[Figure]:
     "The running difference of paired training losses, one figure per length of training."
-    found = ev.differences[ev.differences.protocol == protocol].drop_duplicates("run_id")
+    import seaborn as sns
+
+    found = ev.differences[ev.differences.protocol == protocol].sort_values(["variant", "seed"])
     figures = []
     for steps, group in found.groupby("steps"):
-        variants = sorted(group.variant.unique())
-        columns = min(4, len(variants))
-        fig, axes = subplots(-(-len(variants) // columns), columns, (3.2, 2.4), sharex=True)
-        data = []
-        for ax, variant in zip(axes.flat, variants, strict=False):
-            runs = group[group.variant == variant].sort_values("seed")
-            for colour, r in zip(palette(), runs.itertuples(), strict=False):
-                logs = (ev.records[i].training_log() for i in (r.run_id, r.adopted_id))
-                curve = paired_difference(*logs, window=max(250, steps // 20))
-                ax.plot(curve.step, 100 * curve.difference, color=colour, label=f"seed {r.seed}")
-                band = [100 * (curve.difference + s * 1.96 * curve.se) for s in (-1, 1)]
-                ax.fill_between(curve.step, *band, color=colour, alpha=0.2, lw=0)
-                data.append(curve.assign(variant=variant, seed=r.seed))
-            ax.axhline(0, color="black", lw=0.8)
-            ax.set_title(plain(variant), fontsize=9)
-            ax.legend(fontsize=7, frameon=False)
-        for ax in axes.flat[len(variants) :]:
-            ax.set_visible(False)
-        fig.supxlabel("step", fontsize=9)
-        fig.supylabel("training loss over adopted, %", fontsize=9)
+        data = running_differences(ev, group, steps)
+        options = {"hue": "seed", "col": "variant", "col_wrap": 4, "palette": "colorblind"}
+        grid = sns.relplot(data, x="step", y="percent", kind="line", height=2.4, **options,
+                           facet_kws={"sharey": False})  # fmt: skip
+        for (variant, _), curve in data.groupby(["variant", "seed"]):
+            low, high = curve.percent - curve.error, curve.percent + curve.error
+            grid.axes_dict[variant].fill_between(curve.step, low, high, color=GREY, alpha=0.2, lw=0)
+        grid.refline(y=0, color="black", lw=0.8)
+        grid.set_titles("{col_name}").set_ylabels("training loss over adopted, %")
         caption = (
             f"Training loss against the adopted model on the same data and noise, {steps:,} steps, "
-            f"{SCALES[protocol]}; above 0 the adopted model is better."
+            f"{SCALES[protocol]}; above 0 the adopted model is better, grey is its 95 % band."
         )
-        figures.append(Figure(f"running_{protocol}_{steps}", caption, fig, pd.concat(data)))
+        figures.append(Figure(f"running_{protocol}_{steps}", caption, grid.figure, data))
     return figures
 
 
-def save(
-    drawn: Figure,
-    target: Path,  # folder
-    suffixes=("png", "svg", "csv"),
-) -> Path:  # the picture
+def save(drawn: Figure, target: Path, suffixes=("png", "svg", "csv")) -> Path:  # the picture
     "Write a figure and its data."
     import matplotlib.pyplot as plt
 

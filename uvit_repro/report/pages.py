@@ -6,7 +6,9 @@ import functools
 import hashlib
 import os
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import jinja2
@@ -24,7 +26,8 @@ from uvit_repro.report.chapters import chapter_list, write_pages
 from uvit_repro.report.evidence import (
     SCALES,
     Evidence,
-    band_differences,
+    comparison_name,
+    effect_rows,
     has_list,
     judged,
     read_evidence,
@@ -187,17 +190,6 @@ class Report:
             for seed, d in effect.differences.items()
         ]
 
-    def comparison_lines(self, verdict: Verdict) -> list[dict]:  # what, effect, interval, seeds
-        "The comparisons of a claim that have results."
-        lines = []
-        for e in (e for e in verdict.effects if e.differences):
-            interval = f"[{percent(e.low)}, {percent(e.high)}]" if e.df else "[no interval]"
-            margin = f", margin {percent(e.comparison.threshold)}" if e.comparison.margin else ""
-            line = {"what": figures.effect_name(e), "effect": percent(e.effect)}
-            line |= {"interval": interval + margin, "seeds": self.seed_links(e, verdict.protocol)}
-            lines.append(line)
-        return lines
-
     def seen_lines(self, claim: dict, protocol: str) -> list[dict]:  # what, measures
         "What runs outside a list showed about a claim at one protocol."
         found = seen(self.ev, claim, protocol).sort_values("seed")
@@ -223,7 +215,7 @@ class Report:
             row = {"id": verdict.id, "claim": said.claim, "note": claim.get("note", "")}
             row |= {"paper": said.paper_numbers, "source": said.source, "reason": verdict.reason}
             row |= {"word": "–" if verdict.word == NOT_RUN else verdict.word}
-            row |= {"lines": self.comparison_lines(verdict)}
+            row |= {"effects": [e for e in verdict.effects if e.differences]}
             rows.append(row | {"seen": {p: self.seen_lines(claim, p) for p in self.unlisted}})
         return rows
 
@@ -242,23 +234,20 @@ class Report:
         return found
 
     def against_list(self, verdict: Verdict) -> Iterable[dict]:
-        "Comparisons of the fixed list, and bands of noise, that point the other way."
-        protocol = verdict.protocol
+        "Comparisons of the fixed list, and bands of noise, that point the other way at every seed."
+        effects = effect_rows([verdict], self.values[verdict.protocol])
         for e in (e for e in verdict.effects if e.differences):
-            start = f"{SCALES[protocol]}, {verdict.id}, {figures.effect_name(e)}:"
-            links = self.seed_links(e, protocol)
-            if max(e.differences.values()) < e.comparison.threshold:
-                text = f"{start} the held-out loss points against the paper at every seed"
-                yield {
-                    "text": f"{text}, {percent(e.effect)} (word: {verdict.word}).",
-                    "links": links,
-                }
-            bands = band_differences(e, self.values[protocol], fixed_list(protocol)["step"])
-            for band, by_seed in bands.items():
-                if e.favourable and max(by_seed.values(), default=1) < e.comparison.threshold:
-                    listed = ", ".join(map(percent, by_seed.values()))
-                    text = f"{start} against the paper at {band} ({listed}), though not on average."
-                    yield {"text": text, "links": links}
+            start = f"{SCALES[verdict.protocol]}, {verdict.id}, {comparison_name(e)}:"
+            mine = effects[effects.comparison == comparison_name(e)]
+            for name in ["difference", *(c for c in mine if c.startswith("log-SNR"))]:
+                if mine[name].max() < e.comparison.threshold:
+                    where = "" if name == "difference" else f" at {name}"
+                    listed = ", ".join(map(percent, mine[name]))
+                    text = f"{start} held-out loss{where} against the paper at every seed"
+                    text += f" ({listed}; word: {verdict.word})."
+                    links = self.seed_links(e, verdict.protocol)
+                    yield {"text": text, "links": [Link(x.text.split()[0], x.href) for x in links]}
+                    break
 
     def against_seen(self, claim: dict, protocol: str) -> Iterable[dict]:
         "Measures that point the other way at every seed of runs outside a list."
@@ -336,14 +325,12 @@ class Report:
         "The appendix but for the published numbers."
         words = {v.id: f"{v.word} at protocol {p}" for p in self.listed for v in self.verdicts[p]
                  if v.word != NOT_RUN}  # fmt: skip
-        bench = "uvit-repro bench --targets --peer ~/U-ViT"
         disagreements = read_table("disagreements.csv").to_dict("records")
         protocols = dict.fromkeys([*self.listed, *self.ev.protocols])
         tables = [
             Table("certificate", "Equivalence with the released code", self.certificate),
             Table("claims", "All claims", appendix.claim_rows(self.numbers, words)),
             *(table for p in protocols for table in self.protocol_tables(p)),
-            Table("speed", "Speed beside the released code", appendix.speed_rows(), bench),
             Table("disagreements", "Where the sources disagree", disagreements),
         ]
         return [table for table in tables if table.rows]
@@ -351,7 +338,7 @@ class Report:
     def drawn(self) -> Iterable[figures.Figure]:
         "All figures, drawn one after the other."
         for p in self.listed:
-            yield figures.draw_effects(p, self.verdicts[p], self.values[p])
+            yield figures.draw_effects(p, effect_rows(self.verdicts[p], self.values[p]))
         for draw in FIGURES.values():
             yield draw(self.ev)
         for p in self.ev.protocols:
@@ -377,7 +364,7 @@ def render(
     )
     form = {"text": markdown_text, "link": "[{text}]({href})"} if markdown else {}
     env.filters["cell"] = functools.partial(show, **form)
-    env.globals.update(scales=SCALES, folder="report")
+    env.globals.update(scales=SCALES, percent=percent, comparison_name=comparison_name)
     return env.get_template(template).render(report=report, figures=drawn, chapters=chapters)
 
 
@@ -393,31 +380,20 @@ def inputs_sum(root: Path, out_dir) -> str:
     return h.hexdigest()
 
 
-def write_part(only: str, target: Path, out_dir) -> Path:
-    "Write one figure (fig2, fig3, fig7) or one table (claims, cost, ...)."
-    ev = read_evidence("all", out_dir)
-    if only in FIGURES:
-        return figures.save(FIGURES[only](ev), target)
-    report = Report(ev, target.parent)
-    tables = {table.name: table for table in (report.cost, *report.appendix)}
-    if only not in tables:
-        allowed = ", ".join([*FIGURES, *tables])
-        raise ParameterError(f"only = {only!r}: allowed are {allowed}")
-    return tables[only].to_csv(target)
-
-
 def write_report(
     say=print,
     root=None,  # folder of the page; None: results
     out_dir=None,  # folder of this machine's runs; None: results/runs
-    only: str | None = None,  # one figure or table: fig2, fig3, fig7, claims, cost, ...
-) -> Path:  # the page, or the part
+    only: str | None = None,  # one figure: fig2, fig3, fig7
+) -> Path:  # the page, or the figure
     "Write report.html, its tables and figures, and the pages of the chapters."
     root = Path(root or project_root() / "results").resolve()
     target = root / "report"
     target.mkdir(parents=True, exist_ok=True)
     if only:
-        return write_part(only, target, out_dir)
+        if only not in FIGURES:
+            raise ParameterError(f"only = {only!r}: allowed are {', '.join(FIGURES)}")
+        return figures.save(FIGURES[only](read_evidence("all", out_dir)), target)
     page = root / "report.html"
     stamp = f"<!-- made from {inputs_sum(root, out_dir)} -->"
     if page.is_file() and page.read_text(encoding="utf-8").endswith(stamp):
@@ -425,16 +401,22 @@ def write_report(
         return page
     ev = read_evidence("all", out_dir)
     say(f"report: {len(ev.records)} records; drawing figures and counting networks")
-    report = Report(ev, root)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        chapter_pages = pool.submit(write_pages, root / "chapters")
+        text = write_files(Report(ev, root), target, say)
+        chapter_pages.result()
+    return write_atomic(page, lambda path: path.write_text(text + stamp, encoding="utf-8"))
+
+
+def write_files(report: Report, target: Path, say) -> str:  # the page
+    "Write the figures and tables of a report and render its page."
     for name, why in report.refused:
         say(f"left out: {name}: {why}")
     drawn = [figure for figure in report.drawn() if figure and figures.save(figure, target)]
     for table in (report.cost, *report.published_tables, *report.appendix):
         table.to_csv(target)
     report.numbers.drop(columns="runs").to_csv(target / "numbers.csv", index=False)
-    write_pages(root / "chapters")
-    text = render(report, "report.html.j2", drawn, chapter_list()) + stamp
-    return write_atomic(page, lambda path: path.write_text(text, encoding="utf-8"))
+    return render(report, "report.html.j2", drawn, chapter_list())
 
 
 def write_published(say=print, root=None) -> Path:

@@ -7,7 +7,7 @@ claims "no gain" or "at least as good". A claim agrees when all its comparisons 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -80,28 +80,9 @@ class Claim:
         return list(dict.fromkeys([*compared, *self.figure]))
 
 
-def given(
-    value,  # an optional field; None, NaN and NA all mean that it is missing
-    default,  # returned when it is missing
-):
-    "Replace a missing value by its default (pandas turns None into NaN)."
-    missing = pd.api.types.is_scalar(value) and pd.isna(value)
-    return default if missing else value
-
-
-def best_of(
-    best: str,  # arm with the lowest value according to the paper
-    others: Iterable[str],  # the arms that it beats
-) -> tuple[Comparison, ...]:
-    "Compare one arm with each of the others."
-    return tuple(Comparison(best, other) for other in others)
-
-
-def order(
-    chain: Sequence[str],  # arms from the lowest to the highest value
-) -> tuple[Comparison, ...]:
-    "Compare each arm of a ranking with the next."
-    return tuple(Comparison(*pair) for pair in zip(chain[:-1], chain[1:], strict=True))
+def given(value, default):
+    "A field, or its default where it is None, NaN or NA (pandas turns None into NaN)."
+    return default if pd.api.types.is_scalar(value) and pd.isna(value) else value
 
 
 @dataclass(frozen=True)
@@ -168,10 +149,17 @@ class Verdict:
 
     @property
     def reason(self) -> str:
-        "The word explained in one sentence, by the comparison that is least on the paper's side."
-        alike = [effect for effect in self.effects if effect.word == self.word]
-        weakest = max(alike or self.effects, key=lambda e: e.p / 2 if e.favourable else 1 - e.p / 2)
-        return f"{opening(self)}: {describe(weakest)}."
+        "Why a claim is not decided; empty where it is."
+        if self.word in (AGREES, DISAGREES):
+            return ""
+        if self.word == NOT_COMPARABLE:
+            return "a value is at or below its floor"
+        if self.missing:
+            runs = [f"{arm} at seed {', '.join(map(str, s))}" for arm, s in self.missing.items()]
+            return f"needs {' and '.join(runs)}"
+        if self.p < LEVEL:
+            return f"clear alone but not after Holm's correction (p = {self.p_holm:.2g})"
+        return "undecided at this precision"
 
 
 def residual_sd(
@@ -191,23 +179,14 @@ def residual_sd(
     return np.sqrt((residuals**2).sum(axis=-1) / df), df
 
 
-def t_interval(
-    effect: float,  # estimate, or an array of them
-    se: float,  # its standard error
-    df: int,  # degrees of freedom of the standard error
-) -> tuple[float, float]:
-    "The 95 % interval, NaN without degrees of freedom."
+def t_interval(effect: float, se: float, df: int) -> tuple[float, float]:
+    "The 95 % interval of an estimate with a standard error; NaN without degrees of freedom."
     half_width = stats.t.ppf(1 - LEVEL / 2, df) * se
     return effect - half_width, effect + half_width
 
 
-def p_value(
-    effect: float,  # estimate, or an array of them
-    se: float,  # its standard error
-    df: int,  # degrees of freedom of the standard error
-    threshold: float = 0.0,  # tested value
-) -> float:  # below 0.05 exactly when the 95 % interval excludes the threshold; 1 if unknown
-    "Two-sided t-test of the threshold."
+def p_value(effect: float, se: float, df: int, threshold: float = 0.0) -> float:
+    "Two-sided t-test: below 0.05 exactly when the 95 % interval excludes the threshold."
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.abs(np.subtract(effect, threshold)) / se
     return np.nan_to_num(2 * stats.t.sf(t, df), nan=1.0)[()]
@@ -304,41 +283,6 @@ def judge(
     p_holm = pd.Series([v.p for v in verdicts], dtype=float)
     p_holm = p_holm.groupby([v.protocol for v in verdicts]).transform(holm)
     return [replace(v, p_holm=float(p)) for v, p in zip(verdicts, p_holm, strict=True)]
-
-
-def describe(effect: Effect) -> str:
-    "One comparison in words, in percent of the better arm's value."
-    c = effect.comparison
-    if not effect.differences:
-        return f"{c.worse} against {c.better} has no result"
-    percent, low, high = (100 * np.expm1(x) for x in (effect.effect, effect.low, effect.high))
-    interval = f"95 % interval {low:+.1f} to {high:+.1f} %" if effect.df else "no interval"
-    margin = f", margin {100 * np.expm1(c.threshold):+.1f} %" if c.margin else ""
-    seeds = "1 seed" if effect.n_seeds == 1 else f"{effect.n_seeds} seeds"
-    return (
-        f"{c.worse} measures {percent:+.1f} % relative to {c.better} "
-        f"({interval}{margin}, {seeds}, {effect.df} degrees of freedom)"
-    )
-
-
-def opening(verdict: Verdict) -> str:
-    "Why a verdict has its word."
-    fixed = {
-        AGREES: "On the paper's side",
-        DISAGREES: "Against the paper",
-        NOT_RUN: "Not run",
-        NOT_COMPARABLE: "Not comparable, a value is at or below its floor",
-    }
-    if verdict.word in fixed:
-        return fixed[verdict.word]
-    if verdict.missing:
-        runs = [f"{arm} at seed {', '.join(map(str, s))}" for arm, s in verdict.missing.items()]
-        return f"Needs {' and '.join(runs)}"
-    if not any(effect.df for effect in verdict.effects):
-        return "No degrees of freedom for an interval"
-    if verdict.p < LEVEL:
-        return f"Clear alone but not after Holm's correction (p = {verdict.p_holm:.2g})"
-    return "Undecided at this precision"
 
 
 def power(
