@@ -485,6 +485,8 @@ def test_comparisons_may_have_seeds_and_steps_of_their_own():
     same_step, other_step = judge_one(claim, pd.concat([late, early])).effects
     assert same_step.missing == {}
     assert same_step.differences == pytest.approx({10: np.log(1.2), 11: np.log(1.4 / 1.1)})
+    lacking = st.judge([claim], pd.concat([late[late.seed < 11], early]))[0]
+    assert lacking.missing == {"a0": (11,), "a1": (11,)}
     assert other_step.differences == pytest.approx({10: np.log(0.6), 11: np.log(1.4 / 2.1)})
 
 

@@ -103,7 +103,7 @@ ARGUMENTS = {  # of all commands
     "--slurm": {"type": option, "action": "append", "default": [], "metavar": "NAME=VALUE"},
     "--detach": {**FLAG, "help": "in the background; see status"},
     "--wait": {"type": duration, "default": 0.0, "help": "for its end, at most this long"},
-    "--only": {"help": "one part: fig2, fig3, fig7, claims, cost, ..."},
+    "--only": {"help": "one figure: fig2, fig3, fig7"},
     "--origin": {"default": "published", "help": "published, or runs: this machine's"},
     "--no-self-test": {**FLAG, "help": "leave out ten seconds of computing"},
     "--what": {"type": words, "help": f"any of {','.join(CHOICES['what'])}"},

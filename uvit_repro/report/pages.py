@@ -331,6 +331,7 @@ class Report:
             Table("certificate", "Equivalence with the released code", self.certificate),
             Table("claims", "All claims", appendix.claim_rows(self.numbers, words)),
             *(table for p in protocols for table in self.protocol_tables(p)),
+            Table("speed", "Speed beside the released code", appendix.speed_rows()),
             Table("disagreements", "Where the sources disagree", disagreements),
         ]
         return [table for table in tables if table.rows]

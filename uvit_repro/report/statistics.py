@@ -145,7 +145,10 @@ class Verdict:
     @property
     def missing(self) -> dict[str, tuple[int, ...]]:
         "The named seeds that each compared arm still lacks."
-        return {arm: seeds for e in self.effects for arm, seeds in e.missing.items()}
+        missing = {}
+        for arm, seeds in (item for e in self.effects for item in e.missing.items()):
+            missing[arm] = tuple(sorted({*missing.get(arm, ()), *seeds}))
+        return missing
 
     @property
     def reason(self) -> str:
