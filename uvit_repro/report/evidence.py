@@ -323,7 +323,7 @@ def against_adopted(records: dict[str, Record]) -> pd.DataFrame:
 
 
 def transferred(arm: str, protocol: str) -> str:  # as `variant_label`
-    "An arm of protocol cpu at another protocol: as many layers more or fewer, other sizes in proportion."
+    "An arm of protocol cpu at another: as many layers more or fewer, other sizes in proportion."
     here, there = PROTOCOLS["cpu"].model, PROTOCOLS[protocol].model
     change = {k: v for k, v in fixed_list("cpu")["arms"][arm].items() if k != "loss_steps"}
     if "model" in change:
