@@ -173,7 +173,7 @@ class ExecConfig(Section):
     "How this machine does it; not part of the identity of a run."
 
     device: str = setting("auto", "auto, cpu, cuda, cuda:1")
-    threads: int = setting(0, "CPU threads (0 = PyTorch's default)", low=0, high=1024)
+    threads: int = setting(0, "CPU threads (0 for the default of PyTorch)", low=0, high=1024)
     workers: int = setting(0, "processes that read images of streamed sets", low=0, high=1024)
     processes: int = setting(1, "processes, one per GPU, started with torchrun", **SIZE)
     compile: str = setting(
