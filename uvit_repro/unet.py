@@ -43,10 +43,9 @@ def check_unet(img_size, channels, mult, res_blocks, attention):
     if not mult or fits != tuple(mult):
         reason = f"{img_size} pixels allow mult = {fits or (1,)}"
         raise ParameterError(f"mult = {tuple(mult)}: {reason}")
-    factors = [2**i for i in range(len(mult))]
-    if not set(attention) <= set(factors):
-        allowed = ", ".join(map(str, factors))
-        raise ParameterError(f"attention = {tuple(attention)}: allowed are {allowed}")
+    offered = [2**i for i in range(len(mult))]
+    if not set(attention) <= set(offered):
+        raise ParameterError(f"attention = {tuple(attention)}: allowed are {offered}")
 
 
 def auto_groups(width: int) -> int:  # groups of a group norm
