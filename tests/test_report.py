@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 
 import numpy as np
@@ -283,7 +284,8 @@ def test_every_claim_has_a_status(report):
 
 
 def test_the_report_is_written_once_and_in_parts(planted, tmp_path, monkeypatch):
-    monkeypatch.setattr(pages, "published_root", lambda: tmp_path)
+    monkeypatch.setattr(pages, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(pages, "write_pages", lambda folder: [])
     monkeypatch.setattr(pages, "FIGURES", {"fig7": pages.figures.draw_figure7})
     said = []
     page = pages.write_report(said.append, tmp_path, planted)
