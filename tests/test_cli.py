@@ -99,7 +99,7 @@ def test_recorded_commands_are_quoted(monkeypatch, capsys):
 
     def run_bench(settings, out_dir, command, say):
         seen.extend((settings, command))
-        return SimpleNamespace(info={}, folder="f", rows=[])
+        return SimpleNamespace(info={"errors": []}, folder="f", rows=[])
 
     monkeypatch.setattr(cli, "run_bench", run_bench)
     argv = ["bench", "--peer", "a folder/U-ViT", "--batch", "8,128", "--budget", "9m"]

@@ -1,4 +1,4 @@
-"""What a person runs from a shell: one command with subcommands, each of which calls one function of its room."""
+"""What a person runs from a shell: subcommands, each of which calls one function of its room."""
 
 import argparse
 import json

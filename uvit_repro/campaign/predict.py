@@ -1,4 +1,4 @@
-"""What a run will take here: its counted operations over the rate at which this machine trains, corrected by earlier runs."""
+"""What a run will take here: counted operations over a measured rate, corrected by earlier runs."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""A campaign: an ordered list of runs, done inside a budget, shared among workers and machines, gone on with where it stopped."""
+"""A campaign: an ordered list of runs, inside a budget, shared among workers, resumed."""
 
 import contextlib
 import math

@@ -1,4 +1,4 @@
-"""Records are carried between machines: published into a folder there, verified and published again here."""
+"""Records carried between machines: published into a folder there, verified and published here."""
 
 import tarfile
 import tempfile

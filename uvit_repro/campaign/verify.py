@@ -1,4 +1,4 @@
-"""Every recorded number is computed again from its statistics, and every file is compared with its checksum."""
+"""Every recorded number is computed again, every file compared with its checksum."""
 
 import csv
 import json
