@@ -258,4 +258,8 @@ print(json.dumps(dict(file=uvit_repro.__file__, version=uvit_repro.__version__, 
         "other_tables.csv",
         "uvit_fig7_cka.csv",
     } <= set(got["csv"])
-    assert got["golden"] == sorted(p.name for p in (ROOT / "uvit_repro/runs/golden").glob("*.npz")) != []
+    assert (
+        got["golden"]
+        == sorted(p.name for p in (ROOT / "uvit_repro/runs/golden").glob("*.npz"))
+        != []
+    )
