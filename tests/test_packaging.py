@@ -30,9 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FILES = {
     f: [
-        l.strip()
-        for l in (ROOT / f).read_text().splitlines()
-        if l.strip() and not l.startswith("#")
+        line.strip()
+        for line in (ROOT / f).read_text().splitlines()
+        if line.strip() and not line.startswith("#")
     ]
     for f in ("requirements.txt", "requirements-3.10.txt")
 }
@@ -62,7 +62,7 @@ def test_requirements_of_python_310_are_the_same_packages():
     assert (ROOT / "requirements-3.10.txt").read_text().startswith("# For Python 3.10 only")
 
 
-@pytest.mark.parametrize("file,line", [(f, l) for f, lines in FILES.items() for l in lines])
+@pytest.mark.parametrize("file,line", [(f, line) for f, lines in FILES.items() for line in lines])
 def test_every_line_is_a_pin(file, line):
     (spec,) = Requirement(line).specifier
     assert spec.operator == "==", f"{line}: pin an exact version"
@@ -94,7 +94,8 @@ def test_notebook_stack():
     assert Version(str(PINS["execnb"].specifier)[2:]) < Version("0.2") and Version(
         str(PINS["fastcore"].specifier)[2:]
     ) < Version("1.13")
-    code = "import nbdev.export, nbdev.test, nbdev.clean, nbdev.showdoc"  # a set that pip calls sound can fail here
+    # A set of versions that pip calls sound can fail here.
+    code = "import nbdev.export, nbdev.test, nbdev.clean, nbdev.showdoc"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
@@ -110,19 +111,20 @@ def imports(source):
 def test_every_import_is_pinned():
     used = {
         n: p.name
-        for p in sorted((ROOT / "uvit_repro").glob("*.py"))
+        for p in sorted((ROOT / "uvit_repro").rglob("*.py"))
         for n in imports(p.read_text(encoding="utf-8"))
     }
     for p in sorted((ROOT / "nbs").glob("*.ipynb")):
         for c in json.loads(p.read_text(encoding="utf-8"))["cells"]:
             if c["cell_type"] == "code":
                 source = "\n".join(
-                    l
-                    for l in "".join(c["source"]).splitlines()
-                    if not l.lstrip().startswith(("%", "!"))
+                    line
+                    for line in "".join(c["source"]).splitlines()
+                    if not line.lstrip().startswith(("%", "!"))
                 )
                 used.update(dict.fromkeys(imports(source), p.name))
-    dists = {}  # packages_distributions() of Python 3.10 misses packages that have no top_level.txt, scikit-learn among them
+    # packages_distributions() of Python 3.10 misses packages without top_level.txt.
+    dists = {}
     for d in importlib.metadata.distributions():
         for top in {f.parts[0].removesuffix(".py") for f in d.files or ()}:
             dists.setdefault(top, set()).add(d.metadata["Name"])
@@ -228,9 +230,13 @@ import uvit_repro
 from uvit_repro import config, paper
 package = resources.files("uvit_repro")
 data = package/"paper"/"tables"
-print(json.dumps(dict(file=uvit_repro.__file__, version=uvit_repro.__version__, configs=len(config.CONFIGS), rows=len(paper.load_paper(paper=None)), claims=len(paper.load_claims()),
-    fid=paper.published("Table 1", "ImageNet 256x256", "U-ViT-H/2", "FID"), cka=paper.figure7("addition").shape, csv=sorted(p.name for p in data.iterdir() if p.name.endswith(".csv")),
-    golden=sorted(p.name for p in (package/"runs"/"golden").iterdir() if p.name.endswith(".npz")))))
+csv = sorted(p.name for p in data.iterdir() if p.name.endswith(".csv"))
+golden = sorted(p.name for p in (package/"runs"/"golden").iterdir() if p.name.endswith(".npz"))
+fid = paper.published("Table 1", "ImageNet 256x256", "U-ViT-H/2", "FID")
+print(json.dumps(dict(file=uvit_repro.__file__, version=uvit_repro.__version__,
+    configs=len(config.CONFIGS), rows=len(paper.load_paper(paper=None)),
+    claims=len(paper.load_claims()), fid=fid, cka=paper.figure7("addition").shape,
+    csv=csv, golden=golden)))
 """
     env = {k: v for k, v in os.environ.items() if not k.startswith("UVIT_")} | {
         "PYTHONPATH": str(site)

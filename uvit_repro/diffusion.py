@@ -338,7 +338,7 @@ def variance_loss(
     xt: Tensor,
     t: Tensor,  # clean and noisy images, times (B,)
 ) -> Tensor:  # bits per dimension, (B,)
-    "The bound's term of each example's step, times steps/1000 (Nichol and Dhariwal 2021)."
+    "Each example's term of the bound, times steps/1000 (Nichol and Dhariwal 2021)."
     p, kept, (F, v) = diffusion.process, diffusion.posteriors, out.chunk(2, 1)
     if x0.device not in kept:  # copied once, so that no step waits
         kept[x0.device] = torch.stack(posterior(p.log_alphas)).to(x0.device)

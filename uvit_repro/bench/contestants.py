@@ -1,4 +1,4 @@
-"""What is timed. Every contestant has `prepare()`, which builds it, and `call()`, which does it once."""
+"""What is timed. Every contestant has `prepare()` to build it and `call()` to do it once."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""The first 25 minutes on one GPU: steps with budgets of their own, recorded one by one; rerun to resume."""
+"""The first 25 minutes on one GPU: steps with budgets, recorded one by one; rerun to resume."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""The released code beside ours: loaded from a checkout, filled with our weights, compared, then timed."""
+"""The released code beside ours: loaded from a checkout, given our weights, compared, timed."""
 
 import contextlib
 import copy
@@ -179,7 +179,7 @@ class PeerTraining(PeerContestant):
 
 
 class PeerSampling(PeerContestant):
-    "One set of images of the released code per call: DPM-Solver, fast version, as in its `eval.py`."
+    "One set of images of the released code per call: fast DPM-Solver, as in its `eval.py`."
 
     def prepare(self) -> None:
         exp, d = self.exp, self.exp.data

@@ -83,7 +83,7 @@ class Record:
 
 
 def read_bench(folder: Path):  # DataFrame
-    "One recorded benchmark. Records of before 2026-11-21 called the attention path `math` `matrix`."
+    "One recorded benchmark. Older records called the attention path `math` `matrix`."
     info = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
     texts = {name: str for name in BENCH_COLUMNS if name not in NUMBERS}
     df = pd.read_csv(folder / "bench.csv", dtype=texts).fillna(dict.fromkeys(texts, ""))

@@ -34,7 +34,7 @@ DIGITS_VAE = {
 
 
 class Autoencoder:
-    "`diffusers.AutoencoderKL` behind two calls: pixels to moments, latents to pixels (Section 3.2)."
+    "`diffusers.AutoencoderKL` behind two calls: pixels to moments, latents to pixels."
 
     def __init__(
         self,

@@ -61,7 +61,7 @@ class ClipText:
         self.sha256 = weights_sum(tower.state_dict())
 
     def tokens(self, captions: list) -> Tensor:
-        "Token ids (n, 77): start, words, end, which is repeated as in the released code's tokenizer."
+        "Token ids (n, 77): start, words, end (repeated, as the released tokenizer does)."
         ids, end = self.tokenizer(list(captions)), self.tokenizer.eot_token_id
         behind = torch.arange(self.length) > (ids == end).int().argmax(1, keepdim=True)
         return torch.where(behind, end, ids)

@@ -72,7 +72,7 @@ def _moments(images: Tensor, autoencoder: Autoencoder, dtype: str, mirror: bool)
 
 
 def shard_statistics(moments: np.ndarray) -> dict:
-    "Sums over rows, views and positions for each channel: of means, of their squares, of variances."
+    "Sums per channel over rows, views and positions: means, their squares, variances."
     c = moments.shape[2] // 2
     mean = moments[:, :, :c].astype(np.float64)
     var = np.exp(np.clip(moments[:, :, c:].astype(np.float64), -30, 20))

@@ -1,4 +1,4 @@
-"""Files that survive a killed process: written whole or not at all, read without executing anything, checked by sum."""
+"""Files that survive a killed process: written whole or not at all, checked when read."""
 
 import contextlib
 import errno
@@ -15,7 +15,7 @@ UNFINISHED = ".unfinished-"  # how names of files begin that were being written
 
 
 def sweep_unfinished(folder: Path) -> int:
-    "Remove what a killed writer left half done; called by whoever holds the folder. How many there were."
+    "Remove what a killed writer left half done, and count it; the caller holds the folder."
     unfinished = list(Path(folder).rglob(f"{UNFINISHED}*"))
     for path in unfinished:
         path.unlink()
@@ -107,7 +107,7 @@ def weights_sum(
 
 
 def printable(name) -> str:
-    "A file name for a message: control characters, line ends and bytes that are no text are escaped."
+    "A file name for a message: control characters, line ends and odd bytes are escaped."
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
 
 

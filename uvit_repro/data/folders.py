@@ -1,4 +1,4 @@
-"""Images in folders: a user's own, CelebA, ImageNet. Each file is read once and kept in an index."""
+"""Images in folders: a user's own, CelebA, ImageNet. An index keeps what was read."""
 
 import hashlib
 import io
@@ -412,7 +412,7 @@ def celeba_files(
     root,  # the folder of the data sets
     expect=CELEBA,  # images of each split; None: any
 ) -> dict:  # {0: files of the training split, 1: validation, 2: test}
-    "The files of CelebA by split. Raises where the list or an image of training or test is missing."
+    "The files of CelebA by split; a missing list or image is an error."
     base = find_celeba64(root)
     listed, images = base / "list_eval_partition.txt", base / "img_align_celeba"
     splits, again = {k: [] for k in CELEBA}, how_to_get("celeba64", root)

@@ -254,7 +254,7 @@ def walk(
     folder: Path,
     onerror=None,  # function of the error for each folder that can't be read
 ):
-    "(folder, names of files) below a folder, sorted; hidden names and links in circles are left out."
+    "(folder, names of files) below a folder, sorted, without hidden names and circular links."
     seen = {os.path.realpath(p) for p in Path(folder).absolute().parents}
     for path, folders, files in os.walk(folder, followlinks=True, onerror=onerror):
         real = os.path.realpath(path)
@@ -368,7 +368,7 @@ def draw_latents(
     noise: Tensor,  # standard normal, (B, C, h, w)
     scale: float,  # factor on the latents
 ) -> Tensor:  # float32 (B, C, h, w)
-    "Latents for the network: scale (mean + exp(log-variance / 2) noise), log-variance in [-30, 20]."
+    "Latents for the network: scale (mean + exp(log-variance / 2) noise)."
     mean, logvar = moments.float().chunk(2, 1)
     return scale * (mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise)
 

@@ -1,4 +1,4 @@
-"""Arrays in shards on disk: encoded once, resumed after a kill, memory-mapped, checked when read."""
+"""Arrays in shards: encoded once, resumed after a kill, memory-mapped, checked when read."""
 
 import time
 from contextlib import suppress

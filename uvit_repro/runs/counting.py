@@ -64,7 +64,7 @@ def training_flops(
     macs: int,  # of one forward pass
     recomputed: float = 0.0,  # share of the forward pass that checkpointing repeats
 ) -> float:  # floating-point operations of one image in training
-    "Two per multiply-accumulate in the forward pass, four in the backward pass (each product has two gradients), two for what is recomputed."
+    "Two per multiply-accumulate forward, four backward, two for what is recomputed."
     return (6 + 2 * recomputed) * macs
 
 

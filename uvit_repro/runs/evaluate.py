@@ -1,4 +1,4 @@
-"""Evaluation of a run: samples in checked shards, their measurements, the held-out loss, a picture."""
+"""Evaluation of a run: samples in checked shards, measurements, held-out loss, a picture."""
 
 import contextlib
 import json
@@ -165,7 +165,7 @@ def allocate_samples(
     shape,  # of uint8 images, (N, C, H, W)
     folder: Path,  # where a file would lie
 ) -> Tensor:  # not filled
-    "Memory for images, or a mapped file that disappears with the tensor (50,000 of 512 x 512: 39 GB)."
+    "Memory for images, or for many a mapped file that disappears with the tensor."
     size = math.prod(shape)
     if size <= IN_MEMORY:
         return torch.empty(shape, dtype=torch.uint8)

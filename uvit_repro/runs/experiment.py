@@ -73,7 +73,7 @@ class Run:
 
 
 def with_reference(exp: Experiment) -> Experiment:
-    "The experiment with the checksum of its reference statistics, which is part of what it measures."
+    "The experiment with the checksum of its reference statistics, a part of what it measures."
     path, want = exp.execution.reference, exp.evaluation.reference_sha256
     if not path:
         return exp
@@ -176,7 +176,7 @@ def share_run(exp: Experiment, folder: Path, say, where: dict) -> Run:
 
 
 def perform(ctx: RunContext) -> Run:
-    "Train what is to be trained, measure what is missing, record both. A file lock protects the run."
+    "Train if needed, measure what is missing, record both. A file lock protects the run."
     lead = ctx.team.rank == 0
     with run_lock(ctx.folder, ctx.say) if lead else contextlib.nullcontext():
         info, todo = ctx.team.first(lambda: prepare(ctx))

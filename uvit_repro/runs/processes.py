@@ -76,7 +76,7 @@ def run_together(
     job: Path,  # what they do, for `python -m uvit_repro.runs`
     say=print,  # progress lines
 ) -> None:
-    "Work on a run with N processes. Raises `ProcessesFailed` with the message of the one that failed."
+    "Work on a run with N processes. Raises `ProcessesFailed` with the message of one."
     n, last = exp.execution.processes, ""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, "--nproc_per_node", str(n), "-m", "uvit_repro.runs", str(job)]

@@ -117,7 +117,7 @@ def package_version(name: str) -> str | None:
 def conditions(
     device="cpu",  # where the run computes
 ) -> dict:  # plain values, for run.json
-    "Code, versions and machine; UVIT_REPRO_COMMIT names the commit where the checkout did not travel."
+    "Code, versions and machine; UVIT_REPRO_COMMIT names the commit where there is no git."
     import torch
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "nbs", "uvit_repro")
@@ -344,7 +344,7 @@ def publish(
     folder: Path,  # a finished run
     target: Path | None = None,  # None: results/published
 ) -> Path:  # the committed folder
-    "Copy a finished run's evidence to results/published and seal it. Raises `ValueError` otherwise."
+    "Copy a finished run's evidence to results/published and seal it, or raise `ValueError`."
     folder, root = Path(folder), Path(target or published_root())
     status = load_run(folder)["status"]
     if status != "ok":

@@ -273,7 +273,7 @@ def parse(argv: list | None) -> tuple[str, dict]:  # the checkpoint; arguments o
         prog="python -m uvit_repro.runs.released",
         usage="%(prog)s CHECKPOINT [--FIELD VALUE ...]",
         description="Sample and measure a released U-ViT checkpoint; rerun to resume.",
-        epilog="Fields: autoencoder, contexts, experiment (run.json of a file of your own), out-dir, "
+        epilog="Fields: autoencoder, contexts, experiment (run.json of your own file), out-dir, "
         "and any field of the experiment, as reference, num-samples, data-root, nfe, device.",
     )
     parser.add_argument("checkpoint", help=f"a released file ({SOURCE}) or one of its format")

@@ -1,4 +1,4 @@
-"""The timer of the house: calls, contestants in turn, peak memory, and what a machine can do at all."""
+"""The timer of the house: calls, contestants in turn, peak memory, a machine's ceiling."""
 
 import gc
 import math
@@ -49,7 +49,7 @@ def time_calls(
     repeats: int = 5,  # timed calls
     warmup: int = 2,  # untimed calls before them
 ) -> list:  # seconds of each timed call
-    "Time calls by device events on a GPU and by the clock on a CPU; nothing waits between the calls."
+    "Time calls by device events on a GPU, by the clock on a CPU, without waiting between them."
     device = torch.device(device)
     for _ in range(warmup):
         fn()
