@@ -81,7 +81,7 @@ def test_a_run_compiles_six_graphs_of_blocks():
     for step in range(2):
         trainer.update(x0, *sample_times_and_noise(0, step, x0.shape, diffusion, "cpu"))
     images, how = data.test_images[:20], {"autocast": torch.bfloat16}
-    heldout_loss(compiled().eval(), diffusion, images, None, levels=2, batch=10, **how)
+    heldout_loss(compiled().eval(), diffusion, images, None, levels=2, **how)
     sampling = with_overrides(exp, nfe=3, sampler="dpm_solver_fast").sampling
     sample(compiled().eval(), diffusion, sampling, (1, 8, 8), 12, batch=12, **how)
     assert [r.graphs for r in reports] == [2, 2, 2]

@@ -249,7 +249,7 @@ print(json.dumps(dict(file=uvit_repro.__file__, version=uvit_repro.__version__,
     assert Path(got["file"]).resolve().is_relative_to(site.resolve()), (
         f"the checkout was imported: {got['file']}"
     )
-    from uvit_repro.paper import numbers as paper
+    from uvit_repro import paper
 
     assert (got["version"], got["configs"], got["rows"], got["claims"]) == (
         uvit_repro.__version__,

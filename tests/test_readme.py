@@ -34,7 +34,7 @@ def test_commands_are_parsed():
     assert len(commands) >= 8
     for command in commands:
         words = command.split()
-        if "--help" not in words:
+        if "--help" not in words and words[0] != "released":  # parses the rest by itself
             make_parser().parse_args(words)
 
 
