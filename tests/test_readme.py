@@ -1,11 +1,13 @@
 """The README's numbers have records, its links have targets, its commands exist."""
 
+import math
 import re
 from pathlib import Path
 
 import pandas as pd
 
 from uvit_repro.cli import make_parser
+from uvit_repro.report.evidence import judged, read_evidence
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,11 +40,22 @@ def test_commands_are_parsed():
             make_parser().parse_args(words)
 
 
-def test_headline_table_is_the_reports():
-    report = (ROOT / "results" / "published" / "report.md").read_text(encoding="utf-8")
-    rows = [row for row in TEXT.splitlines() if re.match(r"\| U\d\d", row)]
-    assert len(rows) >= 5
-    assert [row for row in rows if row not in report] == []
+def test_headline_words_follow_from_the_records():
+    evidence = read_evidence("published")
+    verdicts = {v.id: v for v in judged(evidence, "cpu")[0]}
+    rows = [row.split("|")[1:-1] for row in TEXT.splitlines() if re.match(r"\| U\d\d ", row)]
+    assert {row[0].split()[0] for row in rows} == {
+        id for id, verdict in verdicts.items() if verdict.word != "not run"
+    }
+    for claim, _, ours, word in rows:
+        verdict = verdicts[claim.split()[0]]
+        assert word.strip() == verdict.word
+        for effect in verdict.effects:
+            for difference in effect.differences.values():
+                change = math.exp(difference)
+                assert f"{100 * (change - 1):+.1f} %" in ours or f"×{change:.2f}" in ours
+    recorded = sum(record.experiment.protocol == "cpu" for record in evidence.records.values())
+    assert f"({recorded} of 36 planned runs so far)" in TEXT
 
 
 def test_speed_ratios_have_their_record():
