@@ -18,6 +18,7 @@ from uvit_repro.bench.contestants import (
     Training,
     TrainingOptions,
     bench_experiment,
+    bench_network,
 )
 from uvit_repro.bench.peer import OutputsDiffer, Peer, PeerTraining, check_outputs
 from uvit_repro.bench.results import (
@@ -435,3 +436,10 @@ def test_quick_measures_a_bit_of_everything(tmp_path):
     record = run_bench(replace(QUICK, what=(), repeats=1), tmp_path, "uvit-repro bench", silent)
     assert record.info["status"] == "ok" and record.info["command"] == "uvit-repro bench"
     assert {"machine", "train", "sample", "features", "data"} == {r["what"] for r in record.rows}
+
+
+def test_a_network_without_labels_is_built():
+    "The smoke protocol drops labels; the network of CIFAR-10 has none to drop."
+    exp = bench_experiment("U-ViT-S/2")
+    assert exp.model.condition == "none"
+    assert sum(p.numel() for p in bench_network(exp).parameters()) == 44_255_328

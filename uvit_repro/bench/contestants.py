@@ -21,6 +21,7 @@ from uvit_repro.config import (
     ModelConfig,
     ParameterError,
     SamplingConfig,
+    TrainConfig,
 )
 from uvit_repro.data.features import (
     CifarResNet,
@@ -79,8 +80,7 @@ def bench_inputs(
 @functools.lru_cache(maxsize=1)  # a large network takes long to draw
 def _initial_network(model: ModelConfig, data: DataConfig, p_uncond: float) -> nn.Module:
     "A network with its initial weights; not to be changed."
-    exp = replace(PROTOCOLS["smoke"], model=model, data=data)
-    return build_model(replace(exp, train=replace(exp.train, p_uncond=p_uncond)))
+    return build_model(Experiment(model=model, data=data, train=TrainConfig(p_uncond=p_uncond)))
 
 
 def bench_network(exp: Experiment) -> nn.Module:
