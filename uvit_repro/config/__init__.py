@@ -43,7 +43,6 @@ from uvit_repro.config.schema import (
     check_params,
     describe,
     from_dict,
-    parameters_cell,
     refuse_fields,
     resolve_name,
     with_overrides,

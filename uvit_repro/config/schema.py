@@ -342,21 +342,6 @@ def describe(exp: Experiment) -> str:
     return "\n".join(lines)
 
 
-def parameters_cell() -> str:
-    "The source of a `parameters` cell with every setting of an experiment."
-    rows = [
-        ("protocol", str, "smoke | laptop | cpu | gpu | paper; None: what this machine can do"),
-        ("seed", int, "seed of initial weights, data order and noise"),
-        ("out_dir", str, "where runs go; None: results/runs (smoke: a temporary folder)"),
-    ]
-    for name, (_, field) in PARAMETERS.items():
-        kind = field.type if isinstance(field.type, type) else str  # tuples are given as text
-        choices = " | ".join(c or "(empty)" for c in field.metadata["choices"] or ())
-        rows.append((name, kind, field.metadata["doc"] + (f": {choices}" if choices else "")))
-    rows = [row for row in rows if not row[0].endswith("_sha256")]
-    return "\n".join(f"{f'{name}: {kind.__name__} = None':33s}# {doc}" for name, kind, doc in rows)
-
-
 def check_params(names: dict, valid):
     """Raise `ParameterError` for a name that papermill put in and nobody reads; once per session.
 

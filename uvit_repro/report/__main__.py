@@ -14,7 +14,7 @@ from uvit_repro.report.evidence import read_evidence
 from uvit_repro.report.pages import write_published, write_report
 from uvit_repro.runs.records import publish
 
-KERNEL_SECONDS = 10  # the start of a chapter, beside what a record counts
+KERNEL_SECONDS = 10  # the start of a run's process, which its record does not count
 
 
 def options() -> argparse.ArgumentParser:

@@ -6,7 +6,6 @@ import inspect
 import json
 import os
 import shutil
-import time
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch.utils.checkpoint import (
 
 from uvit_repro.config import Experiment, ParameterError, project_root
 from uvit_repro.data.files import write_json
+from uvit_repro.runs.timing import time_calls
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -67,24 +67,20 @@ def time_attention(
     shape: tuple,  # (B, H, L, D/H)
     device="cpu",
     dtype=torch.float32,  # the type under autocast
-    repeats: int = 5,  # timed repetitions, after one warm-up
+    repeats: int = 5,  # timed calls after one warm-up, ten times as many on a GPU
 ) -> dict:  # path -> seconds of one forward and backward pass, the fastest repetition
     "Time the attention paths that this machine has, on shapes like the model's."
     on_gpu = torch.device(device).type == "cuda"
-    calls = 10 if on_gpu else 1
+    calls = repeats * (10 if on_gpu else 1)
     qkv = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
     seconds = {}
     for path in ATTENTION_PATHS if on_gpu else ("sdpa", "math"):
-        best = float("inf")
+
+        def call(path=path):
+            attention(*qkv, path).sum().backward()
+
         with contextlib.suppress(RuntimeError):  # this kernel refuses this shape or type
-            for _ in range(repeats + 1):
-                start = time.perf_counter()
-                for _ in range(calls):
-                    attention(*qkv, path).sum().backward()
-                if on_gpu:
-                    torch.cuda.synchronize(device)
-                best = min(best, (time.perf_counter() - start) / calls)
-            seconds[path] = best
+            seconds[path] = min(time_calls(call, device, calls, warmup=1))
     return seconds
 
 
@@ -180,7 +176,7 @@ class CompiledMethod:
 
 def compile_blocks(
     net: nn.Module,  # with blocks: modules whose `is_block` is True
-    strict: bool = True,  # False: after a failure the network runs eagerly, and the report says so
+    strict: bool = True,  # False: record a compilation failure and run eagerly
     backend: str = "inductor",
 ) -> CompileReport:  # filled while the network is called
     "Compile each block, and the methods named in `net.compiled_methods`; equal blocks share code."
