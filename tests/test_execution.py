@@ -1,5 +1,7 @@
 "Attention, compilation and recomputation change how a network computes, never what."
 
+import json
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,6 +60,14 @@ def test_the_choice_of_a_path_is_recorded(tmp_path):
     assert attention_choice(timed, CPU, tmp_path / "a.json") == choice  # timed once
     with pytest.raises(ParameterError, match="allowed are sdpa, math"):
         set_attention(small(), "matrix")
+
+
+def test_a_choice_kept_under_an_older_name_is_timed_again(tmp_path):
+    timed, cache = with_overrides(SMOKE, attention="auto"), tmp_path / "a.json"
+    attention_choice(timed, CPU, cache)
+    (key,) = json.loads(cache.read_text(encoding="utf-8"))
+    cache.write_text(json.dumps({key: {"path": "matrix", "seconds": {}}}), encoding="utf-8")
+    assert attention_choice(timed, CPU, cache)["path"] in ("sdpa", "math")
 
 
 # ------------------------------------------------------------------ compilation

@@ -110,7 +110,7 @@ def attention_choice(
     known = {}
     with contextlib.suppress(OSError, ValueError):
         known = json.loads(cache.read_text(encoding="utf-8"))
-    if key not in known:
+    if known.get(key, {}).get("path") not in ATTENTION_PATHS:  # never timed, or an older name
         dtype = AUTOCAST[exp.train.precision] or torch.float32
         seconds = time_attention(shape, device, dtype)
         known[key] = {"path": min(seconds, key=seconds.get), "seconds": seconds}
