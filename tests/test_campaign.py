@@ -154,7 +154,7 @@ def test_updates_are_timed_compiled_where_the_run_will_be(monkeypatch):
     given = []
 
     class Seen(predict.Trainer):
-        def __init__(self, net, diffusion, cfg, device, compiled, cuda_graph):
+        def __init__(self, net, diffusion, cfg, device, compiled):
             given.append(compiled)
             super().__init__(net, diffusion, cfg, device)
 

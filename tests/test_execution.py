@@ -11,9 +11,7 @@ from uvit_repro.config import SMOKE, ParameterError, with_overrides
 from uvit_repro.data.images import Batches, open_data
 from uvit_repro.diffusion import Diffusion
 from uvit_repro.metrics import heldout_loss
-from uvit_repro.runs.counting import hollow
 from uvit_repro.runs.execution import (
-    activation_values,
     attention,
     attention_choice,
     compile_blocks,
@@ -27,7 +25,6 @@ from uvit_repro.uvit import UViT
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
 def bf16():
@@ -126,7 +123,6 @@ def test_a_failed_compilation_is_reported_and_nothing_else_changes():
     def broken(graph, example_inputs):
         raise RuntimeError("no compiler here")
 
-    settings = torch._dynamo.config.save_config()
     net, (x, t) = small().eval(), inputs()
     want = net(x, t)
     report = compile_blocks(net, strict=False, backend=broken)
@@ -135,32 +131,13 @@ def test_a_failed_compilation_is_reported_and_nothing_else_changes():
     compile_blocks(net, backend=broken)
     with pytest.raises(Exception, match="no compiler here"):
         net(x, t)
-    assert torch._dynamo.config.save_config() == settings
+    assert not torch._dynamo.config.suppress_errors
     with pytest.raises(ParameterError, match="compile = 'off'"):
         compile_blocks(torch.nn.Linear(2, 2))
 
 
-def test_a_copy_of_a_compiled_network_is_not_compiled():
-    net = small()
-    compile_blocks(net, backend="eager")
-    assert "forward" in vars(net.mid_block)
-    assert "forward" not in vars(hollow(net).mid_block)
-
-
 def test_the_released_updates_compiled():
     assert max(golden_training("train_discrete_class", DEVICE, compile=True).values()) < 1e-4
-
-
-@needs_cuda
-@pytest.mark.parametrize("how", [{}, {"compile": True}])
-def test_the_released_updates_as_cuda_graphs(how):
-    golden_training("train_discrete_class", DEVICE, cuda_graph=True, **how)
-
-
-def test_a_cuda_graph_needs_a_gpu():
-    if DEVICE.type == "cpu":
-        with pytest.raises(ParameterError, match="needs a GPU"):
-            golden_training("train_discrete_class", DEVICE, cuda_graph=True)
 
 
 # ------------------------------------------------------------------ precision of the residual
@@ -204,9 +181,6 @@ def test_attention_is_kept_before_other_activations_of_its_size():
     "H/2 at 257 tokens: a fused kernel is slow for its operations, so its output is worth more."
     with torch.device("meta"):
         net = UViT(32, 2, 4, 1152, 29, 16, num_classes=1001, conv="none")
-    worth = {k: v for k, (_, v) in activation_values(net.out_blocks[0], 258, 1152).items()}
-    order = sorted(worth, key=worth.get, reverse=True)
-    assert order[:2] == ["skip_linear", "attention"]
     kept = set_checkpoint(net, True, 1.5)
     assert all("attention" in names for names in kept)
     assert "skip_linear" in kept[-1] and "mlp.fc1" not in kept[-1]

@@ -18,7 +18,6 @@ from uvit_repro.config import (
     MODELS,
     DiffusionConfig,
     Experiment,
-    ParameterError,
     TrainConfig,
     key_seed,
     resolve_name,
@@ -30,7 +29,7 @@ from uvit_repro.runs.devices import (
     make_accelerator,
     pick_device,
 )
-from .runs.execution import compile_blocks, graph_pass
+from .runs.execution import compile_blocks
 from .uvit import init_weights, load_official
 
 # %% ../nbs/03_training.ipynb #03b-lr_at
@@ -90,28 +89,17 @@ class Trainer:
         cfg: TrainConfig,
         device="cpu",
         compile=False,  # "on", or "auto": run eagerly what can't be compiled
-        cuda_graph=False,  # replay forward and backward pass as CUDA graphs
     ):
         device = pick_device(str(device))
         self.net, self.diffusion, self.cfg = net.to(device).train(), diffusion, cfg
-        self.step, self.compiled = (
-            0,
-            None,
-        )  # compiled: graphs and failures, for the record
+        self.step = 0
+        self.compiled = None  # graphs and failures, for the record
         if compile:
             self.compiled = compile_blocks(net, strict=compile != "auto")
         self.accelerator = make_accelerator(cfg.precision, device)
-        if cuda_graph and self.accelerator.num_processes > 1:
-            raise ParameterError("cuda_graph = True works with one process only")
-        self.to_capture = cuda_graph
-        optimizer = torch.optim.AdamW(
-            net.parameters(),
-            lr=cfg.lr,
-            betas=cfg.betas,
-            weight_decay=cfg.weight_decay,
-            fused=True,
-        )
-        self.forward, self.optimizer = self.accelerator.prepare(net, optimizer)
+        how = {"betas": cfg.betas, "weight_decay": cfg.weight_decay}
+        optimizer = torch.optim.AdamW(net.parameters(), cfg.lr, **how, fused=True)
+        self.network, self.optimizer = self.accelerator.prepare(net, optimizer)
         self.emas = {f"ema_{r}": EMA(net, r, cfg.ema_ramp) for r in cfg.ema_rates}
 
     def update(self, x0: Tensor, t: Tensor, eps: Tensor, **cond) -> Tensor:
@@ -135,12 +123,6 @@ class Trainer:
         "Let the averages follow the weights."
         for ema in self.emas.values():
             ema.update(self.step)
-
-    def network(self, x: Tensor, t: Tensor, **cond) -> Tensor:
-        "The prediction, by way of CUDA graphs where they are asked for."
-        if self.to_capture:
-            self.forward, self.to_capture = graph_pass(self.forward, x, t, cond), False
-        return self.forward(x, t, **cond)
 
     def state_dict(self) -> dict:
         "Everything that the next update depends on."
@@ -166,9 +148,7 @@ class Trainer:
 # %% ../nbs/03_training.ipynb #03b-golden_file
 def golden_file(
     name: str,  # a file of uvit_repro/runs/golden
-) -> (
-    tuple
-):  # its arrays; a function of a prefix that gives the tensors under it by name
+) -> tuple:  # its arrays; a function from a prefix to the tensors under it
     "Recorded outputs of the released code."
     arrays = np.load(files("uvit_repro") / "runs" / "golden" / f"{name}.npz")
 
@@ -192,37 +172,36 @@ def relative_error(
 def golden_training(
     name: str,  # train_vpsde | train_discrete_class
     device="cpu",  # where to compute
-    **options,  # compile, cuda_graph: as for `Trainer`
+    compile=False,  # as for `Trainer`
 ) -> dict:  # relative differences: loss (the largest), lr, final weights, ema
     "Repeat 20 recorded updates of the released code and return how far we end from it."
     arrays, part = golden_file(name)
     about, discrete = json.loads(str(arrays["config"])), name == "train_discrete_class"
     cfg = TrainConfig(
         n_steps=len(arrays["loss"]),
-        lr=about["optimizer"]["lr"],
-        betas=tuple(about["optimizer"]["betas"]),
-        weight_decay=about["optimizer"]["weight_decay"],
         warmup_steps=about["warmup_steps"],
         ema_rates=(about["ema_rate"],),
         precision="fp32",
+        **{k: about["optimizer"][k] for k in ("lr", "betas", "weight_decay")},
     )
     net = load_official(part("init"), num_heads=about["net"]["num_heads"])
     diffusion = Diffusion(DiffusionConfig(process="sd" if discrete else "vp"))
-    trainer = Trainer(net, diffusion, cfg, device, **options)
-    losses = []
+    trainer = Trainer(net, diffusion, cfg, device, compile)
+    losses, rates = [], [lr_at(cfg, step) for step in range(cfg.n_steps)]
     for step in range(cfg.n_steps):
         names = ("x0", "t", "eps", "y") if discrete else ("x0", "t", "eps")
         batch = {k: torch.tensor(arrays[k][step]).to(device) for k in names}
         if discrete:
             batch["t"] = batch["t"].double() / 1000
         losses.append(trainer.update(**batch))
-    want = torch.tensor(arrays["loss"]).double()
-    loss = (torch.stack(losses).cpu().double() - want).abs().max() / want.abs().max()
-    rates = np.array([lr_at(cfg, step) for step in range(cfg.n_steps)])
+
+    def largest(got, want) -> float:  # difference, over the largest value
+        return float(np.abs(np.float64(got) - want).max() / np.abs(want).max())
+
     (ema,) = trainer.emas.values()
     return {
-        "loss": float(loss),
-        "lr": float(np.abs(rates - arrays["lr"]).max() / np.abs(arrays["lr"]).max()),
+        "loss": largest(torch.stack(losses).cpu(), arrays["loss"]),
+        "lr": largest(rates, arrays["lr"]),
         "final": relative_error(trainer.net.state_dict(), part("final")),
         "ema": relative_error(ema.state_dict(), part("ema")),
     }
@@ -250,31 +229,20 @@ def empty_model(
 ) -> nn.Module:  # on the CPU; the parameters hold nothing yet
     "The experiment's network without initial weights: memory is written only once."
     make, ex = resolve_name(MODELS, exp.model.model), exp.execution
-    args = (
-        exp.model,
-        exp.data,
-        exp.train.p_uncond,
-        ex.use_checkpoint,
-        ex.activation_budget,
-    )
+    kept = ex.use_checkpoint, ex.activation_budget
     with torch.device("meta"):
-        net = make(*args)
-    if any(b.is_meta for b in net.buffers()):
-        return make(*args)  # tables that the constructor computes
-    for module in net.modules():
-        for name, p in module.named_parameters(recurse=False):
-            empty = torch.empty_like(p, device="cpu")
-            setattr(module, name, nn.Parameter(empty, p.requires_grad))
-    return net
+        net = make(exp.model, exp.data, exp.train.p_uncond, *kept)
+    if any(True for _ in net.buffers()):  # tables that the constructor computes
+        return make(exp.model, exp.data, exp.train.p_uncond, *kept)
+    return net.to_empty(device="cpu")
 
 
 def build_model(
     exp: Experiment,  # with its data opened
 ) -> nn.Module:  # on the CPU
     "The experiment's network with initial weights keyed by (seed, name)."
-    return init_weights(
-        empty_model(exp), exp.seed, exp.model.pos_std, exp.model.conv_init
-    )
+    model = exp.model
+    return init_weights(empty_model(exp), exp.seed, model.pos_std, model.conv_init)
 
 # %% ../nbs/03_training.ipynb #03-fit
 CONDITION_ARGUMENT = {"none": None, "class": "y", "text": "context"}  # of the network

@@ -95,7 +95,6 @@ class TrainingOptions:
     precision: str = "fp32"  # fp32 | bf16 | fp16
     attention: str = "sdpa"  # one of ATTENTION_PATHS
     compile: bool = False  # torch.compile of the blocks
-    cuda_graph: bool = False  # training pass replayed as a CUDA graph
     fused: bool = True  # AdamW in one kernel
     checkpoint: bool = False  # activations recomputed
     budget: float = 0.0  # with checkpoint: kept activations per block, in (B, L, D) tensors
@@ -157,7 +156,6 @@ class Training(Contestant):
             self.exp.train,
             self.device,
             compile="auto" if options.compile else False,
-            cuda_graph=options.cuda_graph,
         )
         self.report = self.trainer.compiled
         if not options.fused:  # as torch chooses by itself

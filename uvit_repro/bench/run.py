@@ -24,7 +24,7 @@ from uvit_repro.bench.targets import H2, L2, S2, check_targets
 from uvit_repro.config import ParameterError
 from uvit_repro.runs import timing
 from uvit_repro.runs.devices import pick_device
-from uvit_repro.runs.execution import AUTOCAST, choose_attention, wants_compile
+from uvit_repro.runs.execution import AUTOCAST, attention_choice, wants_compile
 from uvit_repro.runs.records import conditions
 
 CHOICES = {
@@ -89,7 +89,6 @@ class Option:
     on: dict  # fields of TrainingOptions
     off: dict
     what: tuple = (Training,)
-    gpu: bool = False  # needs one
 
 
 BOTH = (Training, Sampling)
@@ -102,7 +101,6 @@ ABLATIONS = (
     Option("fused attention", {"attention": "sdpa"}, {"attention": "math"}, BOTH),
     Option("compile", {"compile": True}, {"compile": False}, BOTH),
     Option("fused AdamW", {"fused": True}, {"fused": False}),
-    Option("CUDA graph", {"cuda_graph": True}, {"cuda_graph": False}, gpu=True),
     *CHECKPOINTING,
 )
 
@@ -161,7 +159,8 @@ class Bench:
         "How ours trains and samples under these settings."
         exp = replace(exp, train=replace(exp.train, precision=precision))
         compiled = wants_compile(self.settings.compile, self.device, exp.train.n_steps)
-        return TrainingOptions(precision, choose_attention(exp, self.device), compiled)
+        path = attention_choice(exp, self.device)["path"]
+        return TrainingOptions(precision, path, compiled)
 
     def train_job(self, model: str, batch: int) -> Job:
         "Training updates: ours in each precision, and the released code's."
@@ -199,8 +198,7 @@ class Bench:
     def ablation_jobs(self, model: str) -> Iterator[Job]:
         "One option at a time."
         for option in ABLATIONS if self.settings.ablate else CHECKPOINTING:
-            if self.device.type == "cuda" or not option.gpu:
-                yield from (self.ablation_job(kind, model, option) for kind in option.what)
+            yield from (self.ablation_job(kind, model, option) for kind in option.what)
 
     def start_job(self, model: str) -> Job:
         "Seconds to the first update of a fresh process."

@@ -17,7 +17,7 @@ from uvit_repro.diffusion import Diffusion
 from uvit_repro.paper.registry import registry
 from uvit_repro.runs.counting import macs_of, model_inputs, predict_seconds, training_flops
 from uvit_repro.runs.devices import pick_device, thread_count
-from uvit_repro.runs.execution import choose_attention, set_attention, wants_compile
+from uvit_repro.runs.execution import attention_choice, set_attention, wants_compile
 from uvit_repro.runs.processes import default_workers
 from uvit_repro.runs.records import conditions, runs_root
 from uvit_repro.train import Trainer, build_model, sample_times_and_noise
@@ -58,10 +58,10 @@ def timed_updates(
 ) -> float:  # operations per second
     "Time updates of training, compiled where the run will be, after three that are not timed."
     net, diffusion = build_model(exp), Diffusion(exp.diffusion)
-    set_attention(net, choose_attention(exp, device))
+    set_attention(net, attention_choice(exp, device)["path"])
     execution, batch = exp.execution, exp.train.batch_size
     compiled = wants_compile(execution.compile, device, exp.train.n_steps) and execution.compile
-    trainer = Trainer(net, diffusion, exp.train, device, compiled, execution.cuda_graph)
+    trainer = Trainer(net, diffusion, exp.train, device, compiled)
     x, _, cond = model_inputs(net, batch, device)
     x.normal_()
     wait = torch.cuda.synchronize if device.type == "cuda" else torch.cpu.synchronize

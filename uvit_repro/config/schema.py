@@ -179,7 +179,6 @@ class ExecConfig(Section):
     compile: str = setting(
         "auto", "compile blocks (auto: long runs on a GPU)", ("auto", "on", "off")
     )
-    cuda_graph: bool = setting(False, "replay the training pass as a CUDA graph")
     attention: str = setting("auto", "attention kernel (auto: the fastest, timed)", ATTENTION)
     residual: str = setting("float32", "residual stream under autocast", ("float32", "bfloat16"))
     keep_checkpoint: bool = setting(False, "keep the final state, for a longer run to continue")
@@ -315,6 +314,7 @@ def with_overrides(exp: Experiment, **overrides) -> Experiment:
 
 
 OLD_NAMES = {"checkpoint_keep": "activation_budget"}
+RETIRED = {"cuda_graph"}  # settings of old records that nothing reads
 OLD_VALUES = {"attention": {"matrix": "math"}, "compile": {"False": "off", "True": "on"}}
 
 
@@ -325,7 +325,7 @@ def from_dict(record: dict) -> Experiment:
     parts = {}
     for name, section in SECTIONS.items():
         given = settings.coerce(name, record.get(name, {}), dict)
-        given = {OLD_NAMES.get(k, k): v for k, v in given.items()}
+        given = {OLD_NAMES.get(k, k): v for k, v in given.items() if k not in RETIRED}
         given = {k: OLD_VALUES.get(k, {}).get(str(v), v) for k, v in given.items()}
         if extra := set(given) - {f.name for f in fields(section)}:
             raise ParameterError(f"unknown settings in the record: {shown(sorted(extra, key=str))}")

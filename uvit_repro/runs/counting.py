@@ -3,7 +3,6 @@
 import copy
 import functools
 import inspect
-import itertools
 from dataclasses import replace
 
 import torch
@@ -11,21 +10,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from uvit_repro.config import MODELS, Experiment, ParameterError, resolve_name
-from uvit_repro.runs.execution import uncompile
-
-
-def hollow(
-    model: nn.Module,  # on any device; may be compiled
-) -> nn.Module:  # the same modules on the meta device
-    "Copy a network without its values."
-    model = getattr(model, "_orig_mod", model)
-
-    def empty(t):
-        new = torch.empty_like(t, device="meta")
-        return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
-
-    empties = {id(t): empty(t) for t in itertools.chain(model.parameters(), model.buffers())}
-    return uncompile(copy.deepcopy(model, empties))
 
 
 def model_inputs(
@@ -51,7 +35,7 @@ def count_macs(
     **cond,  # y or context of `batch` images, when zeros will not do
 ) -> int:  # multiply-accumulates per image
     "Count the multiply-accumulates of matrix products, convolutions and attention."
-    net = hollow(model).train(training)
+    net = copy.deepcopy(model).to("meta").train(training)
     x, t, cond = model_inputs(net, batch, **cond)
     with torch.set_grad_enabled(training), FlopCounterMode(display=False) as counter:
         out = net(x, t, **cond)
@@ -73,16 +57,10 @@ def meta_model(
 ) -> nn.Module:  # its network, on the meta device, in training mode
     "An experiment's network without its values, with its gradient checkpointing."
     build = resolve_name(MODELS, exp.model.model)
-    known = inspect.signature(build).parameters
-    names = [n for n in ("use_checkpoint", "activation_budget") if n in known]
+    options = {"use_checkpoint", "activation_budget"} & set(inspect.signature(build).parameters)
+    given = {name: getattr(exp.execution, name) for name in options}
     with torch.device("meta"):
-        net = build(
-            exp.model,
-            exp.data,
-            exp.train.p_uncond,
-            **{n: getattr(exp.execution, n) for n in names},
-        )
-    return net.train()
+        return build(exp.model, exp.data, exp.train.p_uncond, **given).train()
 
 
 @functools.cache
@@ -95,9 +73,8 @@ def _counts(model, data, p_uncond: float) -> tuple:
 
 def _size(exp: Experiment) -> tuple:
     "The counts of an experiment's network; the same for every data set of its shapes."
-    return _counts(
-        exp.model, replace(exp.data, data_sha256="", dataset="digits"), exp.train.p_uncond
-    )
+    data = replace(exp.data, data_sha256="", dataset="digits")
+    return _counts(exp.model, data, exp.train.p_uncond)
 
 
 def macs_of(exp: Experiment) -> int:
@@ -110,44 +87,29 @@ def params_of(exp: Experiment) -> int:
     return _size(exp)[0]
 
 
-def evaluations(exp: Experiment) -> list:  # (what, forward passes of one image)
+def forward_passes(exp: Experiment) -> dict:  # of one image, by what they are for
     "Every forward pass that an experiment makes outside training."
     e, s = exp.evaluation, exp.sampling
     passes = 2 if s.cfg_scale != 1 else 1
     losses = len({*e.loss_steps, *e.curve_steps, exp.train.n_steps})
     curve = len(e.curve_steps) * e.curve_samples * (e.curve_nfe or s.nfe)
-    return [
-        ("curve samples", curve * passes),
-        ("final samples", e.num_samples * s.nfe * passes),
-        ("held-out loss", losses * e.loss_images * e.loss_levels),
-    ]
+    samples = curve + e.num_samples * s.nfe
+    return {"sample": passes * samples, "loss": losses * e.loss_images * e.loss_levels}
 
 
 def experiment_flops(exp: Experiment) -> dict:
     "Floating-point operations of an experiment: train, sample (curve and final), loss."
-    macs, passes = macs_of(exp), dict(evaluations(exp))
-    return {
-        "train": exp.train.n_steps * exp.train.batch_size * training_flops(macs),
-        "sample": 2 * macs * (passes["curve samples"] + passes["final samples"]),
-        "loss": 2 * macs * passes["held-out loss"],
-    }
+    macs, images = macs_of(exp), exp.train.n_steps * exp.train.batch_size
+    others = {name: 2 * macs * n for name, n in forward_passes(exp).items()}
+    return {"train": images * training_flops(macs), **others}
 
 
 def predict_seconds(
     exp: Experiment,
-    flops_per_second: float,  # of one device in training, in the model's own operations
-    sampling: float = None,  # of one device in sampling; None: the same
+    flops_per_second: float,  # of one device, in the model's own operations
 ) -> dict:  # seconds: train, sample, loss, total
     "How long an experiment takes on one device."
-    sampling = flops_per_second if sampling is None else sampling
-    if not (flops_per_second > 0 and sampling > 0):
-        raise ParameterError(
-            f"flops_per_second = {flops_per_second}, sampling = {sampling}: both must be above 0"
-        )
-    flops = experiment_flops(exp)
-    seconds = {
-        "train": flops["train"] / flops_per_second,
-        "sample": flops["sample"] / sampling,
-        "loss": flops["loss"] / sampling,
-    }
+    if not flops_per_second > 0:
+        raise ParameterError(f"flops_per_second = {flops_per_second}: must be above 0")
+    seconds = {name: flops / flops_per_second for name, flops in experiment_flops(exp).items()}
     return {**seconds, "total": sum(seconds.values())}

@@ -33,7 +33,7 @@ from uvit_repro.runs.checkpoints import load_weights
 from uvit_repro.runs.devices import ALONE, DistributedContext, pick_device
 from uvit_repro.runs.execution import (
     AUTOCAST,
-    choose_attention,
+    attention_choice,
     compile_blocks,
     set_attention,
     set_residual,
@@ -130,7 +130,8 @@ class RunContext:
         asked = self.exp.execution.attention
         if asked == "auto":
             asked = self.attention
-        return asked or self.team.first(lambda: choose_attention(self.exp, self.device))
+        choose = lambda: attention_choice(self.exp, self.device)["path"]  # noqa: E731
+        return asked or self.team.first(choose)
 
     def network(self, m: Evaluation, attention: str) -> nn.Module:
         "The network of a measurement on its device, its blocks compiled where that pays."

@@ -2,8 +2,8 @@
 
 import contextlib
 import functools
-import inspect
 import json
+import math
 import os
 import shutil
 import types
@@ -67,11 +67,9 @@ def time_attention(
     shape: tuple,  # (B, H, L, D/H)
     device="cpu",
     dtype=torch.float32,  # the type under autocast
-    repeats: int = 5,  # timed calls after one warm-up, ten times as many on a GPU
 ) -> dict:  # path -> seconds of one forward and backward pass, the fastest repetition
     "Time the attention paths that this machine has, on shapes like the model's."
     on_gpu = torch.device(device).type == "cuda"
-    calls = repeats * (10 if on_gpu else 1)
     qkv = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
     seconds = {}
     for path in ATTENTION_PATHS if on_gpu else ("sdpa", "math"):
@@ -80,17 +78,8 @@ def time_attention(
             attention(*qkv, path).sum().backward()
 
         with contextlib.suppress(RuntimeError):  # this kernel refuses this shape or type
-            seconds[path] = min(time_calls(call, device, calls, warmup=1))
+            seconds[path] = min(time_calls(call, device, 50 if on_gpu else 5, warmup=1))
     return seconds
-
-
-def attention_shape(exp: Experiment, device: torch.device) -> tuple:
-    "Shape (B, H, L, D/H) of the queries in an experiment's attention layers."
-    m = exp.model
-    extras = {"none": 1, "class": 2, "text": 1 + exp.data.text_tokens}[m.condition]
-    batch = min(exp.train.batch_size, 16 if device.type == "cpu" else 128)
-    length = (exp.data.img_size // m.patch_size) ** 2 + extras
-    return batch, m.num_heads, length, m.embed_dim // m.num_heads
 
 
 def attention_choice(
@@ -101,33 +90,26 @@ def attention_choice(
     "The attention path for an experiment: the one it names, or the fastest on this machine."
     if exp.execution.attention != "auto":
         return {"path": exp.execution.attention}
-    shape = attention_shape(exp, device)
-    machine = f"cpu x{torch.get_num_threads()}"
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-    key = f"{machine}, torch {torch.__version__}, {exp.train.precision}, {shape}"
-    cache = cache or project_root() / "results" / "cache" / "attention.json"
-    known = {}
+    m, on_gpu = exp.model, device.type == "cuda"
+    extras = {"none": 1, "class": 2, "text": 1 + exp.data.text_tokens}[m.condition]
+    length = (exp.data.img_size // m.patch_size) ** 2 + extras
+    batch = min(exp.train.batch_size, 128 if on_gpu else 16)
+    shape = (batch, m.num_heads, length, m.embed_dim // m.num_heads)
+    name = torch.cuda.get_device_name(device) if on_gpu else f"cpu x{torch.get_num_threads()}"
+    key = f"{name}, torch {torch.__version__}, {exp.train.precision}, {shape}"
+    cache, known = cache or project_root() / "results" / "cache" / "attention.json", {}
     with contextlib.suppress(OSError, ValueError):
         known = json.loads(cache.read_text(encoding="utf-8"))
     if known.get(key, {}).get("path") not in ATTENTION_PATHS:  # never timed, or an older name
-        dtype = AUTOCAST[exp.train.precision] or torch.float32
-        seconds = time_attention(shape, device, dtype)
+        seconds = time_attention(shape, device, AUTOCAST[exp.train.precision] or torch.float32)
         known[key] = {"path": min(seconds, key=seconds.get), "seconds": seconds}
         with contextlib.suppress(OSError):  # a read-only folder only costs the timing again
             write_json(cache, known)
     return known[key]
 
 
-def choose_attention(exp: Experiment, device: torch.device, cache: Path = None) -> str:
-    "The path of `attention_choice`."
-    return attention_choice(exp, device, cache)["path"]
-
-
 def set_residual(net: nn.Module, kind: str):
     "Keep the residual stream in float32 (as released) or, under autocast, in bfloat16."
-    if kind not in ("float32", "bfloat16"):
-        raise ParameterError(f"residual = {kind!r}: allowed are 'float32', 'bfloat16'")
     if hasattr(net, "bf16_residual"):
         net.bf16_residual = kind == "bfloat16"
     elif kind == "bfloat16":
@@ -151,9 +133,9 @@ class CompileReport:
 class CompiledMethod:
     "A compiled method that counts its graphs; after a tolerated failure it runs eagerly."
 
-    def __init__(self, method, report: CompileReport, strict: bool, options: dict):
+    def __init__(self, method, report: CompileReport, strict: bool, backend: str):
         self.eager, self.report, self.strict = method, report, strict
-        self.compiled = torch.compile(method, **options)
+        self.compiled = torch.compile(method, dynamic=False, fullgraph=True, backend=backend)
 
     def __call__(self, *args, **kwargs):
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
@@ -180,33 +162,18 @@ def compile_blocks(
     backend: str = "inductor",
 ) -> CompileReport:  # filled while the network is called
     "Compile each block, and the methods named in `net.compiled_methods`; equal blocks share code."
-    blocks = [m for m in net.modules() if getattr(m, "is_block", False)]
-    if not blocks:
+    parts = [(m, "forward") for m in net.modules() if getattr(m, "is_block", False)]
+    if not parts:
         raise ParameterError(f"{type(net).__name__} has no blocks to compile: set compile = 'off'")
-    options = {"dynamic": False, "fullgraph": True, "backend": backend}
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        options["recompile_limit"] = GRAPHS
-    else:  # before PyTorch 2.13 the limit is one for the whole process
-        torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
-    report = CompileReport()
-    parts = [(b, "forward") for b in blocks]
     parts += [(net, name) for name in getattr(net, "compiled_methods", ())]
-    compiled = {}
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    report, compiled = CompileReport(), {}
     for module, name in parts:
         method = getattr(type(module), name)
         if method not in compiled:
-            compiled[method] = CompiledMethod(method, report, strict, options)
+            compiled[method] = CompiledMethod(method, report, strict, backend)
         setattr(module, name, types.MethodType(compiled[method], module))
     return report
-
-
-def uncompile(net: nn.Module) -> nn.Module:
-    "Undo `compile_blocks`, in a copy for example; returns the network."
-    for module in net.modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(getattr(value, "__func__", None), CompiledMethod):
-                delattr(module, name)
-    return net
 
 
 def wants_compile(
@@ -215,59 +182,26 @@ def wants_compile(
     n_steps: int,  # of the run
 ) -> bool:
     "Whether to compile: `auto` does on a GPU with a C compiler, for runs of 1,000 steps or more."
-    if choice != "auto":
+    if choice != "auto" or device.type != "cuda" or n_steps < 1000:
         return choice == "on"
-    if device.type != "cuda" or n_steps < 1000:
-        return False
     from torch.utils._triton import has_triton
 
-    has_compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
-    return has_triton() and bool(has_compiler)
-
-
-class Positional(nn.Module):
-    "A network whose conditions are given by position, as CUDA graphs want it."
-
-    def __init__(self, net: nn.Module, names: tuple):
-        super().__init__()
-        self.net, self.names = net, names
-
-    def forward(self, x: Tensor, t: Tensor, *cond):
-        return self.net(x, t, **dict(zip(self.names, cond, strict=True)))
-
-
-def graph_pass(
-    net: nn.Module,  # in training mode, on a GPU
-    x: Tensor,  # an image batch of the shape that will come
-    t: Tensor,  # times, likewise
-    cond: dict,  # conditions, likewise
-):  # called like the network
-    "Capture a network's forward and backward pass as CUDA graphs; later calls replay them."
-    if x.device.type != "cuda":
-        raise ParameterError("cuda_graph = True needs a GPU; leave it out on a CPU")
-    passes = torch.cuda.make_graphed_callables(
-        Positional(net, tuple(cond)).train(),
-        tuple(v.detach().clone() for v in (x, t, *cond.values())),
-    )
-    return lambda x, t, **cond: passes(x, t, *cond.values())
+    return has_triton() and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc")))
 
 
 # ------------------------------------------------------------------ recomputed activations
 
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-FUSED_ATTENTION = tuple(
-    getattr(torch.ops.aten, name).default
-    for name in (
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-    )
-    if hasattr(torch.ops.aten, name)
+FUSED_ATTENTION = (
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 )
-# Rate of fused attention over that of a matrix product: about half for long sequences, and
-# 257 tokens are padded to 384 rows. An estimate for ranking, not a measurement.
-ATTENTION_RATE = 0.3
+# What a block keeps first, by computation saved per byte. `skip_linear` reads two inputs; a fused
+# attention kernel runs at about 0.3 of a product's rate, so its output is worth more than that of
+# any other product once there are more than 0.15 D tokens.
+KEPT_FIRST = ("skip_linear", "attention", "attn.proj", "attn.qkv", "mlp.fc1")
 
 
 def run_block(block: nn.Module, *args):
@@ -277,29 +211,6 @@ def run_block(block: nn.Module, *args):
     return block.body(*args)
 
 
-def keep_policy(shapes: frozenset, attended: bool, ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    "Keep products of weights of these shapes, and fused attention; recompute the rest."
-    kept_product = op in PRODUCTS and tuple(args[-1].shape) in shapes
-    if kept_product or (attended and op in FUSED_ATTENTION):
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def activation_values(
-    block: nn.Module,  # a transformer block, with the released names where it has them
-    tokens: int,  # sequence length L
-    dim: int,  # width D
-) -> dict:  # name -> (size in (B, L, D) tensors, time saved per tensor, in operations of a product)
-    "What keeping each activation of a block costs and saves."
-    values, modules = {}, dict(block.named_modules())
-    for name in ("skip_linear", "mlp.fc1", "attn.qkv", "attn.proj"):
-        layer = modules.get(name)
-        if layer is not None:
-            values[name] = (layer.out_features / dim, 2 * layer.in_features * dim)
-    values["attention"] = (1, 4 * tokens * dim / ATTENTION_RATE)
-    return values
-
-
 def set_checkpoint(
     model: nn.Module,  # with blocks in in_blocks, mid_block, out_blocks
     on: bool,  # recompute activations in training
@@ -307,17 +218,16 @@ def set_checkpoint(
 ) -> list:  # the names of what each block keeps
     "Turn activation checkpointing on or off; within the budget, keep what saves most per byte."
     blocks = [*model.in_blocks, model.mid_block, *model.out_blocks]
-    tokens = model.extras + (model.img_size // model.patch_size) ** 2
-    offers = [
-        (-worth, name, i, size)
-        for i, block in enumerate(blocks)
-        for name, (size, worth) in activation_values(block, tokens, model.embed_dim).items()
-    ]
-    kept, left = [[] for _ in blocks], budget * len(blocks)
-    for _, name, i, size in sorted(offers):  # equals by name: fewer kinds of blocks to compile
-        if size <= left:
-            kept[i].append(name)
-            left -= size
+    layers, kept = [dict(block.named_modules()) for block in blocks], [[] for _ in blocks]
+    left = budget * len(blocks)
+    for name in KEPT_FIRST:
+        for own, names in zip(layers, kept, strict=True):
+            size = 1.0 if name == "attention" else math.inf
+            if name in own:
+                size = own[name].out_features / model.embed_dim
+            if size <= left:
+                names.append(name)
+                left -= size
     for block, names in zip(blocks, kept, strict=True):
         block.recompute = recompute_options(block, names) if on else None
     return kept
@@ -332,3 +242,11 @@ def recompute_options(block: nn.Module, names: list) -> dict:
         policy = functools.partial(keep_policy, shapes, "attention" in names)
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
     return options
+
+
+def keep_policy(shapes: frozenset, attended: bool, ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    "Keep products of weights of these shapes, and fused attention; recompute the rest."
+    kept_product = op in PRODUCTS and tuple(args[-1].shape) in shapes
+    if kept_product or (attended and op in FUSED_ATTENTION):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE

@@ -144,7 +144,6 @@ class TrainingRun:
             exp.train,
             self.device,
             self.compiled and exp.execution.compile,
-            exp.execution.cuda_graph,
         )
         self.log = LossLog(exp, folder, self.say)
         if state:
@@ -200,7 +199,6 @@ class TrainingRun:
             "residual": ex.residual,
             "compile": self.compiled,
             "compile_report": asdict(report) if report else None,
-            "cuda_graph": ex.cuda_graph,
             "processes": self.team.size,
             "continued_from": self.continued,
             "use_checkpoint": ex.use_checkpoint,
