@@ -5,7 +5,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from uvit_repro.config import CONFIGS, ParameterError
+from uvit_repro.config import CONFIGS, ModelConfig, ParameterError
 from uvit_repro.data.files import CheckpointError
 from uvit_repro.runs.execution import set_attention
 from uvit_repro.train import golden_file
@@ -35,6 +35,7 @@ from uvit_repro.uvit import (
     unpatchify,
 )
 
+VALUES = {f.name: f.metadata["choices"] for f in fields(ModelConfig) if f.name in CHOICES}
 SIZES = {
     "img_size": 8,
     "patch_size": 2,
@@ -68,7 +69,7 @@ def test_patches():
     x = torch.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
     assert torch.equal(unpatchify(patchify(x, 2), 2, 3), x)
     assert torch.equal(patchify(x, 4)[0, 1, :3], x[0, :, 0, 4])
-    for size, kind in itertools.product((1, 2, 3, 4, 6), CHOICES["patch_embed"]):
+    for size, kind in itertools.product((1, 2, 3, 4, 6), VALUES["patch_embed"]):
         tokens = PatchEmbed(size, 3, 16, kind)(torch.randn(2, 3, 12, 12))
         assert tokens.shape == (2, (12 // size) ** 2, 16)
 
@@ -188,7 +189,7 @@ def test_load_official_reads_the_shape_off_the_weights(kwargs, tmp_path):
 def test_load_official_refuses_what_is_not_a_uvit(tmp_path):
     path = tmp_path / "m.pth"
     torch.save(UViT(**SIZES).state_dict(), path)
-    with pytest.raises(ParameterError, match="say num_heads"):
+    with pytest.raises(ParameterError, match="give num_heads"):
         load_official(path)
     path.write_bytes(path.read_bytes()[:999])
     with pytest.raises(CheckpointError):
@@ -223,7 +224,7 @@ def test_parameter_counts():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *((f, v) for f, values in CHOICES.items() for v in values),
+        *((f, v) for f, values in VALUES.items() for v in values),
         ("use_checkpoint", True),
         ("mlp_time_embed", True),
     ],

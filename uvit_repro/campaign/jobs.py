@@ -18,7 +18,7 @@ from uvit_repro.config import (
 )
 from uvit_repro.diffit import RUNS as DIFFIT_RUNS
 from uvit_repro.diffit import published_run
-from uvit_repro.genvit import arm
+from uvit_repro.genvit import published_run as genvit_run
 from uvit_repro.paper.claims import queued_experiments
 from uvit_repro.paper.numbers import FIGURE2
 from uvit_repro.paper.registry import KINDS, select
@@ -69,7 +69,7 @@ def configurations() -> dict[str, Experiment]:
     deeper = with_overrides(diffit["DiffiT ImageNet 256x256"], depth=30)
     others = {
         "DiffiT ImageNet 256x256, 30 blocks": deeper,
-        "GenViT CIFAR10": arm("paper", "own"),
+        "GenViT CIFAR10": genvit_run(),
     }
     return {**CONFIGS, **unets, **diffit, **others}
 
