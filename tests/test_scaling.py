@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from uvit_repro.config import CONFIGS, PROTOCOLS, ParameterError, experiment, with_overrides
+from uvit_repro.ablations import collect
+from uvit_repro.config import CONFIGS, PROTOCOLS, ParameterError, with_overrides
 from uvit_repro.paper.numbers import load_paper
 from uvit_repro.runs.counting import (
     count_macs,
@@ -23,17 +24,14 @@ from uvit_repro.runs.evaluate import measurements_of
 from uvit_repro.runs.execution import set_attention
 from uvit_repro.runs.timing import matmul_rate, time_calls
 from uvit_repro.scaling import (
-    collect_figure3,
     cost_table,
     figure3,
     figure3_base,
-    figure3_cells,
     figure3_costs,
     figure3_paper,
     macs_parts,
     paper_hours,
     plot_figure3,
-    saved_bytes,
 )
 from uvit_repro.uvit import UViT
 
@@ -134,47 +132,35 @@ def test_counts_do_not_depend_on_the_data_set():
 
 def test_networks_of_figure3():
     networks = figure3(figure3_base("paper"))
-    assert [(n.panel, n.value) for n in networks] == [
-        *[("depth", v) for v in (9, 13, 17)],
-        *[("width", v) for v in (256, 512, 768)],
-        *[("patch", v) for v in (1, 2, 4, 8)],
+    assert [(v.panel, v.label) for v in networks] == [
+        *[("depth", size) for size in ("9", "13", "17")],
+        *[("width", size) for size in ("256", "512", "768")],
+        *[("patch", size) for size in "1248"],
     ]
-    assert [n.exp.model.num_heads for n in networks if n.panel == "width"] == [4, 8, 12]
+    assert [v.exp.model.num_heads for v in networks if v.panel == "width"] == [4, 8, 12]
     base = networks[1].exp
-    assert all(replace(n.exp, model=base.model) == base for n in networks)
-    costs = figure3_costs(base).set_index(["panel", "field_value"])
+    assert base.train.n_steps == 50_000 and not networks[1].changes
+    assert all(replace(v.exp, model=base.model) == base for v in networks)
+    costs = figure3_costs(base).set_index(["panel", "label"])
     for r in load_paper("Figure 3 (cost)").itertuples():
-        panel, value = r.method.split()[:2]
-        mine = costs.loc[(panel, int(value))]
+        mine = costs.loc[tuple(r.method.split()[:2])]
         if r.metric == "params_exact":
             assert mine.parameters == r.number
         else:
             assert mine.macs / 1e9 == pytest.approx(r.number, abs=0.0501)
 
 
-@pytest.mark.parametrize("protocol, runs", [("smoke", 7), ("gpu", 8)])
-def test_cells_of_figure3_are_chapter_parameters(protocol, runs):
-    cells = figure3_cells(protocol, seeds=(0, 3))
-    assert len(cells) == 2 * runs and cells[0] == {"protocol": protocol, "seed": 0}
-    ids = {replace(n.exp, seed=s).run_id for n in figure3(figure3_base(protocol)) for s in (0, 3)}
-    assert {experiment(**c).run_id for c in cells} == ids
+def test_sizes_that_do_not_fit_are_left_out():
+    networks = figure3(figure3_base("smoke"))
+    assert [v.label for v in networks if v.panel == "depth"] == ["3", "7"]
 
 
 def test_figure3_shows_the_papers_points_apart_from_ours():
-    results = collect_figure3("laptop", origin="published")
+    results = collect(figure3(figure3_base("laptop")), origin="published")
     assert results.run_id.nunique() >= 7
-    figure = plot_figure3(results, "fd_digits_cnn_test", "laptop")
+    figure = plot_figure3({"laptop": "fd_digits_cnn_test"})
     assert len(figure.axes) == 6  # no second axis in any panel
-    assert set(figure3_paper().field_value) == {2, 4, 8, 9, 13, 256, 512}
-
-
-def test_checkpointing_keeps_less():
-    plain = UViT(8, 2, 3, 32, 5, 2)
-    released = UViT(8, 2, 3, 32, 5, 2, use_checkpoint=True)
-    full, less = saved_bytes(plain, 4), saved_bytes(released, 4)
-    assert less < full / 3
-    assert saved_bytes(plain, 8) - full == pytest.approx(full, rel=0.05)  # grows with the batch
-    assert saved_bytes(plain, 4, "fp32", "math") > full  # keeps the scores
+    assert set(figure3_paper().label) == {"2", "4", "8", "9", "13", "256", "512"}
 
 
 def test_the_timer_measures_calls():
