@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from sizes import count_sizes
 
 from uvit_repro.config import ParameterError, eval_id, experiment
 from uvit_repro.paper.claims import arm_experiment, fixed_list
@@ -20,6 +21,7 @@ from uvit_repro.report.evidence import (
     seen,
     transferred,
 )
+from uvit_repro.runs import counting
 
 LOG_SNR = np.linspace(-11.9, 11.9, 21)
 HOSTILE = '<script>alert(1)</script>|`[x](javascript:y)\n"&'
@@ -328,3 +330,9 @@ def test_a_chapter_becomes_a_page_and_a_copy(tmp_path):
     assert "papermill" not in copy.read_text()
     page = chapters.to_html(copy, tmp_path / "01_t.html").read_text()
     assert 'href="02_x.html"' in page and "answer" in page and "#| export" not in page
+
+
+def test_recorded_counts_are_those_of_the_networks():
+    sizes = counting.recorded_sizes()
+    again = list(sizes)[::6]  # all of them: python tests/sizes.py
+    assert count_sizes({k: v for k, v in sizes.items() if k not in again}) == sizes

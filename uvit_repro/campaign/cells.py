@@ -10,7 +10,7 @@ from uvit_repro.config import Experiment, with_overrides
 from uvit_repro.diffit import diffit_macs
 from uvit_repro.genvit import IMAGES, PRESETS, GenViT
 from uvit_repro.paper.numbers import as_table5
-from uvit_repro.runs.counting import macs_of, params_of
+from uvit_repro.runs.counting import SkipInit, macs_of, params_of
 
 SEEDS = (*range(10), *range(20, 23), 1234)  # looked for
 FIXED = {"optimizer": "AdamW", "dropout": "0.0"}  # no fields: this package has no other
@@ -38,7 +38,7 @@ def genvit_parameters(dataset: str) -> int:
     side, own_classes = IMAGES[name]
     p = PRESETS[name]
     sizes = [p[k] for k in ("embed_dim", "depth", "num_heads", "mlp_ratio")]
-    with torch.device("meta"):
+    with torch.device("meta"), SkipInit():
         net = GenViT(side, p["patch_size"], 3, *sizes, classes or own_classes)
     return sum(v.numel() for v in net.parameters())
 

@@ -3,13 +3,18 @@
 import copy
 import functools
 import inspect
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from uvit_repro.config import MODELS, Experiment, ParameterError, resolve_name
+
+SIZES = Path(__file__).parent / "golden" / "sizes.json"  # run id of `bare`: counts
 
 
 def model_inputs(
@@ -52,6 +57,15 @@ def training_flops(
     return (6 + 2 * recomputed) * macs
 
 
+class SkipInit(TorchFunctionMode):
+    "Leave out the initialisation of values that nobody reads; on the meta device it is slow."
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "trunc_normal_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def meta_model(
     exp: Experiment,  # the number of classes must be known
 ) -> nn.Module:  # its network, on the meta device, in training mode
@@ -59,22 +73,34 @@ def meta_model(
     build = resolve_name(MODELS, exp.model.model)
     options = {"use_checkpoint", "activation_budget"} & set(inspect.signature(build).parameters)
     given = {name: getattr(exp.execution, name) for name in options}
-    with torch.device("meta"):
+    with torch.device("meta"), SkipInit():
         return build(exp.model, exp.data, exp.train.p_uncond, **given).train()
 
 
+def bare(exp: Experiment) -> Experiment:
+    "Keep only what shapes the network: the same for every data set of these shapes."
+    data = replace(exp.data, data_sha256="", dataset="digits")
+    train = replace(Experiment().train, p_uncond=exp.train.p_uncond)
+    return replace(Experiment(), model=exp.model, data=data, train=train)
+
+
 @functools.cache
-def _counts(model, data, p_uncond: float) -> tuple:
-    "Trainable parameters and multiply-accumulates of a network."
-    train = replace(Experiment().train, p_uncond=p_uncond)
-    net = meta_model(replace(Experiment(), model=model, data=data, train=train))
+def count_network(exp: Experiment) -> tuple:
+    "Trainable parameters and multiply-accumulates of a network, built without its values."
+    net = meta_model(exp)
     return sum(p.numel() for p in net.parameters() if p.requires_grad), count_macs(net)
 
 
+@functools.cache
+def recorded_sizes() -> dict:
+    "Counts of the published networks, so that a report need not build them; a test counts again."
+    return json.loads(SIZES.read_text(encoding="utf-8"))
+
+
 def _size(exp: Experiment) -> tuple:
-    "The counts of an experiment's network; the same for every data set of its shapes."
-    data = replace(exp.data, data_sha256="", dataset="digits")
-    return _counts(exp.model, data, exp.train.p_uncond)
+    "The counts of an experiment's network."
+    exp = bare(exp)
+    return tuple(recorded_sizes().get(exp.run_id, ())) or count_network(exp)
 
 
 def macs_of(exp: Experiment) -> int:
