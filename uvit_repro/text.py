@@ -46,14 +46,13 @@ def draw_captions(
         "null_context": null,
         "device": device,
         "batch": e.execution.sample_batch,
-        "finish": to_uint8,
     }
     diffusion, settings = Diffusion(e.diffusion), replace(e.sampling, **sampling)
     images = [
         sample(net, diffusion, settings, context=c.expand(n, *c.shape), **how)[0]
         for c in contexts
     ]
-    return torch.stack(images)
+    return to_uint8(torch.stack(images))
 
 # %% ../nbs/08_mscoco.ipynb #08-table4_experiments
 def paper_table4():

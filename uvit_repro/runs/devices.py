@@ -52,6 +52,19 @@ def thread_count(
 
 
 @contextlib.contextmanager
+def evaluating(model):  # a network, or a function in its place
+    "Evaluation mode inside the block, the network's own mode after it."
+    was = getattr(model, "training", False)
+    try:
+        if was:
+            model.eval()
+        yield
+    finally:
+        if was:
+            model.train()
+
+
+@contextlib.contextmanager
 def tf32_off():
     "Multiply and convolve float32 in full precision on a GPU, where numbers are compared."
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32

@@ -42,9 +42,9 @@ from uvit_repro.runs.execution import (
 from uvit_repro.runs.records import measured_ids, record
 from uvit_repro.sample import (
     batch_bounds,
+    draw_batch,
     make_denoiser,
     null_condition,
-    sample_batches,
     sample_labels,
 )
 
@@ -272,18 +272,14 @@ def draw_samples(ctx: RunContext, m: Evaluation) -> Path:  # folder of shards, s
         null,
         AUTOCAST[m.exp.train.precision],
     )
-    batches = sample_batches(
-        denoiser,
-        m.exp.sampling,
-        (m.exp.data.in_chans, m.exp.data.img_size, m.exp.data.img_size),
-        todo,
-        cond,
-        ctx.device,
-        finish=(lambda z: decode(z, m.exp.sampling.decoder)) if decode else to_uint8,
-    )
+    d, sampling = m.exp.data, m.exp.sampling
     start = last = time.perf_counter()
-    for done, (a, b, x) in enumerate(batches, 1):
-        write_shard(where / f"{a:07d}.npz", x)
+    for done, (a, b) in enumerate(todo, 1):
+        here = {k: v[a:b] for k, v in cond.items()}
+        shape = (d.in_chans, d.img_size, d.img_size)
+        x = draw_batch(denoiser, sampling, shape, (a, b), here, ctx.device)
+        x = decode(x, sampling.decoder) if decode else to_uint8(x)
+        write_shard(where / f"{a:07d}.npz", x.cpu())
         now = time.perf_counter()
         if now - last > 15:
             last = now
