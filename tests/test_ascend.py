@@ -191,11 +191,11 @@ def test_arms():
 @pytest.mark.parametrize(
     "split, depth, why",
     [
-        ("9:4", 13, "try depth = 14"),
+        ("9:4", 13, "the sum 12"),
         ("9:3:1", 13, "as in 9:3"),
         ("a:b", 13, "as in 9:3"),
-        ("12:0", 13, "as in 9:3"),
-        ("", 2, "at least 3 layers"),
+        ("12:0", 13, "above 0"),
+        ("", 2, "above 0"),
     ],
 )
 def test_impossible_splits_are_refused(split, depth, why):
@@ -206,7 +206,7 @@ def test_impossible_splits_are_refused(split, depth, why):
 @pytest.mark.parametrize(
     "fields, why",
     [
-        ({"model": "ASCEND", "options": "split=9:3"}, "try depth = 13"),
+        ({"model": "ASCEND", "options": "split=9:3"}, "the sum 6"),
         ({"model": "ASCEND", "options": "skips=9"}, "blocks of the decoder"),
         ({"model": "IU-ViT", "options": "split=3:3"}, "qk_norm"),
         ({"model": "IU-ViT", "time": "adaln"}, "no such choice"),
