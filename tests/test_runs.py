@@ -109,7 +109,7 @@ def test_a_second_call_does_nothing(copy):
 
 
 def test_values_follow_from_their_statistics(finished):
-    from uvit_repro.metrics import recompute
+    from uvit_repro.runs.measurement import recompute
 
     checked = 0
     for eid, rows in finished.measurements().groupby("eval_id"):

@@ -20,10 +20,10 @@ from uvit_repro.config import (
     variant_name,
 )
 from uvit_repro.data.files import printable, sha256_file
-from uvit_repro.metrics import recompute
 from uvit_repro.runs.checkpoints import check_weights
 from uvit_repro.runs.evaluate import measurements_of, read_shard
 from uvit_repro.runs.experiment import repeat_command
+from uvit_repro.runs.measurement import recompute
 from uvit_repro.runs.records import (
     LIST,
     SEAL,

@@ -28,7 +28,7 @@ from uvit_repro.data.files import (
 )
 from uvit_repro.data.images import Data, image_grid, save_png, to_uint8
 from uvit_repro.diffusion import Diffusion
-from uvit_repro.metrics import MeasureOptions, heldout_loss, measure_images, nearest_training
+from uvit_repro.metrics import heldout_loss, nearest_training
 from uvit_repro.runs.checkpoints import load_weights
 from uvit_repro.runs.devices import ALONE, DistributedContext, pick_device
 from uvit_repro.runs.execution import (
@@ -39,6 +39,7 @@ from uvit_repro.runs.execution import (
     set_residual,
     wants_compile,
 )
+from uvit_repro.runs.measurement import MeasureOptions, measure_images
 from uvit_repro.runs.records import measured_ids, record
 from uvit_repro.sample import (
     batch_bounds,
