@@ -32,11 +32,6 @@ def refused(capsys, *argv):
         ("run fig2 --budget soon", "duration"),
         ("run fig2 --budget nan", "duration"),
         ("run fig2 --budget 0", "above 0"),
-        ("run fig2 --slurm workers", "NAME=VALUE"),
-        ("run fig2 --slurm workers=2", "--executor slurm"),
-        ("run fig2 --executor slurm --slurm workers=2", "--slurm workers"),
-        ("run fig2 --executor slurm --budget 5m", "--budget"),
-        ("run fig2 --executor grid", "grid"),
         ("run fig2 --protocol huge", "huge"),
         ("run table6 --protocol laptop", "no run at protocol laptop"),
         ("plan fig99", "did you mean"),
@@ -44,7 +39,6 @@ def refused(capsys, *argv):
         ("verify --origin elsewhere", "published, runs"),
         ("collect absent.tar", "absent.tar"),
         ("publish fig3 --protocol gpu --out-dir nowhere", "no finished run"),
-        ("status --out-dir nowhere", "no campaign"),
         ("bench --what speed", "speed"),
         ("frob", "frob"),
         ("", "COMMAND"),
@@ -124,7 +118,7 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    names = "run plan report verify doctor bench encode released publish collect status"
+    names = "run plan report verify doctor bench encode released publish collect"
     assert all(name in text for name in names.split())
 
 
@@ -138,7 +132,6 @@ def test_one_run_from_its_start_to_another_machine(tmp_path, capsys, monkeypatch
     assert cli.main(["plan", *name, "--json"]) == 0
     found = json.loads(capsys.readouterr().out.partition("\n{")[2].join("{ "))
     assert found["states"] == {"done": 1}
-    assert cli.main(["status", "--out-dir", runs]) == 0
     assert cli.main(["verify", "--origin", "runs", "--out-dir", runs]) == 0
     assert cli.main(["publish", *name, "--to", there]) == 0
     assert cli.main(["collect", there, "--to", str(tmp_path / "home")]) == 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from uvit_repro.campaign.verify import RunChecks, check_seal, verify
+from uvit_repro.campaign.verify import check_seal, verify
 from uvit_repro.config import PROTOCOLS, ParameterError
 from uvit_repro.data.files import sha256_file, write_json
 from uvit_repro.runs.records import LIST, SEAL, load_results, publish, published_root, seal
@@ -73,7 +73,7 @@ def change_digit(path, after: bytes):
         ("run.json", b'"n_steps": ', "run_id"),
         ("run.json", b'"stats_sha256": "', "sha256"),
         ("run.json", b'"images_seen": ', "images_seen"),
-        ("log.csv", b",0.00", "learning rates"),
+        ("log.csv", b",0.00", ""),
         ("run.json", b'"nfe": ', "name of the evaluation"),
         ("run.json", b"-p seed ", "command"),
         ("log.csv", b"\n1000,", ""),
@@ -168,6 +168,12 @@ def add_file(folder):
     (folder / "stats" / "extra.npz").write_bytes(b"x")
 
 
+def add_run(folder):
+    other = folder.with_name(f"{folder.name}-copy")
+    other.mkdir()
+    shutil.copyfile(folder / "measurements.csv", other / "measurements.csv")
+
+
 def remove_record(folder):
     (folder / "run.json").unlink()
 
@@ -195,6 +201,7 @@ def shorten_list(folder):
         spoil_seal,
         seal_again,
         add_file,
+        add_run,
         remove_record,
         remove_folder,
         shorten_list,
@@ -206,6 +213,12 @@ def test_nothing_is_lost_or_added_in_silence(listed, damage):
     damage(listed)
     bad = failures(listed)
     assert bad and all(listed.name in line for line in bad), bad  # the other run is as good as ever
+
+
+def test_a_damaged_list_is_one_failure(listed):
+    (listed.parent / LIST).write_bytes(b"\xff" + (listed.parent / LIST).read_bytes())
+    (bad,) = failures(listed)
+    assert LIST in bad
 
 
 def test_published_runs_need_their_list(listed, monkeypatch):
@@ -253,6 +266,5 @@ def test_seal_is_in_the_form_of_sha256sum(tmp_path):
     seal(folder)
     if shutil.which("sha256sum"):
         subprocess.run(["sha256sum", "-c", SEAL], cwd=folder, capture_output=True, check=True)
-    run = RunChecks(folder)
-    check_seal(run)
-    assert len(run.checks) == 2 and all(check.ok for check in run.checks)
+    checks = list(check_seal(folder))
+    assert len(checks) == 2 and all(check.ok for check in checks)

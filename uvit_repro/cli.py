@@ -6,8 +6,6 @@ import os
 import re
 import shlex
 import sys
-import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
@@ -19,7 +17,7 @@ from uvit_repro.campaign.doctor import doctor
 from uvit_repro.campaign.jobs import jobs
 from uvit_repro.campaign.plan import plan, plan_lines
 from uvit_repro.campaign.predict import this_machine
-from uvit_repro.campaign.run import Options, detach, run, status
+from uvit_repro.campaign.run import detach, run
 from uvit_repro.campaign.transfer import collect, publish_runs
 from uvit_repro.campaign.verify import verify
 from uvit_repro.config import ParameterError, default_protocol
@@ -75,22 +73,10 @@ def duration(text: str) -> float:
     return seconds
 
 
-def option(text: str) -> tuple:
-    "Name and value from `slurm_partition=gpu`."
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=VALUE, as slurm_partition=gpu")
-    return name, value
-
-
 FLAG = {"action": "store_true"}
 DIR = {"metavar": "DIR"}
 ARGUMENTS = {  # of all commands
-    "what": {
-        "nargs": "?",
-        "default": "all",
-        "help": "all, claims, fig2, table1, ... joined by commas",
-    },
+    "what": {"nargs": "?", "default": "all", "help": "all, claims, fig2, ... joined by commas"},
     "sources": {"nargs": "+", "metavar": "DIR|ARCHIVE"},
     "--protocol": {"help": "smoke, laptop, cpu, gpu or paper (default: by the machine)"},
     "--seeds": {"type": numbers, "default": (0,), "help": "each a set of runs (default: 0)"},
@@ -99,10 +85,7 @@ ARGUMENTS = {  # of all commands
     "--workers": {"type": count, "help": "runs at a time (default: one per core, at most 8)"},
     "--processes": {"type": count, "default": 1, "help": "that train one run together"},
     "--budget": {"type": duration, "help": "time, as 540 or 9m: stop cleanly inside it"},
-    "--executor": {"default": "local", "help": "local, or slurm: one job for each run"},
-    "--slurm": {"type": option, "action": "append", "default": [], "metavar": "NAME=VALUE"},
-    "--detach": {**FLAG, "help": "in the background; see status"},
-    "--wait": {"type": duration, "default": 0.0, "help": "for its end, at most this long"},
+    "--detach": {**FLAG, "help": "in the background; plan shows what is done"},
     "--only": {"help": "one figure: fig2, fig3, fig7"},
     "--origin": {"default": "published", "help": "published, or runs: this machine's"},
     "--no-self-test": {**FLAG, "help": "leave out ten seconds of computing"},
@@ -151,37 +134,17 @@ def plan_command(args, argv: list, say) -> dict:
 
 def run_command(args, argv: list, say) -> dict:
     "Run `run`."
-    options = Options(args.budget, args.executor, dict(args.slurm))
     if args.detach:
         jobs(args.what, args.protocol or default_protocol(), args.seeds)  # refuse it here
         found = detach([word for word in argv if word != "--detach"], args.out_dir)
         say(f"started as process {found['process']}; its output: {found['log']}")
         return found
     machine = this_machine(args.out_dir, args.workers, args.processes)
-    found = run(args.what, args.protocol, args.seeds, machine, options, say)
+    found = run(args.what, args.protocol, args.seeds, machine, args.budget, say)
     if found["interrupted"]:
         raise KeyboardInterrupt
     if found["failed"]:
         raise Failed(f"{len(found['failed'])} failed: {', '.join(found['failed'])}", found)
-    return found
-
-
-def status_command(args, argv: list, say) -> dict:
-    "Run `status`."
-    end, found = time.monotonic() + args.wait, status(args.out_dir)
-    while found["running"] and time.monotonic() < end:
-        time.sleep(min(2.0, max(0.0, end - time.monotonic())))
-        found = status(args.out_dir)
-    states = Counter(found["states"].values())
-    for line in (
-        *(f"{state:9s}  {name}" for name, state in found["states"].items()),
-        *found["log"],
-    ):
-        say(line)
-    running = "running" if found["running"] else "not running"
-    say(f"{running}; " + ", ".join(f"{n} {state}" for state, n in states.items()))
-    if states["failed"] and not found["running"]:
-        raise Failed(f"{states['failed']} runs failed", found)
     return found
 
 
@@ -254,14 +217,12 @@ COMMANDS = {
     "run": Command(
         "Do what a plan has left, inside a budget; again to go on, twice to share the work.",
         run_command,
-        f"{JOBS} --workers --processes --budget --executor --slurm --detach",
+        f"{JOBS} --workers --processes --budget --detach",
         (
             "run fig2 --protocol laptop --budget 5m",
             "run claims --protocol cpu --budget 8h --detach",
-            "run fig2 --protocol gpu --executor slurm --slurm slurm_partition=gpu",
         ),
     ),
-    "status": Command("What became of the latest campaign.", status_command, "--out-dir --wait"),
     "publish": Command(
         "Copy the evidence of finished runs to results/published, or to a folder to be carried.",
         publish_command,

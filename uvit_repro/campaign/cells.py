@@ -5,13 +5,12 @@ import functools
 import pandas as pd
 import torch
 
-from uvit_repro.campaign.jobs import cell_experiments, configurations, measurement
-from uvit_repro.config import Experiment, with_overrides
+from uvit_repro.campaign.jobs import cell_experiments, configurations
+from uvit_repro.config import Experiment, eval_id, main_metric, with_overrides
 from uvit_repro.genvit import IMAGES, PRESETS, GenViT
 from uvit_repro.paper.numbers import as_table5
 from uvit_repro.runs.counting import SkipInit, macs_of, params_of
 
-SEEDS = (*range(10), *range(20, 23), 1234)  # looked for
 FIXED = {"optimizer": "AdamW", "dropout": "0.0"}  # no fields: this package has no other
 
 
@@ -70,37 +69,21 @@ def chosen(cell):  # a number or words
     return known.get(cell.measure, "not a field of ours")
 
 
-def ledger(
-    results: pd.DataFrame,  # of `load_results`; for Figure 7 with `uvit_repro.cka.cka_results()`
-) -> dict:  # rows as dicts, by (run_id, metric)
-    "Measurements that hold, ready to be looked up."
-    found = {}
-    for row in results[results.status == "ok"].to_dict("records"):
-        found.setdefault((row["run_id"], row["metric"]), []).append(row)
-    return found
-
-
-def find_row(book: dict, at: dict) -> dict | None:
-    "The first row of a measurement; matrices of Figure 7 are found by their step."
-    for row in book.get((at["run_id"], at["metric"]), ()):
-        if row["eval_id"] == at["eval_id"] or (not at["eval_id"] and row["step"] == at["step"]):
-            return row
-    return None
-
-
 def measured(
     cell,  # a row of the registry
-    book: dict,  # of `ledger`
-    protocol: str,
-    seeds=SEEDS,
-) -> list[list[dict]]:  # for each run of the cell: seed, value, run_id, eval_id, origin, folder
-    "The measurements that belong to a cell."
-    runs = [[] for _ in cell_experiments(cell, protocol)]
-    for seed in seeds if book else ():
-        for values, exp in zip(runs, cell_experiments(cell, protocol, seed), strict=True):
-            at = measurement(cell, exp)
-            row = find_row(book, at) if at else None
-            if row:
-                kept = {name: row[name] for name in ("run_id", "eval_id", "origin", "folder")}
-                values.append({"seed": seed, "value": float(row["value"]), **kept})
-    return runs
+    results: pd.DataFrame,  # measurements at protocol paper, as of `load_results`
+) -> list[dict]:  # rows of the table, for each seed and run that the cell is about
+    "The measurements that belong to a cell; those of Figure 7 are found by their step."
+    found = []
+    for seed in results.seed.unique():
+        for exp in cell_experiments(cell, "paper", seed):
+            step = cell.step or exp.train.n_steps
+            images = cell.num_samples or exp.evaluation.num_samples
+            metric = main_metric(exp) if cell.measure == "fid" else cell.measure
+            rows = results[(results.run_id == exp.run_id) & (results.metric == metric)]
+            if metric.startswith("cka"):
+                rows = rows[rows.step == step]
+            else:
+                rows = rows[rows.eval_id == eval_id(exp, step, images)]
+            found += rows.head(1).to_dict("records")
+    return found

@@ -1,18 +1,14 @@
 """Which runs stand behind a table, a figure, a published number or a list of claims."""
 
 import functools
-import json
 import re
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 from uvit_repro.config import (
     CONFIGS,
     PROTOCOLS,
     Experiment,
     ParameterError,
-    eval_id,
-    main_metric,
     variant_name,
     with_overrides,
 )
@@ -61,25 +57,19 @@ def our_variants(
 def configurations() -> dict[str, Experiment]:
     "The released configurations, and the published runs of the other backbones, by name."
     diffit = {f"DiffiT {name}": published_run(name) for name in DIFFIT_RUNS}
-    unets = {
-        f"U-Net, Appendix {place}": exp
-        for (place, network), exp in appendix().items()
-        if network == "U-Net"
-    }
     deeper = with_overrides(diffit["DiffiT ImageNet 256x256"], depth=30)
-    others = {
+    unets = {place: exp for (place, network), exp in appendix().items() if network == "U-Net"}
+    return {
+        **CONFIGS,
+        **diffit,
         "DiffiT ImageNet 256x256, 30 blocks": deeper,
         "GenViT CIFAR10": genvit_run(),
+        **{f"U-Net, Appendix {place}": exp for place, exp in unets.items()},
     }
-    return {**CONFIGS, **unets, **diffit, **others}
 
 
-def paper_experiment(
-    cell,  # a row of the registry
-    fields: dict,  # changes of the configuration, by flat names
-    seed: int,
-) -> Experiment:  # at protocol paper, measured where the cell is
-    "The released configuration with the change and the evaluation of a cell."
+def paper_experiment(cell, fields: dict, seed: int) -> Experiment:
+    "The released configuration with changed fields and the evaluation of a cell."
     exp = with_overrides(configurations()[cell.base], seed=seed, **fields)
     last = cell.step is None or cell.step == exp.train.n_steps
     if last and cell.num_samples is None and not cell.sampling and cell.curve is None:
@@ -99,12 +89,8 @@ def paper_experiment(
     return replace(exp, sampling=replace(exp.sampling, **cell.sampling), evaluation=evaluation)
 
 
-def smaller_experiment(
-    protocol: str,  # smoke | laptop | cpu | gpu
-    fields: dict,  # changes of U-ViT-S/2 on CIFAR-10, by flat names
-    seed: int,
-) -> Experiment:
-    "A protocol with the change of a cell; sizes (Figure 3) change in proportion."
+def smaller_experiment(protocol: str, fields: dict, seed: int) -> Experiment:
+    "A protocol with changed fields of U-ViT-S/2; sizes (Figure 3) change in proportion."
     base, big = PROTOCOLS[protocol].model, CONFIGS[CIFAR].model
     fields = {name: value for name, value in fields.items() if name != "n_steps"}
     if "depth" in fields:
@@ -114,20 +100,11 @@ def smaller_experiment(
     return with_overrides(PROTOCOLS[protocol], seed=seed, **fields)
 
 
-@functools.cache
-def build(cell: str, fields: str, protocol: str, seed: int) -> Experiment:
-    "Build one experiment; the arguments are JSON, so that cells which share it share the work."
-    changes = json.loads(fields)
-    if protocol == "paper":
-        return paper_experiment(SimpleNamespace(**json.loads(cell)), changes, seed)
-    return smaller_experiment(protocol, changes, seed)
-
-
 def experiments_of(cell, protocol: str, seed: int) -> list[Experiment]:
     "The runs of a cell; raises `ParameterError` for impossible sizes."
-    names = ("base", "step", "num_samples", "sampling", "curve")
-    text = json.dumps({name: getattr(cell, name) for name in names})
-    return [build(text, json.dumps(fields), protocol, seed) for fields in cell.fields]
+    if protocol == "paper":
+        return [paper_experiment(cell, fields, seed) for fields in cell.fields]
+    return [smaller_experiment(protocol, fields, seed) for fields in cell.fields]
 
 
 def no_experiment(
@@ -135,31 +112,18 @@ def no_experiment(
     protocol: str,
 ) -> str:  # empty: it has one
     "Why a cell has no experiment at a protocol."
-    if protocol not in PROTOCOLS:
-        raise ParameterError(f"protocol = {protocol!r}: allowed are {', '.join(PROTOCOLS)}")
-    if cell.kind not in ("reproducible", "statement"):
+    if cell.kind not in ("reproducible", "statement") or not cell.fields:
         return cell.reason or KINDS[cell.kind]
-    if not cell.fields:
-        return cell.reason
-    return "" if protocol == "paper" else too_small(cell, protocol)
-
-
-def too_small(cell, protocol: str) -> str:
-    "Why a protocol below the paper's scale can't answer for a cell."
+    if protocol == "paper":
+        return ""
     base, big = PROTOCOLS[protocol], CONFIGS[CIFAR]
-    data = base.data.dataset
-    if data != big.data.dataset and not cell.place.startswith(("Figure", "Section")):
-        return (
-            f"protocol {protocol} trains on {data}: a comparison of variants carries over, "
-            "a row of a table does not"
-        )
-    if re.fullmatch(r"cka.*\d.*", cell.measure) and base.model.depth != big.model.depth:
-        return (
-            f"an entry of a matrix of {big.model.depth} layers; "
-            f"protocol {protocol} has {base.model.depth}"
-        )
-    if cell.base != CIFAR:
-        return f"protocol {protocol} trains on {data} alone; needs protocol paper"
+    here = f"protocol {protocol} trains on {base.data.dataset}"
+    is_comparison = cell.place.startswith(("Figure", "Section"))
+    if base.data.dataset != big.data.dataset and not is_comparison:
+        return f"{here}: a comparison of variants carries over, a row of a table does not"
+    is_entry = re.fullmatch(r"cka.*\d.*", cell.measure)  # of a matrix of layers
+    if cell.base != CIFAR or (is_entry and base.model.depth != big.model.depth):
+        return f"{here} alone, with {base.model.depth} layers; needs protocol paper"
     try:
         experiments_of(cell, protocol, 0)
     except ParameterError as error:
@@ -176,47 +140,12 @@ def cell_experiments(
     return [] if no_experiment(cell, protocol) else experiments_of(cell, protocol, seed)
 
 
-def position(
-    cell,  # a row of the registry
-    exp: Experiment,  # one of its experiments
-) -> tuple | None:  # (training step, images)
-    "Where in a run a cell is measured: a shorter protocol answers for the same fraction or not."
-    n_steps, evaluation = exp.train.n_steps, exp.evaluation
-    if exp.protocol == "paper":
-        return cell.step or n_steps, cell.num_samples or evaluation.num_samples
-    whole = configurations()[cell.base].train.n_steps
-    if cell.place == "Figure 3":
-        whole = 50_000
-    step = (cell.step or whole) * n_steps / whole
-    if step == n_steps:
-        return n_steps, evaluation.num_samples
-    return (int(step), evaluation.curve_samples) if step in evaluation.curve_steps else None
-
-
-def measurement(
-    cell,  # a row of the registry
-    exp: Experiment,  # one of its experiments
-) -> dict | None:  # run_id, step, metric, eval_id
-    "How a cell is found among the measurements; nothing where the protocol does not measure it."
-    at = position(cell, exp)
-    if not at:
-        return None
-    sampling, evaluation = exp.sampling, exp.evaluation
-    if at[0] != exp.train.n_steps:
-        solver = evaluation.curve_sampler or sampling.sampler
-        sampling = replace(sampling, sampler=solver, nfe=evaluation.curve_nfe or sampling.nfe)
-    metric = main_metric(exp) if cell.measure == "fid" else cell.measure
-    name = "" if metric.startswith("cka") else eval_id(replace(exp, sampling=sampling), *at)
-    return {"run_id": exp.run_id, "step": at[0], "metric": metric, "eval_id": name}
-
-
 @dataclass(frozen=True)
 class Job:
     "One run of a campaign."
 
     exp: Experiment
     places: tuple = ()  # that it serves: Figure 2a, Table 1
-    cells: tuple = ()  # ids of the published numbers beside which its values stand
 
     @property
     def name(self) -> str:
@@ -234,22 +163,18 @@ def jobs_of_cells(cells, panels: set, protocol: str, seed: int) -> list[Job]:
     found = {}
     for cell in cells.itertuples():
         for exp in cell_experiments(cell, protocol, seed):
-            found.setdefault(exp, []).append(cell)
+            found.setdefault(exp, {})[cell.place] = True
     first = next((c for c in cells.itertuples() if PANEL.fullmatch(c.place)), None)
     named = [(panel, *v) for panel, (_, variants) in FIGURE2.items() for v in variants]
     for panel, _, fields in (*named, *our_variants(PROTOCOLS[protocol])):
         if panel in panels and protocol == "paper":
-            found.setdefault(paper_experiment(first, fields, seed), [])
+            found.setdefault(paper_experiment(first, fields, seed), {})
         elif panel in panels:
-            found.setdefault(smaller_experiment(protocol, fields, seed), [])
+            found.setdefault(smaller_experiment(protocol, fields, seed), {})
     runs = cells[cells.kind.isin(("reproducible", "statement"))]
     figure = panels and all(PANEL.fullmatch(place) for place in runs.place)
-    out = []
-    for exp in sorted(found, key=importance) if figure else found:
-        places = tuple(dict.fromkeys(cell.place for cell in found[exp]))
-        filled = [c.cell for c in found[exp] if c.kind == "statement" or position(c, exp)]
-        out.append(Job(exp, places or ("Figure 2, not plotted",), tuple(filled)))
-    return out
+    order = sorted(found, key=importance) if figure else found
+    return [Job(exp, tuple(found[exp]) or ("Figure 2, not plotted",)) for exp in order]
 
 
 def jobs(

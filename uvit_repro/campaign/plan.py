@@ -8,18 +8,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from uvit_repro.campaign.jobs import Job, jobs, no_experiment
-from uvit_repro.campaign.predict import (
-    LARGE,
-    Machine,
-    paper_gpu,
-    predict,
-    read_json,
-    this_machine,
-)
+from uvit_repro.campaign.jobs import Job, jobs
+from uvit_repro.campaign.predict import LARGE, Machine, paper_gpu, predict, read_json, this_machine
 from uvit_repro.config import DATASETS, MODELS, PATHS, Experiment, data_root, default_protocol
 from uvit_repro.config.durations import format_duration
-from uvit_repro.paper.registry import select
 from uvit_repro.runs.evaluate import missing_measurements
 from uvit_repro.runs.experiment import repeat_command
 from uvit_repro.runs.records import published_root, runs_root
@@ -33,14 +25,13 @@ OPEN = ("missing", "published", "stopped", "failed", "running")  # states with w
 
 
 def data_status(
-    name: str,  # a key of DATASETS, or a kind of path
+    name: str,  # a key of DATASETS
     root: str = "",  # folder of the data sets; empty: as configured
 ) -> tuple[bool, str, str]:  # whether found, where or why not, how to get it
     "Is a data set here? Nothing is opened."
-    folder = data_root(root)
     if name in EMBEDDED:
         return True, EMBEDDED[name], ""
-    module = importlib.import_module(DATASETS[name].partition(":")[0])
+    module, folder = importlib.import_module(DATASETS[name].partition(":")[0]), data_root(root)
     try:
         return True, str(getattr(module, f"find_{name}")(folder)), ""
     except FileNotFoundError as error:
@@ -61,23 +52,13 @@ def obstacle(exp: Experiment) -> str:
 
 def held(path: Path) -> bool:
     "Whether some process holds a lock file."
-    if not path.exists():
-        return False
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    except OSError:  # a folder that can only be read
-        return False
-    lock.release()
+    with contextlib.suppress(OSError):  # a folder that can only be read
+        if path.exists():
+            try:
+                FileLock(path).acquire(timeout=0).lock.release()
+            except Timeout:
+                return True
     return False
-
-
-def run_info(folder: Path) -> dict:
-    "run.json of a run; empty where it is absent or damaged."
-    info = read_json(folder / "run.json", {})
-    return info if isinstance(info, dict) else {}
 
 
 def progress(folder: Path, exp: Experiment) -> float:
@@ -94,7 +75,7 @@ def progress(folder: Path, exp: Experiment) -> float:
 
 def is_whole(exp: Experiment, folder: Path) -> bool:
     "Whether a folder holds the finished run with all its measurements."
-    info = run_info(folder)
+    info = read_json(folder / "run.json")
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
         return info.get("status") == "ok" and not missing_measurements(exp, folder, info)
     return False
@@ -104,7 +85,7 @@ def state(
     exp: Experiment,
     out_dir=None,  # folder of runs
 ) -> tuple[str, str]:  # done, running, blocked, failed, stopped, published, missing; and why
-    "What there is of an experiment. Nothing is opened or written."
+    "What there is of an experiment. Nothing is changed."
     folder = runs_root(out_dir) / exp.run_id
     if is_whole(exp, folder):
         return "done", ""
@@ -112,7 +93,7 @@ def state(
         return "running", "another process works on it"
     if why := obstacle(exp):
         return "blocked", why
-    info, share = run_info(folder), progress(folder, exp)
+    info, share = read_json(folder / "run.json"), progress(folder, exp)
     if info.get("status") == "failed":
         return "failed", str(info.get("error"))[:200]
     if share:
@@ -126,25 +107,21 @@ def plan(
     protocol: str = None,  # None: what this machine can do
     seeds=(0,),  # each is a whole set of runs
     machine: Machine = None,  # None: this one
-) -> dict:  # plain values: runs, cells, states, seconds, gpu_hours
+) -> dict:  # plain values: runs, states, seconds, gpu_hours
     "Every run behind some published numbers or claims: its state, its cost, its command."
     protocol, machine = protocol or default_protocol(), machine or this_machine()
-    todo, trained, rows, filled = jobs(what, protocol, seeds), set(), [], {}
+    todo, trained, rows = jobs(what, protocol, seeds), set(), []
     for job in todo:
         rows.append(plan_row(job, machine, job.exp.run_id in trained))
         trained.add(job.exp.run_id)  # other evaluations need not train again
-        for cell in job.cells:
-            filled.setdefault(cell, []).append(job.exp.run_id)
-    left = [row for row in rows if row["state"] in OPEN]
     return {
         "what": what,
         "protocol": protocol,
         "workers": machine.workers,
-        "seconds": sum(row["seconds"] for row in left),
+        "seconds": sum(row["seconds"] for row in rows if row["state"] in OPEN),
         "gpu_hours": sum(row["gpu_hours"] for row in rows),
         "states": dict(Counter(row["state"] for row in rows)),
         "runs": rows,
-        "cells": plan_cells(what, protocol, filled),
     }
 
 
@@ -156,7 +133,7 @@ def plan_row(job: Job, machine: Machine, trained: bool) -> dict:
     if what != "done":
         seconds = machine.expected(exp, done)
         rate = machine.rate(exp) if machine.device.type == "cuda" else paper_gpu()[1]
-        hours = predict(exp, rate, done)["total"] / 3600
+        hours = predict(exp, rate, done) / 3600
     return {
         "run_id": exp.run_id,
         "state": what,
@@ -169,20 +146,6 @@ def plan_row(job: Job, machine: Machine, trained: bool) -> dict:
         "gpu_hours": hours,
         "command": repeat_command(exp),
     }
-
-
-def plan_cells(what: str, protocol: str, filled: dict) -> list[dict]:
-    "Each published number with its runs, or the reason why it has none."
-    out = {}
-    for name in what.split(","):
-        for cell in select(name).itertuples() if name != "claims" else ():
-            runs, reason = filled.get(cell.cell, []), ""
-            if not runs:
-                reason = no_experiment(cell, protocol)
-                reason = reason or f"not measured at this fraction of a run of {protocol}"
-            row = {"cell": cell.cell, "kind": cell.kind, "runs": runs, "reason": reason}
-            out[cell.cell] = row
-    return list(out.values())
 
 
 def plan_lines(
@@ -201,10 +164,6 @@ def plan_lines(
         lines.append(text + why)
     for why, n in Counter(row["why"] for row in runs if row["state"] == "blocked").items():
         lines.append(f"blocked, {n} of them: {why}")
-    kinds = Counter(cell["kind"] for cell in found["cells"] if not cell["runs"])
-    if kinds:
-        counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
-        lines.append(f"published numbers without a run: {counts}; --json says why")
     states = ", ".join(f"{n} {name}" for name, n in found["states"].items())
     lines.append(f"{len(runs)} runs of protocol {protocol}: {states or 'none'}")
     if runs and protocol in LARGE:

@@ -36,12 +36,23 @@ def publish_runs(
     return folders
 
 
+class Member(tarfile.TarInfo):
+    "An entry of an archive, refused before anything of that size is read."
+
+    @classmethod
+    def frombuf(cls, *args):
+        member = super().frombuf(*args)
+        if not 0 <= member.size <= LARGEST_FILE:
+            raise ValueError(f"{printable(member.name)} has {member.size:,} bytes")
+        return member
+
+
 def unpack(archive: Path, target: Path):
     "Write an archive's files below a folder, one block at a time. Raises for the first bad one."
     total = 0
-    with tarfile.open(archive) as tar:
+    with tarfile.open(archive, tarinfo=Member) as tar:
         for count, member in enumerate(tar):
-            total += member.size
+            total += max(member.size, 0)
             if not (member.isfile() or member.isdir()):
                 raise ValueError(f"{printable(member.name)} is neither a file nor a folder")
             if member.size > LARGEST_FILE or total > LARGEST_ARCHIVE or count > MOST_FILES:
@@ -53,18 +64,16 @@ def unpack(archive: Path, target: Path):
 
 def records_in(source: Path, scratch: Path, refused: list) -> Iterator[Path]:
     "Folders of runs in a folder or an archive; what is wrong with an archive goes to `refused`."
+    archives = [source]
     if source.is_dir():
         yield from sorted(path.parent for path in source.rglob("run.json"))
         archives = sorted(path for path in source.glob("*.t*") if path.is_file())
-    else:
-        archives = [source]
     for archive in archives:
         target = scratch / archive.name
         try:
             unpack(archive, target)
         except Exception as error:  # damaged archives fail in many ways
-            why = " ".join(f"{type(error).__name__}: {error}".split())
-            refused.append(f"{printable(archive)}: {printable(why)}")
+            refused.append(f"{archive}: {type(error).__name__}: {error}")
         yield from sorted(path.parent for path in target.rglob("run.json"))
 
 
@@ -72,7 +81,7 @@ def problem(folder: Path) -> str:  # empty: none
     "Why a record is not to be published."
     for path in folder.rglob("*"):
         if path.is_symlink() or path.stat().st_size > LARGEST_FILE:
-            return f"{printable(path.name)} is a link or too large"
+            return f"{path.name} is a link or too large"
     bad = [check for check in check_run(folder) if not check.ok]
     if bad:
         return f"{len(bad)} checks differ: {bad[0]}"
@@ -94,12 +103,13 @@ def collect(
         with tempfile.TemporaryDirectory() as scratch:
             for folder in records_in(source, Path(scratch), refused):
                 if why := problem(folder):
-                    refused.append(f"{printable(folder.name)} of {printable(source)}: {why}")
+                    refused.append(f"{folder.name} of {source}: {why}")
                 else:
                     published.append(str(publish(folder, target)))
                     say(f"published {folder.name}")
         if len(published) + len(refused) == before:
-            refused.append(f"{printable(source)}: no record of a run in it")
+            refused.append(f"{source}: no record of a run in it")
+    refused = [printable(reason) for reason in refused]
     for reason in refused:
         say(f"refused {reason}")
     return {"published": published, "refused": refused}

@@ -6,7 +6,7 @@ import sys
 import time
 
 from uvit_repro.campaign.jobs import jobs
-from uvit_repro.campaign.run import Options, run
+from uvit_repro.campaign.run import run
 from uvit_repro.config import PROTOCOLS, ParameterError, default_protocol
 from uvit_repro.config.durations import format_duration, parse_duration
 from uvit_repro.report.chapters import execute_chapters
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:  # exit code
         budget = seconds_left(args.budget, found)
         say(f"Figure 2 at protocol {protocol}: {len(found)} of {len(wanted)} runs are here")
         if budget != 0 and len(found) < len(wanted):
-            failed = run("fig2", protocol, seeds, options=Options(budget), say=say)["failed"]
+            failed = run("fig2", protocol, seeds, budget=budget, say=say)["failed"]
     except (ParameterError, FileNotFoundError) as error:
         say(f"stopped: {error}")
         return 2

@@ -12,7 +12,7 @@ import re
 import pandas as pd
 
 from uvit_repro.bench.results import load_bench, newest, speed_table
-from uvit_repro.campaign.cells import chosen, computed, ledger, measured
+from uvit_repro.campaign.cells import chosen, computed, measured
 from uvit_repro.campaign.jobs import jobs
 from uvit_repro.campaign.predict import paper_gpu, predict
 from uvit_repro.config import CONFIGS, main_metric, with_overrides
@@ -72,7 +72,7 @@ def paper_numbers(ev: Evidence) -> pd.DataFrame:
         for r in ev.at("paper")
         for row in r.measurements
     ]
-    book = ledger(pd.DataFrame(rows, columns=[*rows[0]] if rows else ["status"]))
+    table = pd.DataFrame([row for row in rows if row["status"] == "ok"])
     out = []
     for c in registry().itertuples():
         ours, runs = "", ()
@@ -80,8 +80,8 @@ def paper_numbers(ev: Evidence) -> pd.DataFrame:
             ours = f"{counts()[c.cell]:,.10g}"
         elif c.kind == "setting" and c.base:
             ours = str(chosen(c))
-        elif book and c.kind in ("reproducible", "statement"):
-            found = [hit for hits in measured(c, book, "paper") for hit in hits]
+        elif len(table) and c.kind in ("reproducible", "statement"):
+            found = measured(c, table)
             ours = ", ".join(f"{hit['value']:.4g}" for hit in found)
             runs = tuple(hit["run_id"] for hit in found)
         row = {"paper": c.paper, "place": c.place, "row": f"{c.dataset} {c.row}".strip()}
@@ -185,7 +185,7 @@ def cost_rows(ev: Evidence) -> list[dict]:  # what, protocol, runs, hours, machi
     gpu, rate = paper_gpu()
     for what, name, protocol, seeds in SETTLE:
         todo = [job.exp for job in jobs(name, protocol, seeds) if job.exp.run_id not in ev.records]
-        hours = sum(predict(e, rate)["total"] for e in todo) / 3600
+        hours = sum(predict(e, rate) for e in todo) / 3600
         row = {"what": what, "protocol": protocol, "runs": len(todo), "hours": hours}
         seeds_text = f" --seeds {','.join(map(str, seeds))}" if len(seeds) > 1 else ""
         row |= {"machine": gpu.partition(",")[0]}

@@ -152,24 +152,31 @@ def current_metric_name(
     return name
 
 
-def read_rows(path: Path) -> list[dict]:
-    "The rows of a measurements.csv. A damaged file is set aside: its rows are measured again."
+def whole_rows(path: Path) -> list[dict] | None:
+    "The rows of a measurements.csv, none where there is no file; None: it is damaged."
     if not path.exists():
         return []
     try:
         with open(path, newline="", encoding="utf-8") as f:
             rows = list(csv.DictReader(f))
     except (UnicodeDecodeError, csv.Error):
-        rows = [{}]
+        return None
     if any(set(r) != set(COLUMNS) or None in r.values() for r in rows):
-        warnings.warn(f"{path} is damaged; set aside as {set_aside(path).name}", stacklevel=2)
-        return []
+        return None
     return [{**r, "metric": current_metric_name(r["metric"])} for r in rows]
 
 
+def read_rows(path: Path) -> list[dict]:
+    "The rows of a measurements.csv. A damaged file is set aside: its rows are measured again."
+    rows = whole_rows(path)
+    if rows is None:
+        warnings.warn(f"{path} is damaged; set aside as {set_aside(path).name}", stacklevel=2)
+    return rows or []
+
+
 def measured_ids(folder: Path) -> set[str]:
-    "The evaluations that have rows in a run's measurements.csv."
-    return {r["eval_id"] for r in read_rows(folder / "measurements.csv")}
+    "The evaluations with rows in a run's measurements.csv; nothing is changed."
+    return {r["eval_id"] for r in whole_rows(folder / "measurements.csv") or []}
 
 
 def measurement_row(common: dict, row: dict) -> dict:
@@ -191,22 +198,16 @@ def measurement_row(common: dict, row: dict) -> dict:
     }
 
 
-def record(
-    folder: Path,  # the run's folder
-    exp: Experiment,  # as run, with the sampling and evaluation of these measurements
+def identifying_columns(
+    exp: Experiment,  # as run, with the sampling and evaluation of a measurement
     step: int,  # training step of the weights
-    num_samples: int,  # images drawn for this evaluation; 0: none were
-    rows: list,  # dicts with metric, value (or None and `why`), num_samples
-    chapter: str = "",  # where they were made
-    paper_ref: str = "",  # what they are compared with
-) -> None:
-    "Add measurements to a run: the only writer of measurements.csv."
+    num_samples: int,  # images drawn; 0: none were
+) -> dict:
+    "The columns of a measurement that follow from its experiment."
     s = exp.sampling
-    common = {
+    return {
         "run_id": exp.run_id,
         "eval_id": eval_id(exp, step, num_samples),
-        "chapter": chapter,
-        "paper_ref": paper_ref,
         "dataset": content_name(exp.data)[0],
         "model": exp.model.model,
         "variant": variant_name(exp.model),
@@ -217,6 +218,23 @@ def record(
         "sampler": s.sampler if num_samples else "",
         "nfe": s.nfe if num_samples else "",
         "cfg_scale": s.cfg_scale if num_samples else "",
+    }
+
+
+def record(
+    folder: Path,  # the run's folder
+    exp: Experiment,  # as run, with the sampling and evaluation of these measurements
+    step: int,  # training step of the weights
+    num_samples: int,  # images drawn for this evaluation; 0: none were
+    rows: list,  # dicts with metric, value (or None and `why`), num_samples
+    chapter: str = "",  # where they were made
+    paper_ref: str = "",  # what they are compared with
+) -> None:
+    "Add measurements to a run: the only writer of measurements.csv."
+    common = {
+        **identifying_columns(exp, step, num_samples),
+        "chapter": chapter,
+        "paper_ref": paper_ref,
     }
     new = [measurement_row(common, r) for r in rows]
     fresh = {(r["eval_id"], r["metric"]) for r in new}
