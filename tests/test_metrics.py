@@ -444,7 +444,11 @@ def test_reference_cache(digits, tmp_path, monkeypatch):
 
 
 def test_streamed_data_and_parts_give_the_same_statistics(digits, monkeypatch):
-    streamed = replace(digits, train_images=None, stream=[(x, 0) for x in digits.train_images])
+    class Rows:
+        def read(self, index):
+            return digits.train_images[index]
+
+    streamed = replace(digits, train_images=None, inputs=Rows())
     real = [RealImages(d, FeatureNetwork("digits_cnn")) for d in (digits, streamed)]
     whole, files = (r.statistics("train") for r in real)
     assert np.allclose(whole.cov, files.cov, atol=1e-6)
@@ -510,9 +514,7 @@ def test_the_network_is_built_once_per_measurement(digits, stand_in, monkeypatch
 
 @pytest.fixture
 def latent(digits):
-    return replace(
-        digits, train_images=None, stream=None, test_images=digits.test_images[:0], sha256="1" * 64
-    )
+    return replace(digits, train_images=None, test_images=digits.test_images[:0], sha256="1" * 64)
 
 
 def reference_arrays(digits):
@@ -557,8 +559,8 @@ def test_a_reference_file_replaces_the_training_images(digits, latent, stand_in,
 @pytest.mark.parametrize(
     "arrays, says",
     [
-        ({"mu": np.zeros(64)}, "no sigma"),
-        ({"a": np.zeros(3)}, "no mu and no sigma, only a"),
+        ({"mu": np.zeros(64)}, "mu and sigma are needed"),
+        ({"a": np.zeros(3)}, "mu and sigma are needed, it has a"),
         ({"mu": np.zeros(2048), "sigma": np.eye(2048)}, r"\(64,\) and \(64, 64\)"),
         ({"mu": np.zeros(64, int), "sigma": np.eye(64)}, "expected floats"),
         ({"mu": np.full(64, np.inf), "sigma": np.eye(64)}, "not finite"),
@@ -567,7 +569,7 @@ def test_a_reference_file_replaces_the_training_images(digits, latent, stand_in,
             {"mu": np.zeros(64), "sigma": np.eye(64), "network": np.array("inception")},
             "of inception's features",
         ),
-        ({"mu": np.array([{}]), "sigma": np.eye(64)}, "can't be read"),
+        ({"mu": np.array([{}]), "sigma": np.eye(64)}, "can't be used"),
     ],
 )
 def test_bad_reference(tmp_path, arrays, says):
@@ -583,7 +585,7 @@ def test_unreadable_reference(tmp_path):
     whole = path.read_bytes()
     for bad in (b"", b"mu", whole[: len(whole) // 2], whole[:-30]):
         path.write_bytes(bad)
-        with pytest.raises(ParameterError, match="can't be read as npz"):
+        with pytest.raises(ParameterError, match="can't be used"):
             read_reference(path, "digits_cnn")
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_reference(tmp_path / "nowhere.npz", "digits_cnn")

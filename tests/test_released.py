@@ -16,6 +16,7 @@ import torch
 from uvit_repro.config import CONFIGS, SMOKE, ParameterError, with_overrides
 from uvit_repro.data.coco import Texts, encode_texts
 from uvit_repro.data.files import CheckpointError, sha256_file
+from uvit_repro.data.store import Encoding
 from uvit_repro.runs import released
 from uvit_repro.runs.evaluate import read_samples, samples_folder
 from uvit_repro.runs.released import evaluate_released, identify, open_released, released_settings
@@ -234,7 +235,7 @@ def test_prompts_of_a_text_model(tmp_path):
             return torch.stack([torch.full((77, 768), float(len(t))) for t in texts])
 
     texts = Texts([["a"]], ["bb", "ccc", "dddd"], "made")
-    encode_texts(tmp_path / "store", texts, Encoder(), batch=2, shard_rows=2, say=quiet)
+    encode_texts(tmp_path / "store", texts, Encoder(), Encoding(batch=2, shard_rows=2), quiet)
     e, data = open_released(exp, {}, contexts=tmp_path / "store")
     assert data.texts.prompts(3)[1:3][:, 0, 0].tolist() == [3, 4] and data.texts.null.max() == 0
     assert dict(e.files)["contexts"] == sha256_file(tmp_path / "store" / "index.json")

@@ -24,8 +24,8 @@ DATASETS = {  # functions of (data section, folder of the data sets)
     "cifar10": "uvit_repro.data.cifar10:load_cifar10",
     "celeba64": "uvit_repro.data.folders:load_celeba64",
     "imagenet64": "uvit_repro.data.folders:load_imagenet64",
-    "imagenet256": "uvit_repro.data.latent_sets:load_imagenet256",
-    "imagenet512": "uvit_repro.data.latent_sets:load_imagenet512",
+    "imagenet256": "uvit_repro.data.latent_sets:load_imagenet",
+    "imagenet512": "uvit_repro.data.latent_sets:load_imagenet",
     "mscoco256": "uvit_repro.data.coco:load_mscoco256",
     "digits_latents": "uvit_repro.data.digits:load_digits_latents",
     "shapes": "uvit_repro.data.shapes:load_shapes",
@@ -174,7 +174,6 @@ class ExecConfig(Section):
 
     device: str = setting("auto", "auto, cpu, cuda, cuda:1")
     threads: int = setting(0, "CPU threads (0 for the default of PyTorch)", low=0, high=1024)
-    workers: int = setting(0, "processes that read images of streamed sets", low=0, high=1024)
     processes: int = setting(1, "processes, one per GPU, started with torchrun", **SIZE)
     compile: str = setting(
         "auto", "compile blocks (auto: long runs on a GPU)", ("auto", "on", "off")
@@ -314,7 +313,7 @@ def with_overrides(exp: Experiment, **overrides) -> Experiment:
 
 
 OLD_NAMES = {"checkpoint_keep": "activation_budget"}
-RETIRED = {"cuda_graph"}  # settings of old records that nothing reads
+RETIRED = {"cuda_graph", "workers"}  # settings of old records that nothing reads
 OLD_VALUES = {"attention": {"matrix": "math"}, "compile": {"False": "off", "True": "on"}}
 
 

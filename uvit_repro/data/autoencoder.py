@@ -8,17 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uvit_repro.config import ParameterError
-from uvit_repro.data.fetch import AUTOENCODERS, RELEASED_AUTOENCODERS, how_to_get
-from uvit_repro.data.files import load_tensors, printable, weights_sum
+from uvit_repro.data.fetch import AUTOENCODERS, how_to_get
+from uvit_repro.data.files import printable, weights_sum
 from uvit_repro.data.images import to_model, to_uint8
 
-STABLE_DIFFUSION = {  # arguments of diffusers.AutoencoderKL
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
 DIGITS_VAE = {
     "in_channels": 1,
     "out_channels": 1,
@@ -80,48 +73,19 @@ class Autoencoder:
         return 2 * self.latent_chans, side // self.factor, side // self.factor
 
 
-def from_released(
-    state: dict,  # as in autoencoder_kl.pth, or a whole Stable Diffusion checkpoint
-    config: dict = STABLE_DIFFUSION,  # sizes
-):  # diffusers.AutoencoderKL
-    "Convert the released code's autoencoder. Raises `ParameterError` when the tensors are not one."
-    from diffusers import AutoencoderKL
-    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-
-    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-    state = state.get("state_dict", state)
-    state = {k.removeprefix("first_stage_model."): v for k, v in state.items()}
-    state = {k: v for k, v in state.items() if k.startswith(parts)}
-    vae = AutoencoderKL(**config)
-    try:
-        vae.load_state_dict(convert_ldm_vae_checkpoint(state, vae.config))
-    except (KeyError, RuntimeError) as e:
-        why = str(e).splitlines()[-1].strip()
-        raise ParameterError(f"these tensors are not the released autoencoder: {why}") from None
-    return vae
-
-
 def find_autoencoder(
     name: str,  # original | ema | a folder under autoencoders/ | a path
     root,  # the folder of the data sets
-) -> Path:  # a folder with config.json, or a file
-    "Where an autoencoder's weights are, or `FileNotFoundError` with the command that fetches them."
-    base, public = Path(root) / "autoencoders", name in AUTOENCODERS
-    folder = AUTOENCODERS[name][0] if public else name
-    file = RELEASED_AUTOENCODERS.get(name, name)
-    places = [base / folder, base / file, Path(root) / "stable-diffusion" / file]
-    if not public:
-        places.append(Path(name).expanduser().absolute())
-    for p in places:
-        if p.is_file():
+) -> Path:  # a folder with config.json
+    "Where an autoencoder is, or `FileNotFoundError` with the command that fetches it."
+    place = Path(root) / "autoencoders" / AUTOENCODERS.get(name, name)
+    for p in (place, place / "vae", Path(name).expanduser().absolute()):
+        if (p / "config.json").is_file():
             return p
-        for q in (p, p / "vae"):
-            if (q / "config.json").is_file():
-                return q
     how = f"Known names are {', '.join(AUTOENCODERS)}; a folder needs config.json (diffusers)"
-    if public:
-        how = f"{how_to_get(name, root)}\nor put the released code's {file} into {base}"
-    raise FileNotFoundError(f"autoencoder {name!r} is not at {printable(places[0])}. {how}")
+    if name in AUTOENCODERS:
+        how = how_to_get(name, root)
+    raise FileNotFoundError(f"autoencoder {name!r} is not at {printable(place)}. {how}")
 
 
 def load_autoencoder(
@@ -135,16 +99,13 @@ def load_autoencoder(
     if name == "digits":
         return digits_autoencoder(device)
     path = find_autoencoder(name, root)
-    shown = name if name in AUTOENCODERS else str(path)
-    if path.is_file():
-        return Autoencoder(from_released(load_tensors(path)), shown, device)
     options = {"local_files_only": True, "use_safetensors": True, "low_cpu_mem_usage": False}
     try:
         vae = AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32, **options)
     except Exception as e:
         why = (str(e) or type(e).__name__).splitlines()[0][:200]
         raise ValueError(f"{path} can't be used as an autoencoder: {why}. Get it again") from None
-    return Autoencoder(vae, shown, device)
+    return Autoencoder(vae, name if name in AUTOENCODERS else str(path), device)
 
 
 def digits_autoencoder(device="cpu") -> Autoencoder:

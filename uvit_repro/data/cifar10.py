@@ -31,9 +31,9 @@ def find_cifar10(
     for p in (root / "cifar-10-batches-py", root / "cifar10" / "cifar-10-batches-py"):
         if p.is_dir():
             return p
-    if all((root / "cifar10" / f"{s}.npz").is_file() for s in ("train", "test")):
+    if (root / "cifar10" / "train.npz").is_file():
         return root / "cifar10"
-    looked = "cifar-10-batches-py, cifar10/cifar-10-batches-py, cifar10/train.npz and test.npz"
+    looked = "cifar-10-batches-py, cifar10/cifar-10-batches-py, cifar10/train.npz"
     raise missing("cifar10", root, f"not under {root} (looked for {looked})")
 
 
@@ -55,36 +55,27 @@ def read_batch(
     return x.transpose(0, 2, 3, 1), np.array(labels, np.int64)
 
 
-def read_cifar10(where: Path, root) -> list[tuple[np.ndarray, np.ndarray]]:
-    "(images, labels) of the two splits as they lie in the files."
-    if where.name != "cifar-10-batches-py":
-        splits = [read_npz(where / f"{s}.npz")[:2] for s in ("train", "test")]
-        if any(labels is None for _, labels in splits):
-            raise ValueError(f"{printable(where)}: train.npz or test.npz has no array `labels`")
-        return splits
-    splits = []
-    for names in (TRAIN, TEST):
-        parts = []
-        for n in names:
-            try:
-                parts.append(read_batch(where / n))
-            except Exception as e:  # damage shows in many ways
-                raise ValueError(
-                    f"cifar10: {printable(where / n)} is missing or damaged ({type(e).__name__}). "
-                    f"Remove its folder. {how_to_get('cifar10', root)}"
-                ) from None
-        splits.append(tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-    return splits
-
-
 def load_cifar10(
     cfg: DataConfig,  # img_size 32, in_chans 3, holdout 0
     root,  # the folder of the data sets
 ) -> Data:  # 50,000 training and 10,000 test images, in canonical order
     "CIFAR-10 with its own test split (Section 5.1), its content checked."
     check_size("cifar10", (32, 32, 3), cfg, own_test_split=True)
-    where = find_cifar10(root)
-    train, test = (canonical(*split) for split in read_cifar10(where, root))
-    sha256 = ordered_sum(train, test)
+    where, splits = find_cifar10(root), []
+    pickled = where.name == "cifar-10-batches-py"
+    for names in (TRAIN, TEST) if pickled else (["train.npz"], ["test.npz"]):
+        parts = []
+        for name in names:
+            try:
+                read = read_batch if pickled else read_npz
+                parts.append(read(where / name)[:2])
+            except Exception as e:  # damage shows in many ways
+                raise ValueError(
+                    f"cifar10: {printable(where / name)} is missing or damaged "
+                    f"({type(e).__name__}). Remove its folder. {how_to_get('cifar10', root)}"
+                ) from None
+        splits.append(canonical(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True))))
+    sha256 = ordered_sum(*splits)
     check_content("cifar10", sha256, printable(where))
-    return Data("cifar10", *to_tensors(*train), *to_tensors(*test), 10, list(CLASSES), sha256)
+    train, test = (to_tensors(*split) for split in splits)
+    return Data("cifar10", *train, *test, 10, list(CLASSES), sha256)

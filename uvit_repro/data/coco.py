@@ -1,10 +1,9 @@
 """MS-COCO 2014: captions, evaluation prompts, images; captions encoded once into a store."""
 
-import gzip
 import hashlib
 import json
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +13,12 @@ from torch import Tensor
 
 from uvit_repro.config import DataConfig, ParameterError, key_seed
 from uvit_repro.data.clip import ClipText
-from uvit_repro.data.fetch import how_to_get, missing
+from uvit_repro.data.fetch import missing
 from uvit_repro.data.files import printable
-from uvit_repro.data.folders import FolderStream, cache_folder, index_files, read_image
+from uvit_repro.data.folders import Listing
 from uvit_repro.data.images import Data, Prompts
-from uvit_repro.data.latent_sets import LatentStore, Source, from_store
-from uvit_repro.data.store import Store, StoreError, write_store
+from uvit_repro.data.latent_sets import LatentStore, from_store
+from uvit_repro.data.store import Encoding, Store, StoreError, write_store
 
 N_PROMPTS, N_HELD_OUT = 30_000, 5_000
 
@@ -33,20 +32,20 @@ class Captioned(NamedTuple):
 
 
 def read_captions(
-    path,  # an annotation file of MS-COCO, .json or .json.gz
+    root,  # the folder of the data sets
+    split: str,  # train | val
 ) -> list[Captioned]:  # by id
     "Images and their captions. Raises `FileNotFoundError` or `ValueError` naming what is wrong."
-    path = Path(path)
+    path = Path(root) / "coco" / "annotations" / f"captions_{split}2014.json"
     shown = printable(path)
     if not path.is_file():
-        raise missing("coco", path.parents[2], f"{shown} is not there")
+        raise missing("coco", root, f"{shown} is not there")
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
-            d = json.load(f)
+        d = json.loads(path.read_bytes())
         found = {i["id"]: (i["file_name"], []) for i in d["images"]}
         for a in d["annotations"]:
             found[a["image_id"]][1].append(a["caption"])
-    except (ValueError, EOFError, OSError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError) as e:
         text = f"{shown} is not a caption file of MS-COCO ({type(e).__name__}: {e})"
         raise ValueError(f"{text}; wanted are images and annotations, as JSON") from None
     bare = [i for i, (_, captions) in found.items() if not captions]
@@ -95,46 +94,28 @@ class Coco:
     def __init__(
         self,
         root,  # the folder of the data sets
-        side=256,  # of the images
         held_out=N_HELD_OUT,  # images of the first prompts
         prompts=N_PROMPTS,  # evaluation prompts
     ):
-        self.root, self.side = Path(root), side
-        base = self.root / "coco"
-        self.train, self.val = (
-            read_captions(base / "annotations" / f"captions_{s}2014.json") for s in ("train", "val")
-        )
+        self.base = Path(root) / "coco"
+        self.train, self.val = read_captions(root, "train"), read_captions(root, "val")
         self.prompts = evaluation_prompts(self.val, prompts)
         self.held_out = min(held_out, len(self.val), prompts)
-        held = [self.val[i].file for i, _ in self.prompts[: self.held_out]]
-        self.files = [base / "train2014" / c.file for c in self.train]
-        self.files += [base / "val2014" / f for f in held]
         said = [(c.id, c.captions) for c in self.train]
         said += [(self.val[i].id, k, self.val[i].captions[k]) for i, k in self.prompts]
-        self.sha256 = hashlib.sha256(repr(said).encode()).hexdigest()
-        self.name = f"mscoco 2014, captions {self.sha256}"
+        self.name = f"mscoco 2014, captions {hashlib.sha256(repr(said).encode()).hexdigest()}"
 
     def texts(self) -> Texts:
         "The captions of the training images, and the prompts."
         prompts = [self.val[i].captions[k] for i, k in self.prompts]
         return Texts([list(c.captions) for c in self.train], prompts, self.name)
 
-    def source(self, cache_dir=None) -> Source:
-        "The images. A file that can't be used stops: its captions need their image."
-        read = partial(read_image, img_size=self.side, in_chans=3, crop=coco_crop)
-        base = self.root / "coco"
-        cache = cache_folder(f"mscoco{self.side}", base, cache_dir)
-        files = index_files(cache, base, [("", f) for f in self.files], read)
-        for f in files:
-            if f.problem:
-                how = how_to_get("coco", self.root)
-                raise ValueError(f"{printable(f.path)} can't be read ({f.problem}). {how}")
-        text = self.sha256 + "".join(f.sha256 for f in files)
-        sha256, stream = (
-            hashlib.sha256(text.encode()).hexdigest(),
-            FolderStream(files, [], read, True),
-        )
-        return Source(self.name, sha256, [0] * len(files), [], self.held_out, stream.read_range)
+    def listing(self, side=256) -> Listing:
+        "The training images, then the held-out ones."
+        files = [self.base / "train2014" / c.file for c in self.train]
+        held = [self.val[i].file for i, _ in self.prompts[: self.held_out]]
+        files += [self.base / "val2014" / f for f in held]
+        return Listing(self.base, [("", f) for f in files], side, crop=coco_crop)
 
 
 class TextStore(Store):
@@ -195,9 +176,7 @@ def encode_texts(
     path,  # the store's folder
     texts: Texts,
     encoder: ClipText,  # or anything with encode, length, width, sha256, name
-    dtype="float32",  # float32 | float16
-    batch=64,  # texts encoded at once: part of what decides the bits
-    shard_rows=1024,  # texts in a shard: what a kill can cost
+    how: Encoding,
     say=print,  # progress and damage
 ) -> TextStore:
     "Encode texts once. The same call resumes, repairs, or finds that all is done."
@@ -208,24 +187,22 @@ def encode_texts(
         "count": len(rows),
         "encoder": encoder.sha256,
         "shape": [encoder.length, encoder.width],
-        "dtype": dtype,
-        "batch": batch,
-        "shard_rows": shard_rows,
+        "dtype": how.dtype,
+        "batch": how.batch,
+        "shard_rows": how.shard_rows,
     }
 
-    def encode(a: int, b: int, progress) -> tuple[dict, dict]:
-        x = np.empty((b - a, *job["shape"]), dtype)
-        for i in range(a, b, batch):
-            end = min(i + batch, b)
-            x[i - a : end - a] = encoder.encode(rows[i:end]).cpu().numpy()
-            progress(end - i)
-        if not np.isfinite(x).all():
-            raise FloatingPointError(f"contexts not finite as {dtype}: use dtype = float32")
-        return {"contexts": x}, {"captions": rows[a:b]}
+    def make_shard(a: int, b: int) -> tuple[dict, dict]:
+        parts = [rows[i : min(i + how.batch, b)] for i in range(a, b, how.batch)]
+        encoded = [encoder.encode(part).cpu().numpy().astype(how.dtype) for part in parts]
+        contexts = np.concatenate(encoded)
+        if not np.isfinite(contexts).all():
+            raise FloatingPointError(f"contexts not finite as {how.dtype}: use dtype = float32")
+        return {"contexts": contexts}, {"captions": rows[a:b]}
 
     counts = [len(group) for group in texts.captions]
     index = {**job, "counts": counts, "source": texts.source, "encoder_name": encoder.name}
-    write_store(path, job, encode, lambda records: ({}, index), say)
+    write_store(path, job, make_shard, lambda records: ({}, index), say)
     return TextStore(path)
 
 

@@ -1,22 +1,13 @@
 """The handwritten digits of scikit-learn, as 8x8 pixels and as latents of 4x8x8."""
 
-import os
-import tempfile
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from uvit_repro.config import DataConfig, digest, project_root
-from uvit_repro.data.autoencoder import (
-    Autoencoder,
-    digits_autoencoder,
-    enlarge,
-    halve,
-    load_autoencoder,
-)
-from uvit_repro.data.encode import Encoding, data_source, encode_images
+from uvit_repro.config import DataConfig, digest
+from uvit_repro.data.autoencoder import Autoencoder, digits_autoencoder, enlarge, halve
+from uvit_repro.data.encode import data_source, encode_images
 from uvit_repro.data.images import (
     Data,
     canonical,
@@ -25,8 +16,8 @@ from uvit_repro.data.images import (
     from_arrays,
     ordered_sum,
 )
-from uvit_repro.data.latent_sets import LatentDecoder, LatentStore, from_store
-from uvit_repro.data.store import VERSION
+from uvit_repro.data.latent_sets import LatentDecoder, LatentStore, from_store, store_decoder
+from uvit_repro.data.store import VERSION, Encoding, in_cache
 
 
 def load_digits(
@@ -49,19 +40,13 @@ def digits_store(
     digits: Data,  # all of them, none held out
     ae: Autoencoder,  # the digits' own
 ) -> LatentStore:
-    "The digits' latents, encoded when first needed: in results/cache, or in a temporary folder."
-    name = f"digits_latents-{digest([digits.sha256, ae.sha256, VERSION], 12)}"
-    user = os.getuid() if hasattr(os, "getuid") else 0
-    temporary = Path(tempfile.gettempdir()) / f"uvit-latents-{user}"
-    for base in (project_root() / "results" / "cache", temporary):
-        with suppress(OSError):  # a folder that can't be written
-            how = Encoding(batch=100, shard_rows=500)
-            return encode_images(data_source(digits, enlarge), ae, base / name, how, _quiet)
-    raise OSError(f"no place for the digits' latents: tried results/cache and {temporary}")
+    "The digits' latents, encoded when first needed."
+    source, how = data_source(digits, enlarge), Encoding(batch=100, shard_rows=500)
 
+    def make(path: Path) -> LatentStore:
+        return encode_images(source, ae, path, how, say=lambda line: None)
 
-def _quiet(line: str):
-    pass
+    return in_cache(f"digits_latents-{digest([digits.sha256, ae.sha256, VERSION], 12)}", make)
 
 
 def load_digits_latents(
@@ -70,14 +55,11 @@ def load_digits_latents(
 ) -> Data:  # pixels stay the 8x8 digits
     "The digits as latents; `decode` gives 8x8 pixels, `decode.large` the autoencoder's 16x16."
     digits = load_digits(DataConfig(dataset="digits", img_size=8, in_chans=1), root)
+    store = digits_store(digits, digits_autoencoder())
+    data = from_store(store, cfg, "digits_latents", root, pixels=digits.train_images)
 
     def load(decoder: str, device) -> Autoencoder:
-        own = decoder in ("", "original")
-        return digits_autoencoder(device) if own else load_autoencoder(decoder, root, device)
+        return store_decoder(store, root, device, "" if decoder == "original" else decoder)
 
-    decode, store = (
-        LatentDecoder(load, cfg.latent_scale, halve),
-        digits_store(digits, load("", "cpu")),
-    )
-    data = from_store(store, cfg, "digits_latents", root, decode, digits.train_images)
-    return replace(data, pixels_sha256=digits.sha256)  # whoever knows the digits knows these
+    decode = LatentDecoder(load, cfg.latent_scale, halve)
+    return replace(data, decode=decode, pixels_sha256=digits.sha256)

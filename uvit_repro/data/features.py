@@ -82,9 +82,7 @@ class Inception(nn.Module):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         super().__init__()
-        file = (
-            io.BytesIO()
-        )  # torch-fidelity insists on a file: give it the tensors that were checked
+        file = io.BytesIO()  # torch-fidelity wants a file: give it the tensors that were checked
         torch.save(weights, file)
         file.seek(0)
         self.net = FeatureExtractorInceptionV3(
@@ -100,12 +98,6 @@ class Inception(nn.Module):
         return features, logits, self.spatial
 
 
-def _with_weights(network: Callable, weights: dict) -> nn.Module:
-    net = network()
-    net.load_state_dict(weights)
-    return net
-
-
 @dataclass(frozen=True)
 class FeatureExtractor:
     "A feature network: its weights, what it takes and what it gives."
@@ -113,12 +105,12 @@ class FeatureExtractor:
     short: str  # its name inside metric names
     file: str  # file name of the weights
     sha256: str  # checksum of that file
-    url: str  # where it is public; empty: part of this package
-    dim: int  # features
-    channels: int  # of its input; grey images are repeated to 3
-    size: int  # side of its input in pixels; 0: any
-    classes_of: str  # the data set whose classes its logits tell apart; empty: none of ours
-    build: Callable  # weights by name -> network
+    url: str  # folder where it is public; empty: part of this package
+    network: Callable  # makes it; Inception: from its weights
+    dim: int = 64  # features
+    channels: int = 3  # of its input; grey images are repeated to 3
+    size: int = 0  # side of its input in pixels; 0: any
+    classes_of: str = ""  # the data set whose classes its logits tell apart; empty: none of ours
     spatial: int = 0  # features that keep their place in the image (for sFID)
     batch: int = 500  # images at once
 
@@ -128,56 +120,48 @@ class FeatureExtractor:
         return fits and channels in (1, self.channels)
 
 
-def _resnet(depth: int, sha256: str) -> FeatureExtractor:
-    "A residual network trained on CIFAR-10, from a public collection."
-    file = f"resnet{depth}-{sha256[:8]}.th"
-    return FeatureExtractor(
-        short=f"resnet{depth}",
-        file=file,
-        sha256=sha256,
-        url=f"https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/{file}",
-        dim=64,
-        channels=3,
-        size=32,
-        classes_of="cifar10",
-        build=partial(_with_weights, partial(CifarResNet, (depth - 2) // 6)),
-    )
-
-
+RESNETS = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/"
 FEATURE_EXTRACTORS = {
     "inception": FeatureExtractor(
-        short="inception",
-        file="weights-inception-2015-12-05-6726825d.pth",
-        sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
-        url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+        "inception",
         "weights-inception-2015-12-05-6726825d.pth",
+        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/",
+        Inception,
         dim=2048,
-        channels=3,
-        size=0,
-        classes_of="",
-        build=Inception,
         spatial=2023,
         batch=64,
     ),
-    "resnet20_cifar10": _resnet(
-        20, "12fca82f0bebc4135bf1f32f6e3710e61d5108578464b84fd6d7f5c1b04036c8"
+    "resnet20_cifar10": FeatureExtractor(
+        "resnet20",
+        "resnet20-12fca82f.th",
+        "12fca82f0bebc4135bf1f32f6e3710e61d5108578464b84fd6d7f5c1b04036c8",
+        RESNETS,
+        partial(CifarResNet, 3),
+        size=32,
+        classes_of="cifar10",
     ),
-    "resnet56_cifar10": _resnet(
-        56, "4bfd97631478d6b638d2764fd2baff3edb1d7d82252d54439343b6596b9b5367"
+    "resnet56_cifar10": FeatureExtractor(
+        "resnet56",
+        "resnet56-4bfd9763.th",
+        "4bfd97631478d6b638d2764fd2baff3edb1d7d82252d54439343b6596b9b5367",
+        RESNETS,
+        partial(CifarResNet, 9),
+        size=32,
+        classes_of="cifar10",
     ),
     "digits_cnn": FeatureExtractor(
-        short="digits_cnn",
-        file="digits_cnn.safetensors",
-        sha256="caf3d1385c5e2d0a5d6969b251e83707af58bdcacd3189c037842037a5204ce8",
-        url="",
-        dim=64,
+        "digits_cnn",
+        "digits_cnn.safetensors",
+        "caf3d1385c5e2d0a5d6969b251e83707af58bdcacd3189c037842037a5204ce8",
+        "",
+        DigitsCNN,
         channels=1,
         size=8,
         classes_of="digits",
-        build=partial(_with_weights, DigitsCNN),
     ),
 }
-NO_FEATURES = FeatureExtractor("none", "", "", "", 0, 0, 0, "", dict)  # features = none
+NO_FEATURES = FeatureExtractor("none", "", "", "", dict, dim=0)  # features = none
 
 
 def feature_extractor(
@@ -202,15 +186,11 @@ def knows_classes(name: str, data) -> bool:
 
 def weights_folders(name: str) -> list[Path]:
     "Where the weights of a network are looked for, in this order."
-    spec = feature_extractor(name)
-    if not spec.url:
-        return [Path(str(resources.files("uvit_repro") / "data" / "weights"))] if spec.file else []
-    folders = [data_root() / "weights"]
-    if os.environ.get("UVIT_WEIGHTS"):
-        folders.insert(0, Path(os.environ["UVIT_WEIGHTS"]).expanduser())
-    if name == "inception":
-        folders.append(Path(torch.hub.get_dir()) / "checkpoints")
-    return folders
+    if not feature_extractor(name).url:
+        return [Path(str(resources.files("uvit_repro") / "data" / "weights"))]
+    given = os.environ.get("UVIT_WEIGHTS")
+    folders = [Path(given).expanduser()] if given else []
+    return [*folders, data_root() / "weights", Path(torch.hub.get_dir()) / "checkpoints"]
 
 
 def feature_weights(name: str) -> Path | None:
@@ -219,28 +199,23 @@ def feature_weights(name: str) -> Path | None:
     return next((f for f in files if f.is_file()), None)
 
 
-def _how_to_fetch(name: str) -> str:
-    spec = feature_extractor(name)
-    if not spec.url:
-        return "reinstall uvit_repro"
-    return f"curl -L --create-dirs -o {weights_folders(name)[0] / spec.file} {spec.url}"
-
-
 def _checked_weights(name: str) -> bytes:
     "The bytes of a weights file, after its checksum. Messages name the command that fetches it."
-    spec, path = feature_extractor(name), feature_weights(name)
+    spec, path, folders = feature_extractor(name), feature_weights(name), weights_folders(name)
+    fetch = f"curl -L --create-dirs -o {folders[0] / spec.file} {spec.url}"
+    if not spec.url:
+        fetch = "pip install --force-reinstall uvit_repro"
     if path is None:
-        tried = ", ".join(map(str, weights_folders(name)))
         raise FileNotFoundError(
-            f"{name}: {spec.file} not found in {tried}. Fetch it with\n  {_how_to_fetch(name)}\n"
-            "or set UVIT_WEIGHTS to the folder that holds it."
+            f"{name}: {spec.file} not found in {', '.join(map(str, folders))}. Fetch it with\n"
+            f"  {fetch}\nor set UVIT_WEIGHTS to the folder that holds it."
         )
     blob = path.read_bytes()
     got = hashlib.sha256(blob).hexdigest()
     if got != spec.sha256:
         raise ValueError(
             f"{name}: {path} has sha256 {got}, expected {spec.sha256}; it is truncated or another "
-            f"file. Fetch it again with\n  {_how_to_fetch(name)}"
+            f"file. Fetch it again with\n  {fetch}"
         )
     return blob
 
@@ -279,7 +254,12 @@ def read_weights(
 
 def build_extractor(name: str) -> nn.Module:
     "A feature network with its checked weights, ready to judge."
-    net = feature_extractor(name).build(read_weights(name))
+    weights, network = read_weights(name), feature_extractor(name).network
+    if network is Inception:
+        net = Inception(weights)
+    else:
+        net = network()
+        net.load_state_dict(weights)
     return net.eval().requires_grad_(False)
 
 
@@ -290,16 +270,14 @@ def check_images(images: Tensor, name: str) -> Tensor:
         raise ParameterError(
             f"images: expected a uint8 tensor (N, C, H, W) with N > 0, got {dtype} {shape}"
         )
-    spec, side = feature_extractor(name), feature_extractor(name).size or "any"
-    if shape[1] == 1 and spec.channels == 3:
-        images = images.expand(-1, 3, -1, -1)
+    spec = feature_extractor(name)
     if not spec.takes(*shape[1:]):
         fits = [n for n, s in FEATURE_EXTRACTORS.items() if s.takes(*shape[1:])]
         raise ParameterError(
-            f"images {'x'.join(map(str, shape[1:]))}: {name} takes {spec.channels}x{side}x{side}; "
-            f"networks for these images: {', '.join(fits) or 'none'}"
+            f"images {'x'.join(map(str, shape[1:]))}: {name} takes {spec.channels}x{spec.size}x"
+            f"{spec.size}; networks for these images: {', '.join(fits) or 'none'}"
         )
-    return images
+    return images.expand(-1, spec.channels, -1, -1)
 
 
 class FeatureNetwork:

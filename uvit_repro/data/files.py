@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import sys
 import tempfile
@@ -11,7 +12,15 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 UNFINISHED = ".unfinished-"  # how names of files begin that were being written
+UNPACKED = 1 << 30  # bytes that any .npz file may unpack to
+EXPANSION = 200  # larger ones at most so many times their own size
+READ_HEADER = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 def sweep_unfinished(folder: Path) -> int:
@@ -54,11 +63,19 @@ def write_json(path: Path, obj) -> Path:
     return write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
-class DamagedFile(ValueError):
+class FileError(ValueError):
+    "A file that can't be used; the message says which, why, and what to do."
+
+    def _render_traceback_(self):  # what Jupyter shows
+        return [f"{type(self).__name__}: {self}"]
+
+
+class DamagedFile(FileError):
     "A file that is not what was written; the message names it."
 
-    def _render_traceback_(self):
-        return [f"{type(self).__name__}: {self}"]
+
+class CheckpointError(FileError):
+    "A checkpoint that can't be used."
 
 
 def _checksum(obj: dict) -> str:
@@ -111,33 +128,30 @@ def printable(name) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
 
 
-class CheckpointError(ValueError):
-    "A checkpoint that can't be used; the message says which, why, and what to do."
-
-    def _render_traceback_(self):
-        return [f"{type(self).__name__}: {self}"]
-
-
-def _damage(path: Path) -> str:
-    "What is wrong with an archive of torch.save, or nothing; torch does not compare its sums."
-    if not zipfile.is_zipfile(path):
-        return ""  # the old format of torch.save, or no archive at all: torch.load tells
-    try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-    except OSError:
-        raise
-    except Exception as e:  # zipfile has many ways to meet damage
-        return f"its directory is damaged ({type(e).__name__})"
-    return f"its part {bad} is damaged" if bad else ""
+def npz_names(path: Path) -> list[str]:
+    "Names of the arrays of an .npz file, once what each header promises is what the file holds."
+    with zipfile.ZipFile(path) as archive:
+        entries = [e for e in archive.infolist() if e.filename.endswith(".npy")]
+        total = sum(e.file_size for e in entries)
+        if total > max(UNPACKED, EXPANSION * path.stat().st_size):
+            raise ValueError(f"{path.stat().st_size:,} bytes would unpack to {total:,}")
+        for e in entries:
+            with archive.open(e) as f:
+                read = READ_HEADER[np.lib.format.read_magic(f)]
+                shape, _, dtype = read(f)
+                promised = f.tell() + math.prod(shape) * dtype.itemsize
+            if not dtype.hasobject and promised != e.file_size:
+                raise ValueError(f"{e.filename} promises {promised:,} bytes, has {e.file_size:,}")
+    return [e.filename.removesuffix(".npy") for e in entries]
 
 
 def _why_unusable(path: Path, error: Exception) -> str:
+    "What is wrong with a checkpoint that could not be read."
     text = str(error).lower()
     if "weights_only" in text or "unsupported" in text:
         return "it holds objects other than tensors and plain containers, which are never loaded"
     size = os.path.getsize(path)
-    return f"it is truncated or not a checkpoint ({size:,} bytes; {type(error).__name__})"
+    return f"it is damaged, truncated or not a checkpoint ({size:,} bytes; {error})"[:250]
 
 
 def load_tensors(
@@ -149,18 +163,19 @@ def load_tensors(
     Raises `CheckpointError` for a damaged or foreign file; whatever else prevents reading
     (permissions, a failing disk, too little memory) keeps its own exception."""
     import torch
+    from safetensors.torch import load_file
 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(path, device=str(device))
-        why = _damage(path)
-        if not why:
-            return torch.load(path, map_location=device, weights_only=True)
+        if zipfile.is_zipfile(path):  # torch does not compare the checksums of its archive
+            with zipfile.ZipFile(path) as archive:
+                if bad := archive.testzip():
+                    raise ValueError(f"its part {bad} is damaged")
+        return torch.load(path, map_location=device, weights_only=True)
     except MemoryError:
         raise
     except Exception as e:
@@ -239,9 +254,8 @@ def run_lock(
     try:
         lock.acquire(timeout=0.05)
     except Timeout:
-        say(
-            f"another process works on {folder.name}; waiting for it", flush=True
-        ) if say is print else say(f"another process works on {folder.name}; waiting for it")
+        say(f"another process works on {folder.name}; waiting for it")
+        sys.stdout.flush()
         lock.acquire()
     try:
         yield

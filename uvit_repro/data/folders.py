@@ -1,45 +1,38 @@
-"""Images in folders: a user's own, CelebA, ImageNet. An index keeps what was read."""
+"""Images in folders: a user's own, CelebA, ImageNet. Large sets are prepared once, into a store."""
 
 import hashlib
 import io
-import json
 import os
 import re
 import sys
-import warnings
-import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from uvit_repro.config import DataConfig, ParameterError, digest, project_root
+from uvit_repro.config import DataConfig, ParameterError, digest
 from uvit_repro.data.fetch import how_to_get, missing
-from uvit_repro.data.files import printable, run_lock
-from uvit_repro.data.images import (
-    Data,
-    check_size,
-    from_arrays,
-    hold_out,
-    locate,
-    walk,
-)
-from uvit_repro.data.store import Progress, cached_array
+from uvit_repro.data.files import printable
+from uvit_repro.data.images import Data, check_size, hold_out, locate
+from uvit_repro.data.store import Inputs, Store, StoreError, in_cache, write_store
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 MOST_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs
-RESIDENT_BYTES = 2 << 30  # larger sets are streamed from their files
-INDEXED_FROM = 5000  # files of a user's folder from which an index is kept
+RESIDENT_BYTES = 2 << 30  # larger sets stay on disk
+STORED_FROM = 5000  # files from which a set is prepared once, into a store
+SHARD = 4096  # images in a file of that store
 THREADS = min(16, os.cpu_count() or 1)
 
 
+# ---------------------------------------------------------------- one file
 def prepare(
     im,  # PIL image in mode L or RGB
     img_size: int,  # side of the result
@@ -86,35 +79,22 @@ def _to_8bit(im):
 def decode(
     raw: bytes,  # a file
     in_chans: int,  # 1: grey, 3: RGB
-) -> tuple:  # (PIL image in mode L or RGB, [what was done])
-    "Decode an image file, upright, without alpha, in the wanted mode. Raises unless it is whole."
-    from PIL import Image, ImageOps, UnidentifiedImageError
+):  # PIL image in mode L or RGB
+    "Decode an image file, upright, on white, its first frame. Raises unless it is whole."
+    from PIL import Image, ImageOps
 
     if not raw:
         raise ValueError("empty file")
     Image.init()  # all plugins; MPO comes with JPEG
-    try:
-        im, done = Image.open(io.BytesIO(raw), formats=FORMATS), []
-    except UnidentifiedImageError:
-        raise ValueError("no image in a known format") from None
-    if getattr(im, "n_frames", 1) > 1:
-        im.seek(0)
-        done.append("first frame used")
-    turn = 1
-    with suppress(Exception):  # damaged EXIF is not applied
-        turn = im.getexif().get(274, 1)
+    im = Image.open(io.BytesIO(raw), formats=FORMATS)
     im.load()
-    if turn in range(2, 9):
+    with suppress(Exception):  # damaged EXIF is not applied
         im = ImageOps.exif_transpose(im)
-        done.append("turned as EXIF says")
-    mode, im = "L" if in_chans == 1 else "RGB", _to_8bit(im)
+    im = _to_8bit(im)
     if im.has_transparency_data:
         white = Image.new("RGBA", im.size, "white")
-        im = Image.alpha_composite(white, im.convert("RGBA"))
-        done.append("alpha put on white")
-    elif im.mode != mode:
-        done.append(f"converted to {mode}")
-    return im.convert("RGB").convert(mode) if im.mode == "RGBA" else im.convert(mode), done
+        im = Image.alpha_composite(white, im.convert("RGBA")).convert("RGB")
+    return im.convert("L" if in_chans == 1 else "RGB")
 
 
 def read_image(
@@ -122,143 +102,140 @@ def read_image(
     img_size: int,  # side of the result
     in_chans: int = 3,  # 1 or 3
     crop=prepare,  # function of an image and img_size
-) -> tuple:  # (uint8 (H, W, C), sha256 of the file, [what was done])
+) -> tuple[np.ndarray, str]:  # uint8 (H, W, C), sha256 of the file
     "Read, decode and prepare one file. Raises when it is not whole."
     if not os.path.isfile(path):
         raise FileNotFoundError("no regular file" if os.path.lexists(path) else "no such file")
     raw = Path(path).read_bytes()
-    im, done = decode(raw, in_chans)
-    if min(im.size) < img_size:
-        done.append("enlarged")
-    return crop(im, img_size), hashlib.sha256(raw).hexdigest(), done
+    return crop(decode(raw, in_chans), img_size), hashlib.sha256(raw).hexdigest()
+
+
+# ---------------------------------------------------------------- many files
+class ImageFile(NamedTuple):
+    "A file, and what reading it showed."
+
+    label: str  # name of its class; empty: none
+    name: str  # below the folder of the set
+    sha256: str  # of the file; empty when it can't be used
+    problem: str  # why it can't
+
+
+class PixelStore(Store):
+    "Prepared images: `read(index)` gives pixels, `files` says what they were made from."
+
+    kind = "images"
+
+    def read(self, index, mirror=None) -> Tensor:
+        "uint8 (B, C, H, W); `mirror` is left to the caller."
+        return torch.from_numpy(self.rows("pixels", index))
+
+    __getitem__ = read
 
 
 @dataclass(frozen=True)
-class ImageFile:
-    "A file, and what reading it showed."
+class Listing:
+    "Image files by class, and how each becomes a square; nothing is decoded yet."
 
-    path: Path
-    label: str = ""  # name of its class
-    sha256: str = ""  # of the file; empty when it can't be used
-    problem: str = ""  # why it can't
-    done: tuple = ()  # what was done to it
+    base: Path  # the folder of the set
+    files: list  # (class, path); class "": none
+    img_size: int
+    in_chans: int = 3
+    crop: Callable = prepare  # function of an image and img_size
+    notes: list = field(default_factory=list)
+    resident_bytes: int = RESIDENT_BYTES  # a larger set stays on disk
 
-
-def _attempt(read, file: ImageFile) -> tuple[ImageFile, np.ndarray | None]:
-    "A file as it is now, and its image: a bad file must not stop a run."
-    try:
-        image, sha256, done = read(file.path)
-    except Exception as e:
-        problem = f"{type(e).__name__}: {e}".splitlines()[0][:120]
-        return ImageFile(file.path, file.label, "", problem), None
-    return ImageFile(file.path, file.label, sha256, "", tuple(done)), image
-
-
-def _read_all(files: list[ImageFile], read):
-    "(file as it is now, its image) of each file, read in threads."
-    progress = Progress(len(files), "images read", partial(print, file=sys.stderr, flush=True))
-    with ThreadPoolExecutor(THREADS) as pool:
-        for k in range(0, len(files), 512):
-            for result in pool.map(partial(_attempt, read), files[k : k + 512]):
-                yield result
-                progress(1)
-
-
-def _line(name: str, state: list, file: ImageFile) -> bytes:
-    "One line of the index, with a checksum in front."
-    text = json.dumps([name, state, [file.sha256, file.problem, file.done]])
-    return f"{zlib.crc32(text.encode()):08x} {text}\n".encode()
-
-
-def _read_index(path: Path) -> dict:
-    "{name: (size and time, [checksum, problem, what was done])}; damaged lines are left out."
-    known = {}
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        with suppress(ValueError):
-            if int(line[:8], 16) == zlib.crc32(line[9:]):
-                name, state, found = json.loads(line[9:])
-                known[name] = state, found
-    return known
-
-
-def _state(file: ImageFile) -> list:
-    "Size and time of change; zeros where there is no file."
-    try:
-        s = os.stat(file.path)
-    except OSError:
-        return [0, 0]
-    return [s.st_size, s.st_mtime_ns]
-
-
-def index_files(
-    cache: Path | None,  # folder of the index, one for each set; None: no index
-    base: Path,  # names are relative to it
-    files: list,  # (class, path) of the candidates
-    read,  # function of a path, as `read_image`
-) -> list[ImageFile]:
-    "Read the files that the index lacks. A second process waits for the first."
-    files = [ImageFile(path, label) for label, path in files]
-    if cache is None:
-        return [file for file, _ in _read_all(files, read)]
-    with ExitStack() as held:
+    def _attempt(self, entry: tuple[str, Path]) -> tuple[ImageFile, np.ndarray | None]:
+        "What reading a file showed, and its image: a bad file must not stop a run."
+        label, path = entry
+        name = os.path.relpath(path, self.base)
         try:
-            held.enter_context(run_lock(cache, partial(print, file=sys.stderr, flush=True)))
-            out = held.enter_context(open(cache / "index.jsonl", "ab"))
-        except OSError:
-            out = held.enter_context(open(os.devnull, "wb"))  # a folder that can't be written
-        known = _read_index(cache / "index.jsonl")
-        out.write(b"\n")  # ends what a killed process began
+            image, sha256 = read_image(path, self.img_size, self.in_chans, self.crop)
+        except Exception as e:
+            problem = f"{type(e).__name__}: {e}".splitlines()[0][:120]
+            return ImageFile(label, name, "", problem), None
+        return ImageFile(label, name, sha256, ""), image
+
+    def read(self, a=0, b=None) -> tuple[Tensor, list[ImageFile]]:
+        "Usable images of files a .. b-1, uint8 (n, C, H, W), and what became of every file."
         with ThreadPoolExecutor(THREADS) as pool:
-            states = list(pool.map(_state, files, chunksize=1024))
-        names, todo = [os.path.relpath(f.path, base) for f in files], []
-        for i, name in enumerate(names):
-            state, found = known.get(name, (None, None))
-            if state == states[i]:
-                sha256, problem, done = found
-                files[i] = replace(files[i], sha256=sha256, problem=problem, done=tuple(done))
-            else:
-                todo.append(i)
-        for i, (file, _) in zip(todo, _read_all([files[i] for i in todo], read), strict=True):
-            files[i] = file
-            out.write(_line(names[i], states[i], file))
-            out.flush()
-    return files
+            found = list(pool.map(self._attempt, self.files[a:b]))
+        shape = (-1, self.img_size, self.img_size, self.in_chans)
+        images = np.array([x for _, x in found if x is not None], np.uint8).reshape(shape)
+        x = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        return torch.from_numpy(x), [file for file, _ in found]
+
+    def key(self) -> str:
+        "Changes with names, sizes and times of the files, and with how they are prepared."
+
+        def state(entry):
+            try:
+                s = os.stat(entry[1])
+            except OSError:
+                return [0, 0]
+            return [s.st_size, s.st_mtime_ns]
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            states = list(pool.map(state, self.files))
+        names = [(label, os.path.relpath(path, self.base)) for label, path in self.files]
+        how = [str(self.base), self.img_size, self.in_chans, self.crop.__name__]
+        return digest([how, names, states], 24)
+
+    def store(self) -> PixelStore:
+        "All usable images, read once and kept in results/cache; a killed reader is resumed."
+        job = {"kind": "images", "count": len(self.files), "shard_rows": SHARD, "files": self.key()}
+
+        def make_shard(a: int, b: int) -> tuple[dict, dict]:
+            pixels, files = self.read(a, b)
+            return {"pixels": pixels.numpy()}, {"images": files}
+
+        def make(path: Path) -> PixelStore:
+            with suppress(FileNotFoundError, StoreError):
+                return PixelStore(path)
+            say = partial(print, file=sys.stderr, flush=True)
+            write_store(path, job, make_shard, lambda records: ({}, {}), say)
+            return PixelStore(path)
+
+        return in_cache(f"images-{job['files']}", make)
+
+    def usable(self) -> tuple[Tensor | PixelStore, list[ImageFile]]:
+        "Images of the usable files, from memory or from a store; what was found is noted."
+        size = len(self.files) * self.img_size**2 * self.in_chans
+        if len(self.files) < STORED_FROM and size <= self.resident_bytes:
+            images, files = self.read()
+        else:
+            images = self.store()
+            files = [ImageFile(*f) for record in images.records() for f in record["images"]]
+        self.notes.extend(notes_on(files))
+        usable = [f for f in files if not f.problem]
+        if not usable:
+            text = f"no usable image among {len(files)} candidate(s) ({', '.join(EXTENSIONS)})"
+            raise ValueError(f"{printable(self.base)}: {text}. {' | '.join(self.notes[:3])}")
+        return images, usable
+
+    def as_data(
+        self,
+        name: str,  # of the set
+        images: Tensor | PixelStore,
+        labels: Tensor,  # of the images, (N,)
+        split: tuple,  # numbers of training and of held-out images
+        classes: list[str],
+        sha256: str,  # of the content
+    ) -> Data:  # in memory, or read from the store
+        "Prepared images as a data set; an image keeps its label."
+        train, test = (torch.as_tensor(numbers).long() for numbers in split)
+        held, x, inputs = images[test], None, None
+        if len(train) * held.shape[1:].numel() > self.resident_bytes:
+            inputs = Inputs(images, train)
+        else:
+            x = images[train]
+        parts = x, labels[train], held, labels[test]
+        return Data(name, *parts, len(classes), classes, sha256, self.notes, inputs)
 
 
-def cache_folder(name: str, base: Path, cache_dir=None) -> Path:
-    "Where the index of a set is kept."
-    root = Path(cache_dir or project_root() / "results" / "cache")
-    return root / f"{name}-{digest(str(Path(base).resolve()), 8)}"
-
-
-def usable_files(cache: Path | None, base: Path, files: list, read, notes: list[str]) -> list:
-    "The files that can be read, as `index_files`; what was found is added to the notes."
-    found = index_files(cache, base, files, read)
-    for f in found:
-        name = _label(f.path, base)
-        if f.problem:
-            notes.append(f"left out, not readable: {name} ({printable(f.problem)})")
-        notes += [f"{what}: {name}" for what in f.done]
-    return [f for f in found if not f.problem]
-
-
-def _pixels(cache: Path | None, split: str, files: list[ImageFile], read) -> Tensor:
-    "The prepared images of usable files, uint8 (N, C, H, W), from a cache where there is one."
-
-    def decode_all():
-        images = [image for _, image in _read_all(files, read)]
-        for f, image in zip(files, images, strict=True):
-            if image is None:
-                raise ValueError(f"{printable(f.path)} is no longer readable")
-        return np.stack(images).transpose(0, 3, 1, 2)
-
-    side, channels = read.keywords["img_size"], read.keywords["in_chans"]
-    if not files:
-        return torch.empty((0, channels, side, side), dtype=torch.uint8)
-    if cache is None:
-        return torch.from_numpy(decode_all())
-    key = digest([side, channels, [f.sha256 for f in files]], 16)
-    return torch.from_numpy(cached_array(cache / f"pixels-{split}.npy", key, decode_all))
+def notes_on(files: list[ImageFile]) -> list[str]:
+    "Which files were left out, and why."
+    bad = [(printable(f.name), printable(f.problem)) for f in files if f.problem]
+    return [f"left out, not readable: {name} ({problem})" for name, problem in bad]
 
 
 def content_sum(
@@ -272,124 +249,73 @@ def content_sum(
     return h.hexdigest()
 
 
-def _label(path: Path, base: Path) -> str:
-    return printable(path.relative_to(base).as_posix())
+def label_numbers(files: list[ImageFile], classes: list[str]) -> Tensor:
+    "The label of each file, (N,); 0 where there are no classes."
+    number = {c: i for i, c in enumerate(classes)}
+    return torch.tensor([number.get(f.label, 0) for f in files])
 
 
-def _class_folders(base: Path) -> list[Path]:
-    return sorted(p for p in base.iterdir() if p.is_dir() and not p.name.startswith("."))
+# ---------------------------------------------------------------- a user's folder
+def walk(
+    folder: Path,
+    onerror=None,  # function of the error for each folder that can't be read
+):
+    "(folder, names of files) below a folder, sorted, without hidden names and circular links."
+    seen = {os.path.realpath(p) for p in Path(folder).absolute().parents}
+    for path, folders, files in os.walk(folder, followlinks=True, onerror=onerror):
+        real = os.path.realpath(path)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        yield Path(path), sorted(f for f in files if not f.startswith("."))
 
 
 def list_folder(
     base: Path,  # the folder
-) -> tuple[list, list[str]]:  # [(class name or "", file)] and notes
-    "The images of a folder, one class for each sub-folder; nothing is decoded."
-    classes, errors = _class_folders(base), []
-    loose = sorted(p for p in base.iterdir() if not p.name.startswith(".") and p not in classes)
-    found = [("", f) for f in loose]
-    for c in classes:
-        found += [(c.name, folder / n) for folder, names in walk(c, errors.append) for n in names]
+    img_size: int,  # side of the prepared images
+    in_chans: int = 3,  # 1 or 3
+) -> Listing:
+    "The images of a folder, one class for each sub-folder."
+    if in_chans not in (1, 3):
+        raise ParameterError(f"in_chans = {in_chans}: images have 3 channels (RGB) or 1 (grey)")
+    errors, found = [], []
+    for top in sorted(p for p in base.iterdir() if not p.name.startswith(".")):
+        if top.is_dir():
+            inside = walk(top, errors.append)
+            found += [(top.name, folder / n) for folder, names in inside for n in names]
+        else:
+            found.append(("", top))
     images = [(c, f) for c, f in found if f.name.lower().endswith(EXTENSIONS)]
     inside = [(c, f) for c, f in images if c]
-    notes = [f"left out, not readable: {_label(Path(e.filename), base)} (folder)" for e in errors]
-    beside = [_label(f, base) for c, f in images if inside and not c]
-    notes += [f"left out, beside the class folders: {name}" for name in beside]
-    others = [_label(f, base) for _, f in found if not f.name.lower().endswith(EXTENSIONS)]
-    notes += [f"not an image, ignored: {name}" for name in others]
-    return inside or images, notes
-
-
-class FolderStream(torch.utils.data.Dataset):
-    """Images read from their files: item i is (uint8 (C, H, W), label). A file that went bad or
-    changed is replaced by the next good one, image and label together."""
-
-    def __init__(
-        self,
-        files: list[ImageFile],
-        names: list[str],  # of the classes
-        read,  # function of a path, as `read_image`
-        strict: bool = False,  # raise instead of replacing
-    ):
-        self.files, self.read, self.strict, self.warned = files, read, strict, False
-        self.number = {c: i for i, c in enumerate(names)}
-
-    def __len__(self):
-        return len(self.files)
-
-    @property
-    def labels(self) -> Tensor:
-        "The label of each image; 0 where there are no classes."
-        return torch.tensor([self.number.get(f.label, 0) for f in self.files])
-
-    def __getitem__(self, i):
-        i = range(len(self))[i]
-        for j in chain(range(i, len(self)), range(i)):
-            known = self.files[j]
-            file, image = _attempt(self.read, known)
-            if file.sha256 == known.sha256:
-                x = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-                return x, self.number.get(file.label, 0)
-            state = file.problem or "its content changed"
-            what = f"{printable(file.path)} is no longer what it was ({state})"
-            if self.strict:
-                raise ValueError(f"{what}; run the command again")
-            if not self.warned:
-                self.warned = True
-                text = f"{what}; such files are replaced by the next good one. This is said once."
-                warnings.warn(text, RuntimeWarning, stacklevel=2)
-        first = printable(self.files[0].path)
-        raise FileNotFoundError(f"none of the {len(self)} image files is usable, first {first}")
-
-    def read_range(self, a: int, b: int) -> Tensor:
-        "Images a .. b-1, uint8 (b-a, C, H, W), read in threads."
-        with ThreadPoolExecutor(THREADS) as pool:
-            return torch.stack([x for x, _ in pool.map(self.__getitem__, range(a, b))])
-
-
-def _streamed(name: str, whole: FolderStream, cfg: DataConfig, notes: list, held=None) -> Data:
-    "A set that is read from its files, its held-out images in memory."
-    files, names, read = whole.files, list(whole.number), whole.read
-    sha256 = content_sum(files, "" if name == "folder" else name)
-    train, test = hold_out(whole.labels, cfg.holdout, sha256)
-    if held is None:
-        away = [files[i] for i in test]
-        held = _pixels(None, "test", away, read), whole.labels[test]
-    stream = FolderStream([files[i] for i in train], names, read)
-    return Data(name, None, stream.labels, *held, len(names), names, sha256, notes, stream)
+    loose = [f for c, f in images if inside and not c]
+    notes = [f"left out, not readable: {printable(e.filename)} (folder)" for e in errors]
+    notes += [f"left out, beside the class folders: {printable(f.name)}" for f in loose]
+    return Listing(base, inside or images, img_size, in_chans, notes=notes)
 
 
 def load_folder(
     cfg: DataConfig,  # dataset folder:PATH, any img_size, in_chans 1 or 3
     root,  # relative paths are looked for here as well
     resident_bytes: int = RESIDENT_BYTES,  # largest prepared set that is kept in memory
-) -> Data:  # in memory or streamed
+) -> Data:
     "A user's own images, one class for each sub-folder, prepared as the paper prepares ImageNet."
-    if cfg.in_chans not in (1, 3):
-        raise ParameterError(f"in_chans = {cfg.in_chans}: images have 3 channels (RGB) or 1 (grey)")
     base = locate(cfg.dataset, root)
-    read = partial(read_image, img_size=cfg.img_size, in_chans=cfg.in_chans)
-    found, notes = list_folder(base)
-    indexed = len(found) >= INDEXED_FROM
-    cache = cache_folder(f"folder{cfg.img_size}x{cfg.in_chans}", base) if indexed else None
-    files = usable_files(cache, base, found, read, notes)
-    files.sort(key=lambda f: (f.label, f.sha256, str(f.path)))
-    if not files:
-        text = f"no usable image among {len(found)} candidate(s) ({', '.join(EXTENSIONS)})"
-        raise ValueError(f"{printable(base)}: {text}. {' | '.join(notes[:3])}")
-    for a, b in pairwise(files):
-        if a.sha256 == b.sha256:
-            name, other = (_label(f.path, base) for f in (b, a))
-            notes.append(f"duplicate, kept: {name} (same bytes as {other})")
-    names = sorted({f.label for f in files} - {""})
-    empty = [p for p in _class_folders(base) if names and p.name not in names]
-    notes += [f"empty class, dropped: {_label(p, base)}" for p in empty]
-    whole, size = FolderStream(files, names, read), len(files) * cfg.img_size**2 * cfg.in_chans
-    if size > resident_bytes:
-        notes.append(f"streamed: {len(files)} images of {size / 2**20:.1f} MiB together")
-        return _streamed("folder", whole, cfg, notes)
-    x = _pixels(cache, "all", files, read).permute(0, 2, 3, 1).numpy()
-    labels, sha256 = whole.labels.numpy(), content_sum(files)
-    return from_arrays("folder", x, labels, names, sha256, cfg.holdout, notes)
+    listing = replace(list_folder(base, cfg.img_size, cfg.in_chans), resident_bytes=resident_bytes)
+    images, files = listing.usable()
+    order = sorted(
+        range(len(files)), key=lambda i: (files[i].label, files[i].sha256, files[i].name)
+    )
+    classes = sorted({f.label for f in files} - {""})
+    sha256, order = content_sum(files), torch.tensor(order)
+    labels = label_numbers(files, classes)
+    split = [order[i] for i in hold_out(labels[order], cfg.holdout, sha256)]
+    return listing.as_data("folder", images, labels, split, classes, sha256)
+
+
+# ---------------------------------------------------------------- CelebA
+CELEBA = {"0": 162_770, "1": 19_867, "2": 19_962}  # training, validation, test
 
 
 def find_celeba64(
@@ -397,86 +323,61 @@ def find_celeba64(
 ) -> Path:  # its celeba/
     "Where CelebA is, or `FileNotFoundError` with what is missing and how to get it."
     base = Path(root) / "celeba"
-    listed, images = base / "list_eval_partition.txt", base / "img_align_celeba"
-    absent = [] if listed.is_file() else [listed]
-    absent += [] if images.is_dir() else [images]
+    needed = (base / "list_eval_partition.txt", base / "img_align_celeba")
+    absent = [printable(p) for p in needed if not p.exists()]
     if absent:
-        raise missing("celeba64", root, f"no {' and no '.join(map(printable, absent))}")
+        raise missing("celeba64", root, f"no {' and no '.join(absent)}")
     return base
-
-
-CELEBA = {0: 162_770, 1: 19_867, 2: 19_962}  # training, validation, test
-
-
-def celeba_files(
-    root,  # the folder of the data sets
-    expect=CELEBA,  # images of each split; None: any
-) -> dict:  # {0: files of the training split, 1: validation, 2: test}
-    "The files of CelebA by split; a missing list or image is an error."
-    base = find_celeba64(root)
-    listed, images = base / "list_eval_partition.txt", base / "img_align_celeba"
-    splits, again = {k: [] for k in CELEBA}, how_to_get("celeba64", root)
-    for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
-        name, _, k = line.strip().partition(" ")
-        if k not in ("0", "1", "2"):
-            text = f"{line[:80]!r} is not a file name and 0, 1 or 2"
-            raise ValueError(f"{printable(listed)}: {text}. {again}")
-        splits[int(k)].append(name)
-    found = [len(v) for v in splits.values()]
-    if expect and found != list(expect.values()):
-        text = f"names {found} images (training, validation, test)"
-        raise ValueError(f"{printable(listed)} {text}, not {list(expect.values())}. {again}")
-    there = {e.name for e in os.scandir(images)}
-    gone = [n for k in (0, 2) for n in splits[k] if n not in there]
-    if gone:
-        text = f"{len(gone)} of {sum(found)} images are not in {printable(images)}"
-        raise missing("celeba64", root, f"{text}, first {printable(gone[0])}")
-    return {k: [images / n for n in sorted(v)] for k, v in splits.items()}
 
 
 def load_celeba64(
     cfg: DataConfig,  # img_size 64, in_chans 3, holdout 0
     root,  # the folder of the data sets
-    expect=CELEBA,  # images of each split; None: any (for a part of the set)
-    cache_dir=None,  # of the index; None: results/cache
-) -> Data:  # in memory
+    expect=CELEBA,  # images of each split
+) -> Data:
     "CelebA, aligned and cropped, training split, with its test split held out (Section 5.1)."
     check_size("celeba64", (64, 64, 3), cfg, own_test_split=True)
-    splits, base = celeba_files(root, expect), Path(root) / "celeba" / "img_align_celeba"
-    cache, notes, sets = cache_folder("celeba64", base, cache_dir), [], []
-    read = partial(read_image, img_size=64, in_chans=3, crop=celeba_crop)
-    files = [("", f) for k in (0, 2) for f in splits[k]]
-    files, train = usable_files(cache, base, files, read, notes), set(splits[0])
-    splits = {
-        "train": [f for f in files if f.path in train],
-        "test": [f for f in files if f.path not in train],
-    }
-    if not splits["train"]:
-        raise ValueError(f"{printable(base)}: no usable image; {' | '.join(notes[:3])}")
-    for split, rows in splits.items():
-        sets += [_pixels(cache, split, rows, read), torch.zeros(len(rows), dtype=torch.long)]
-    return Data("celeba64", *sets, 0, [], content_sum(splits["train"], "celeba64"), notes)
+    base = find_celeba64(root)
+    listed, folder = base / "list_eval_partition.txt", base / "img_align_celeba"
+    splits, again = {k: [] for k in expect}, how_to_get("celeba64", root)
+    for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
+        name, _, k = line.strip().partition(" ")
+        if k not in splits:
+            text = f"{line[:80]!r} is not a file name and 0, 1 or 2"
+            raise ValueError(f"{printable(listed)}: {text}. {again}")
+        splits[k].append(name)
+    found = {k: len(v) for k, v in splits.items()}
+    if found != expect:
+        text = f"names {found} images (training, validation, test), not {expect}"
+        raise ValueError(f"{printable(listed)} {text}. {again}")
+    wanted, there = sorted(splits["0"]) + sorted(splits["2"]), set(os.listdir(folder))
+    gone = [name for name in wanted if name not in there]
+    if gone:
+        text = f"{len(gone)} of {len(wanted)} images are not in {printable(folder)}"
+        raise missing("celeba64", root, f"{text}, first {printable(gone[0])}")
+    listing = Listing(folder, [("", folder / n) for n in wanted], 64, crop=celeba_crop)
+    images, files = listing.usable()
+    held = set(splits["2"])
+    split = [[i for i, f in enumerate(files) if (f.name in held) == want] for want in (False, True)]
+    sha256 = content_sum([files[i] for i in split[0]], "celeba64")
+    return listing.as_data("celeba64", images, label_numbers(files, []), split, [], sha256)
 
 
+# ---------------------------------------------------------------- ImageNet
 IMAGENET = {"classes": 1000, "train": 1_281_167}
 WNID = re.compile(r"n\d{8}")
 
 
-def imagenet_folder(
+def find_imagenet64(
     root,  # the folder of the data sets
 ) -> Path:  # its imagenet/train, with at least one class folder
     "Where the training images of ImageNet are, or `FileNotFoundError` with the way to get them."
     train = Path(root) / "imagenet" / "train"
-    if train.is_dir():
-        if any(WNID.fullmatch(e.name) and e.is_dir() for e in os.scandir(train)):
-            return train
-        raise missing("imagenet", root, f"{printable(train)} has no folder like n01440764")
-    raise missing("imagenet", root, f"{printable(train)} is not there")
-
-
-def find_imagenet64(root) -> Path:
-    "ImageNet's pixels, whatever their size: see `imagenet_folder`."
-    return imagenet_folder(root)
+    if not train.is_dir():
+        raise missing("imagenet64", root, f"{printable(train)} is not there")
+    if not any(WNID.fullmatch(e.name) and e.is_dir() for e in os.scandir(train)):
+        raise missing("imagenet64", root, f"{printable(train)} has no folder like n01440764")
+    return train
 
 
 def imagenet_files(
@@ -484,45 +385,42 @@ def imagenet_files(
     expect=IMAGENET["classes"],  # class folders; None: any number
 ) -> tuple:  # ([(class, file)] sorted, names of the classes, notes)
     "The images of one split by class. `ValueError` when it is a part of ImageNet."
-    files, notes = list_folder(folder)
+    listing = list_folder(folder, 64)
     names = sorted(p.name for p in folder.iterdir() if p.is_dir() and WNID.fullmatch(p.name))
-    other = sorted({c for c, _ in files} - set(names))
+    other = sorted({c for c, _ in listing.files} - set(names))
     if other:
         shown = ", ".join(printable(c) or "loose files" for c in other[:20])
-        notes.append(f"not a class of ImageNet, ignored: {shown}")
+        listing.notes.append(f"not a class of ImageNet, ignored: {shown}")
     if expect is not None and len(names) != expect:
         text = f"{len(names)} class folders in {printable(folder)}, ImageNet has {expect}"
         raise ValueError(f"{text}: for a part of it use dataset = folder:{folder}, img_size = 64")
     known = set(names)
-    return sorted((c, f) for c, f in files if c in known), names, notes
+    return sorted((c, f) for c, f in listing.files if c in known), names, listing.notes
 
 
 def load_imagenet64(
     cfg: DataConfig,  # img_size 64, in_chans 3; holdout only where there is no val folder
     root,  # the folder of the data sets
     expect=IMAGENET["classes"],  # class folders; None: any number (for tests)
-    cache_dir=None,  # of the index; None: results/cache
-) -> Data:  # streamed; held-out images in memory
+    resident_bytes: int = RESIDENT_BYTES,  # largest set that is kept in memory
+) -> Data:
     "ImageNet at 64x64: repeated box halving, bicubic, centre crop (Section 5.1)."
     check_size("imagenet64", (64, 64, 3), cfg)
-    train = imagenet_folder(root)
-    read = partial(read_image, img_size=64, in_chans=3)
-    found, names, notes = imagenet_files(train, expect)
-    cache = cache_folder("imagenet64", train, cache_dir)
-    files = usable_files(cache, train, found, read, notes)
-    if not files:
-        raise ValueError(f"{printable(train)}: no usable image; {' | '.join(notes[:3])}")
-    if expect and len(files) != IMAGENET["train"]:
-        notes.append(f"number of images: {len(files)} usable, ImageNet has {IMAGENET['train']}")
-    val, held = train.parent / "val", None
-    found = [(c, f) for c, f in list_folder(val)[0] if c in set(names)] if val.is_dir() else []
-    if not found:
-        state = "has no folder of a class" if val.is_dir() else "is not there"
-        notes.append(f"nothing held out: {printable(val)} {state}")
-    elif cfg.holdout:
+    folder = find_imagenet64(root)
+    found, names, notes = imagenet_files(folder, expect)
+    val, known = folder.with_name("val"), set(names)
+    held = list_folder(val, 64).files if val.is_dir() else []
+    held = [(c, f) for c, f in held if c in known]
+    if cfg.holdout and held:
         raise ParameterError(f"holdout = {cfg.holdout}: {val} is held out already; use holdout = 0")
-    else:
-        cache = cache.with_name(f"{cache.name}-val")
-        test = usable_files(cache, val, found, read, notes)
-        held = _pixels(cache, "test", test, read), FolderStream(test, names, read).labels
-    return _streamed("imagenet64", FolderStream(files, names, read), cfg, notes, held)
+    listing = Listing(folder.parent, found + held, 64, notes=notes, resident_bytes=resident_bytes)
+    images, files = listing.usable()
+    train = [f for f in files if Path(f.name).parts[0] == "train"]  # these come first
+    sha256, labels = content_sum(train, "imagenet64"), label_numbers(files, names)
+    if expect and len(train) != IMAGENET["train"]:
+        notes.append(f"number of images: {len(train)} usable, ImageNet has {IMAGENET['train']}")
+    split = torch.arange(len(files)).split([len(train), len(files) - len(train)])
+    if not held:
+        notes.append(f"nothing held out: {printable(val)} has no folder of a class")
+        split = hold_out(labels, cfg.holdout, sha256)
+    return listing.as_data("imagenet64", images, labels, split, names, sha256)

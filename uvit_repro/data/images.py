@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import math
-import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -33,7 +32,7 @@ class Data:
     "A data set, opened. Objects are shared between callers: do not write into them."
 
     name: str  # a key of DATASETS
-    train_images: Tensor | None  # uint8 (N, C, H, W); None when streamed
+    train_images: Tensor | None  # uint8 (N, C, H, W); None: read through `inputs`
     train_labels: Tensor  # int64 (N,); zeros when unlabelled
     test_images: Tensor  # uint8 (M, C, H, W), M may be 0
     test_labels: Tensor  # int64 (M,)
@@ -41,8 +40,7 @@ class Data:
     class_names: list[str]  # one for each class
     sha256: str  # checksum of the content, whatever path it came from
     notes: list[str] = field(default_factory=list)  # `kind: file (detail)`; see `summary`
-    stream: torch.utils.data.Dataset | None = None  # large sets: item i is (uint8 (C, H, W), label)
-    inputs: object = None  # latent sets: read(index, mirror) gives moments (B, 2C, h, w)
+    inputs: object = None  # large or latent sets: read(index, mirror) gives pixels or moments
     test_inputs: Tensor | None = None  # held-out images as the network sees them; None: pixels
     decode: object = None  # function of latents (B, C, h, w) and a decoder's name; gives pixels
     texts: object = None  # captions: read(index, u), test(index), prompts(n), prompt(i), null
@@ -66,11 +64,7 @@ class Data:
 class Prompts:
     "A sequence of encoded prompts: `len`, and slices (b - a, L, D), made when they are asked for."
 
-    def __init__(
-        self,
-        n: int,  # prompts
-        read,  # function of (first, end)
-    ):
+    def __init__(self, n: int, read):  # read is a function of (first, end)
         self.n, self.read = n, read
 
     def __len__(self):
@@ -80,6 +74,7 @@ class Prompts:
         return self.read(*part.indices(self.n)[:2])
 
 
+# ---------------------------------------------------------------- pictures
 def to_model(
     u8: Tensor,  # uint8 images, any shape
 ) -> Tensor:  # float32 in [-1, 1]
@@ -136,17 +131,15 @@ def show_images(
 
 def save_png(
     array: np.ndarray,  # uint8 (H, W, 3), as from `image_grid`
-    path,  # file to write; its folder is made
-) -> Path:  # the file
+    path: Path,  # file to write
+):
     "Write a picture as a PNG file."
     from PIL import Image
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path, format="PNG")
-    return path
 
 
+# ---------------------------------------------------------------- order, checksum, split
 def canonical(
     images: np.ndarray,  # uint8 (N, H, W, C)
     labels: np.ndarray,  # integers (N,)
@@ -229,12 +222,11 @@ def from_arrays(
     "A data set in memory, some of its images held out."
     x, y = to_tensors(images, labels)
     train, test = hold_out(labels, holdout, sha256)
-    gone = sorted(set(y.tolist()) - set(y[train].tolist())) if class_names else []
-    notes = [*notes, *(f"class without training image: {class_names[c]} (held out)" for c in gone)]
     K = len(class_names)
-    return Data(name, x[train], y[train], x[test], y[test], K, class_names, sha256, notes)
+    return Data(name, x[train], y[train], x[test], y[test], K, class_names, sha256, list(notes))
 
 
+# ---------------------------------------------------------------- opening
 def locate(dataset: str, root) -> Path:
     "The path after `folder:`, `latents:` or `npz:`: as given, else under the folder of data sets."
     kind, _, given = dataset.partition(":")
@@ -250,22 +242,6 @@ def locate(dataset: str, root) -> Path:
     raise FileNotFoundError(f"dataset = {dataset!r}: nothing there; looked for {looked}")
 
 
-def walk(
-    folder: Path,
-    onerror=None,  # function of the error for each folder that can't be read
-):
-    "(folder, names of files) below a folder, sorted, without hidden names and circular links."
-    seen = {os.path.realpath(p) for p in Path(folder).absolute().parents}
-    for path, folders, files in os.walk(folder, followlinks=True, onerror=onerror):
-        real = os.path.realpath(path)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        yield Path(path), sorted(f for f in files if not f.startswith("."))
-
-
 def summary(
     notes: list[str],  # of a `Data`
     max_lines: int = 10,  # lines at most
@@ -276,36 +252,18 @@ def summary(
         kind, _, rest = note.partition(": ")
         kinds.setdefault(kind, []).append(rest)
     order = sorted(kinds, key=lambda k: (not k.startswith("left out"), -len(kinds[k])))
-    shown = order if len(order) <= max_lines else order[: max_lines - 1]
-    for k in shown:
+    for k in order[:max_lines]:
         more = " ..." if len(kinds[k]) > 3 else ""
         print(f"{len(kinds[k]):6d}  {k}: {', '.join(kinds[k][:3])}{more}")
-    if len(shown) < len(order):
-        left = order[len(shown) :]
-        total = sum(len(kinds[k]) for k in left)
-        print(f"{total:6d}  of {len(left)} more kinds; all are in .notes")
+    if order[max_lines:]:
+        print(f"        and {len(order) - max_lines} more kinds; all are in .notes")
 
 
-def _stamp(dataset: str, root: str) -> str:
-    "Changes with the files behind a path: their names, sizes and times."
-    kind = dataset.partition(":")[0]
-    if kind not in PATHS:
-        return ""
-    try:
-        where = locate(dataset, root)
-    except (OSError, ValueError):
-        return ""  # the loader says what is wrong
-    files = [where / "index.json"] if kind == "latents" else [where]
-    if kind == "folder":
-        files += [folder / n for folder, names in walk(where) for n in ("", *names)]
-    states = [(str(f), f.stat()) for f in files if f.exists()]
-    return repr([(name, s.st_size, s.st_mtime_ns) for name, s in states])
-
-
-@lru_cache(maxsize=4)
-def _load(cfg: DataConfig, root: str, stamp: str) -> Data:
-    "A data set, or the one that was loaded from the same files before."
+def _load(cfg: DataConfig, root: str) -> Data:
     return resolve_name(DATASETS, cfg.dataset.partition(":")[0])(cfg, Path(root))
+
+
+_load_once = lru_cache(maxsize=4)(_load)  # sets whose content never changes
 
 
 def _with_classes(data: Data, cfg: DataConfig) -> Data:
@@ -340,7 +298,8 @@ def open_data(
     cfg, kind = exp.data, exp.data.dataset.partition(":")[0]
     root = str(data_root(exp.execution.data_root).absolute())
     key = replace(cfg, flip=True, data_sha256="", num_classes=0)  # what decides the images
-    data = _with_classes(_load(key, root, _stamp(cfg.dataset, root)), cfg)
+    load = _load if kind in PATHS else _load_once
+    data = _with_classes(load(key, root), cfg)
     if cfg.data_sha256 not in ("", data.sha256):
         raise ValueError(
             f"{cfg.dataset}: the experiment's data had checksum {cfg.data_sha256[:16]}, the files "
@@ -352,6 +311,7 @@ def open_data(
     return replace(exp, data=opened), data
 
 
+# ---------------------------------------------------------------- batches
 def _generator(*key) -> torch.Generator:
     return torch.Generator().manual_seed(key_seed(*key))
 
@@ -399,23 +359,14 @@ class Order:
         return torch.cat(out)
 
 
-def read_ahead(
-    read,  # function of a step
-    steps,  # iterator of steps
-    depth=2,  # how many are read before they are asked for
-):
-    "(step, read(step)) for each step, read in a thread while the caller computes."
+def _read_ahead(read, steps):
+    "(step, read(step)) for each step, two of them read in a thread while the caller computes."
     with ThreadPoolExecutor(1) as pool:
-        ahead = deque((s, pool.submit(read, s)) for s in itertools.islice(steps, depth))
+        ahead = deque((s, pool.submit(read, s)) for s in itertools.islice(steps, 2))
         while ahead:
             s, result = ahead.popleft()
             ahead.extend((k, pool.submit(read, k)) for k in itertools.islice(steps, 1))
             yield s, result.result()
-
-
-def _stack(items: list) -> tuple[Tensor, Tensor]:
-    "Images and labels of a streamed set as one batch."
-    return torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items])
 
 
 @dataclass(eq=False, repr=False)
@@ -423,14 +374,13 @@ class Batches:
     """Training batches: `at(step)` gives x0, float32 (B, C, H, W), and y, labels int64 (B,) or
     captions float32 (B, L, D), as a pure function of (seed, step)."""
 
-    data: Data  # in memory, streamed or latent
+    data: Data
     batch_size: int  # images per step, over all processes
     seed: int  # of the run
     flip: bool  # random horizontal flip
     p_uncond: float  # conditions replaced by the null condition
     null_class: int | None  # its id, num_classes
     device: str | torch.device = "cpu"  # where batches are put together
-    workers: int = 0  # processes that read a streamed set
     part: tuple = (0, 1)  # (rank, processes): rows rank::processes of the global batch
     condition: str = "class"  # what y is: text for encoded captions, else labels
     latent_scale: float = 1.0  # factor on latents
@@ -448,8 +398,7 @@ class Batches:
             self.null = self.texts.null.float().to(self.device)
         if self.p_uncond and self.null is None:
             raise ParameterError(f"p_uncond = {self.p_uncond} needs the id of the null class")
-        in_memory = data.stream is None and data.inputs is None
-        self.images = data.train_images.to(self.device) if in_memory else None
+        self.images = data.train_images.to(self.device) if data.inputs is None else None
         self.labels = data.train_labels.to(self.device)
 
     def uniform(self, what: str, step: int) -> Tensor:
@@ -462,32 +411,23 @@ class Batches:
         i = self.order.at(step)[self.rows]
         there = _send(i, self.device)
         y = self.labels[there]
-        if self.data.inputs is not None:
-            mirror = self.uniform("flip", step) < (0.5 if self.flip else 0)
-            x = self.data.inputs.read(i, mirror)
-        elif self.images is not None:
-            x = self.images[there]
-        else:  # a file that went bad is replaced together with its label
-            x, y = _stack([self.data.stream[k] for k in i.tolist()])
-        return x, self.with_texts(step, y)
-
-    def with_texts(self, step: int, y: Tensor) -> Tensor:
-        "Labels, or one of the captions of each image of a step."
-        if self.texts is None:
-            return y
-        i = self.order.at(step)[self.rows]
-        return self.texts.read(i, self.uniform("caption", step))
+        if self.texts is not None:
+            y = self.texts.read(i, self.uniform("caption", step))
+        if self.data.inputs is None:
+            return self.images[there], y
+        mirror = self.uniform("flip", step) < (0.5 if self.flip else 0)
+        return self.data.inputs.read(i, mirror), y
 
     def finish(self, step: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         "Flip or draw, drop conditions, scale; randomness of the whole batch, then this part of it."
         x, y = _send(x, self.device), _send(y, self.device)
-        if self.data.inputs is not None:
-            x = self.draw(step, x)
-        else:
+        if x.dtype == torch.uint8:
             if self.flip:
                 flipped = _send(self.uniform("flip", step) < 0.5, self.device)
                 x = torch.where(flipped[:, None, None, None], x.flip(-1), x)
             x = to_model(x)
+        else:
+            x = self.draw(step, x)
         if self.texts is not None:
             y = y.float()
         if self.p_uncond:
@@ -508,27 +448,11 @@ class Batches:
         return self.finish(step, *self.fetch(step))
 
     def iterate(self, start_step: int = 0):
-        "at(start_step), at(start_step + 1), ... without end, files being read ahead."
+        "at(start_step), at(start_step + 1), ... without end; what lies on disk is read ahead."
         steps = itertools.count(start_step)
-        if self.data.inputs is None and self.data.stream is not None:
-            ahead = self.stream(start_step)
-        elif self.data.inputs is None and self.texts is None:
+        if self.data.inputs is None and self.texts is None:
             ahead = ((s, self.fetch(s)) for s in steps)
         else:
-            ahead = read_ahead(self.fetch, steps)
+            ahead = _read_ahead(self.fetch, steps)
         for s, (x, y) in ahead:
             yield self.finish(s, x, y)
-
-    def stream(self, start_step: int):
-        "(step, (pixels, conditions)) of a streamed set, read by worker processes."
-        picks = (self.order.at(s)[self.rows].tolist() for s in itertools.count(start_step))
-        loader = torch.utils.data.DataLoader(
-            self.data.stream,
-            batch_sampler=picks,
-            collate_fn=_stack,
-            num_workers=self.workers,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # the global random state stays as it is
-        )
-        for s, (x, y) in zip(itertools.count(start_step), loader, strict=False):
-            yield s, (x, self.with_texts(s, y))

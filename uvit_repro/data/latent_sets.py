@@ -1,7 +1,7 @@
 """Stores of latents as data sets: moments to train on, held-out latents, a decoder to pixels."""
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,25 +13,7 @@ from uvit_repro.data.autoencoder import Autoencoder, load_autoencoder
 from uvit_repro.data.fetch import missing
 from uvit_repro.data.files import printable
 from uvit_repro.data.images import Data, check_size, hold_out, locate
-from uvit_repro.data.store import Store, StoreError
-
-
-@dataclass(frozen=True)
-class Source:
-    "Images to be encoded."
-
-    name: str
-    sha256: str  # of the content
-    labels: list  # of each image
-    class_names: list
-    held_out: int  # how many of the last images are held out
-    read: object  # function of (first, end): uint8 (end - first, C, H, W)
-    notes: list = ()
-
-    @property
-    def shape(self) -> tuple:
-        "Of an image, (C, H, W)."
-        return tuple(self.read(0, 1).shape[1:])
+from uvit_repro.data.store import Inputs, Store, StoreError
 
 
 class LatentStore(Store):
@@ -65,23 +47,9 @@ class LatentStore(Store):
 
     def pixels(self, index: Tensor) -> Tensor | None:
         "uint8 (B, C, H, W), or None where pixels were not kept."
-        if "pixels-00000.npy" not in self.index["files"]:
+        if "pixels-00000.npy" not in self.files:
             return None
         return torch.from_numpy(self.rows("pixels", index))
-
-
-class Inputs:
-    "Some examples of a store: `len` and `read`, as training wants them."
-
-    def __init__(self, store: LatentStore, index: Tensor):
-        self.store, self.index = store, index
-
-    def __len__(self):
-        return len(self.index)
-
-    def read(self, index: Tensor, mirror: Tensor = None) -> Tensor:
-        "Moments of some examples."
-        return self.store.read(self.index[index], mirror)
 
 
 class LatentDecoder:
@@ -91,7 +59,7 @@ class LatentDecoder:
         self,
         load,  # function of a decoder's name (empty: the default) and a device
         scale: float,  # factor on the latents
-        finish=lambda u8: u8,  # last step
+        finish=None,  # last step, a function of pixels
     ):
         self.load, self.scale, self.finish, self._loaded = load, scale, finish, {}
 
@@ -103,7 +71,8 @@ class LatentDecoder:
         return self._loaded[key].decode(x.float() / self.scale)
 
     def __call__(self, x: Tensor, decoder: str = "") -> Tensor:
-        return self.finish(self.large(x, decoder))
+        u8 = self.large(x, decoder)
+        return self.finish(u8) if self.finish else u8
 
 
 def store_decoder(store: LatentStore, root, device, decoder: str) -> Autoencoder:
@@ -119,16 +88,20 @@ def store_decoder(store: LatentStore, root, device, decoder: str) -> Autoencoder
     return ae
 
 
-def _check(store: LatentStore, cfg: DataConfig):
-    "Raise `ParameterError` where a store is not what the configuration says."
-    (c2, h, w), own = store.shape, store.index["source"]["held_out"]
+def _split(store: LatentStore, cfg: DataConfig) -> tuple[Tensor, Tensor]:
+    "Rows to train on and held-out rows. Raises where the store is not what is configured."
+    (c2, h, w), source, N = store.shape, store.index["source"], len(store)
     check_size(f"latents in {printable(store.path)}", (h, w, c2 // 2), cfg)
     if cfg.latent_scale <= 0:
         factor = store.index["statistics"]["scale"]
         raise ParameterError(f"latent_scale = 0: must be above 0; for unit variance {factor:.5g}")
-    if own and cfg.holdout not in (0, own):
+    own = source["held_out"]
+    if not own:
+        return hold_out(store.labels, cfg.holdout, source["sha256"])
+    if cfg.holdout not in (0, own):
         text = f"holdout = {cfg.holdout}: there are {own} held-out images of its own"
         raise ParameterError(f"{text} in {printable(store.path)}; use holdout = 0")
+    return torch.arange(N).split([N - own, own])
 
 
 def from_store(
@@ -136,29 +109,20 @@ def from_store(
     cfg: DataConfig,  # img_size and in_chans are those of the latents; holdout, latent_scale
     name: str,  # of the data set
     root=None,  # the folder of the data sets, where the store's autoencoder is
-    decode: LatentDecoder = None,  # None: the store's own autoencoder
-    pixels: Tensor = None,  # uint8 (N, C, H, W) of all examples; None: those in the store, if any
+    pixels: Tensor = None,  # uint8 (N, C, H, W) of all rows; None: those in the store, if any
 ) -> Data:
     "A store as a data set."
-    _check(store, cfg)
-    labels, N, source = store.labels, len(store), store.index["source"]
-    if source["held_out"]:
-        train, test = torch.arange(N).split([N - source["held_out"], source["held_out"]])
-    else:
-        train, test = hold_out(labels, cfg.holdout, source["sha256"])
+    train, test = _split(store, cfg)
     take = store.pixels if pixels is None else pixels.__getitem__
-    shape = store.image_shape if pixels is None else pixels.shape[1:]
-    held = take(test) if len(test) else None
+    held = take(test)
     if held is None:
-        held = torch.empty((0, *shape), dtype=torch.uint8)
+        held = torch.empty((0, *store.image_shape), dtype=torch.uint8)
     means = [store.read(i).float().chunk(2, 1)[0] for i in test.split(1000)]
-    if decode is None:
-        decode = LatentDecoder(lambda d, on: store_decoder(store, root, on, d), cfg.latent_scale)
-    names, notes = list(store.index["class_names"]), list(store.index["notes"])
+    decode = LatentDecoder(lambda d, on: store_decoder(store, root, on, d), cfg.latent_scale)
+    names, notes, labels = store.index["class_names"], store.index["notes"], store.labels
     split = take(train), labels[train], held, labels[test]
-    data = Data(name, *split, len(names), names, store.sha256, notes, decode=decode)
-    latents = cfg.latent_scale * torch.cat(means)
-    return replace(data, inputs=Inputs(store, train), test_inputs=latents)
+    data = Data(name, *split, len(names), names, store.sha256, notes, Inputs(store, train))
+    return replace(data, decode=decode, test_inputs=cfg.latent_scale * torch.cat(means))
 
 
 def load_latents(
@@ -173,7 +137,7 @@ def find_imagenet256(root, name="imagenet256") -> Path:
     "The store of ImageNet's latents, or `FileNotFoundError` with the command that makes it."
     path = Path(root) / f"{name}_latents"
     if not (path / "index.json").is_file():
-        state = "is not complete" if (path / "job.json").is_file() else "is not there"
+        state = "is not complete" if path.is_dir() else "is not there"
         raise missing(name, root, f"{printable(path)} {state}")
     return path
 
@@ -183,11 +147,9 @@ def find_imagenet512(root) -> Path:
     return find_imagenet256(root, "imagenet512")
 
 
-def load_imagenet256(cfg: DataConfig, root) -> Data:
-    "ImageNet at 256x256 as latents of 4x32x32 (Section 5.1)."
-    return from_store(LatentStore(find_imagenet256(root)), cfg, "imagenet256", root)
-
-
-def load_imagenet512(cfg: DataConfig, root) -> Data:
-    "ImageNet at 512x512 as latents of 4x64x64 (Section 5.1)."
-    return from_store(LatentStore(find_imagenet512(root)), cfg, "imagenet512", root)
+def load_imagenet(
+    cfg: DataConfig,  # dataset imagenet256 or imagenet512
+    root,  # the folder of the data sets
+) -> Data:
+    "ImageNet at 256x256 or 512x512 as latents of 4x32x32 or 4x64x64 (Section 5.1)."
+    return from_store(LatentStore(find_imagenet256(root, cfg.dataset)), cfg, cfg.dataset, root)

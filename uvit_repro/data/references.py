@@ -16,7 +16,7 @@ from uvit_repro.data.features import (
     FeatureNetwork,
     feature_extractor,
 )
-from uvit_repro.data.files import sha256_file, write_atomic
+from uvit_repro.data.files import npz_names, sha256_file, write_atomic
 
 MOST = 10_000  # images whose features are kept, for kernel distance, precision and recall
 PART = 50_000  # images whose features are held at a time while a whole split is read
@@ -117,23 +117,18 @@ def split_size(
     which = "held-out" if split == "test" else "training"
     if n == 0:
         raise ValueError(f"the data have no {which} images; open them with holdout > 0")
-    streamed = images is None and split == "train" and data.stream is not None
-    if not streamed and (images is None or len(images) == 0):
+    on_disk = split == "train" and data.inputs is not None and data.decode is None
+    if (images is None or len(images) == 0) and not on_disk:
         cure = "; reference=PATH gives their statistics" if split == "train" else ""
         raise ValueError(f"the pixels of the {which} images are not available{cure}")
     return n
 
 
 def take_images(data, split: str, index: Tensor) -> Tensor:  # uint8, (N, C, H, W)
-    "Some images of a split, from memory or from the files of a streamed set."
+    "Some images of a split, from memory or from the store of a large set."
     split_size(data, split)
     images = getattr(data, f"{split}_images")
-    if images is not None:
-        return images[index]
-    out = torch.empty(len(index), *data.shape, dtype=torch.uint8)
-    for j, i in enumerate(index.tolist()):
-        out[j] = data.stream[i][0]
-    return out
+    return data.inputs.read(index) if images is None else images[index]
 
 
 @dataclass(frozen=True)
@@ -147,23 +142,19 @@ class ReferenceFile:
     images: bool  # whether the file has images (`arr_0`)
 
 
-def _moments(z, mu: str, sigma: str, dim: int, what: str) -> FeatureStatistics:
-    "A checked mean and covariance of an open npz file."
-    if missing := [k for k in (mu, sigma) if k not in z.files]:
-        raise ParameterError(f"{what} has no {' and no '.join(missing)}, only {', '.join(z.files)}")
-    m, c = z[mu], z[sigma]
+def _moments(z, suffix: str, dim: int) -> FeatureStatistics:
+    "A checked mean and covariance of an open npz file. Raises `ValueError`."
+    m, c = (z[name + suffix] for name in ("mu", "sigma"))
     if {m.dtype.kind, c.dtype.kind} != {"f"} or (m.shape, c.shape) != ((dim,), (dim, dim)):
-        raise ParameterError(
-            f"{what}: {mu} is {m.dtype} {m.shape} and {sigma} {c.dtype} {c.shape}; "
+        raise ValueError(
+            f"mu{suffix} is {m.dtype} {m.shape} and sigma{suffix} {c.dtype} {c.shape}; "
             f"expected floats of shapes ({dim},) and ({dim}, {dim})"
         )
     m, c = m.astype(np.float64), c.astype(np.float64)
     if not (np.isfinite(m).all() and np.isfinite(c).all()):
-        raise ParameterError(f"{what}: {mu} or {sigma} has values that are not finite")
+        raise ValueError(f"mu{suffix} or sigma{suffix} has values that are not finite")
     if np.abs(c - c.T).max() > 1e-5 * np.abs(c).max() or np.diag(c).min() < 0:
-        raise ParameterError(
-            f"{what}: {sigma} is not a covariance: not symmetric, or with a negative variance"
-        )
+        raise ValueError(f"sigma{suffix} is not symmetric, or has a negative variance")
     return FeatureStatistics(int(z["n"]) if "n" in z.files else 0, m, c)
 
 
@@ -173,33 +164,31 @@ def read_reference(
 ) -> ReferenceFile:
     "Checked reference statistics. Raises `FileNotFoundError` or `ParameterError`."
     path, spec = Path(path).expanduser(), feature_extractor(features)
-    what = f"reference statistics {path}"
+    what, spatial = f"reference statistics {path}", None
     if spec is NO_FEATURES:
-        raise ParameterError(
-            f"reference = {str(path)!r} with features = none: name the network it was made with"
-        )
+        raise ParameterError(f"{what} with features = none: name the network they were made with")
     if not path.is_file():
         raise FileNotFoundError(
             f"{what}: no such file; fetch it, or save mu and sigma of the reference images' "
             f"{features} features under this name with numpy.savez"
         )
     try:
+        names = npz_names(path)
+        if not {"mu", "sigma"} <= set(names):
+            raise ValueError(f"mu and sigma are needed, it has {', '.join(names)}")
         with np.load(path, allow_pickle=False) as z:
-            made = str(z["network"]) if "network" in z.files else features
+            made = str(z["network"]) if "network" in names else features
             if made != features:
-                raise ParameterError(f"{what} are of {made}'s features, not of {features}'s")
-            pooled = _moments(z, "mu", "sigma", spec.dim, what)
-            spatial = None
-            if spec.spatial and "mu_s" in z.files:
-                spatial = _moments(z, "mu_s", "sigma_s", spec.spatial, what)
-                if (spatial.mean < 0).any() or str(z.get("spatial_layer", "relu")) != "relu":
-                    spatial = None  # of the same convolution before its ReLU: another layer
-            images = "arr_0" in z.files
-    except ParameterError:
-        raise
-    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as e:
-        raise ParameterError(f"{what} can't be read as npz: {type(e).__name__}: {e}") from None
-    return ReferenceFile(path, sha256_file(path), pooled, spatial, images)
+                raise ValueError(f"they are of {made}'s features, not of {features}'s")
+            pooled = _moments(z, "", spec.dim)
+            layer = str(z["spatial_layer"]) if "spatial_layer" in names else "relu"
+            if spec.spatial and "mu_s" in names and layer == "relu":
+                spatial = _moments(z, "_s", spec.spatial)
+    except Exception as e:  # zipfile and numpy have many ways to meet damage
+        raise ParameterError(f"{what} can't be used: {str(e) or type(e).__name__}") from None
+    if spatial and (spatial.mean < 0).any():
+        spatial = None  # of the same convolution before its ReLU: another layer
+    return ReferenceFile(path, sha256_file(path), pooled, spatial, "arr_0" in names)
 
 
 class RealImages:
@@ -230,13 +219,16 @@ class RealImages:
 
     def _whole_split(self, split: str) -> dict:  # kind -> FeatureStatistics
         "Statistics of a whole split, all kinds of features from one pass."
-        n, parts = split_size(self.data, split), {}
-        kinds = ("features", "spatial") if self.network.spec.spatial else ("features",)
-        for i in torch.arange(n).tensor_split(-(-n // PART)):
-            out = self._extract(split, i)
-            for kind in kinds:
-                parts.setdefault(kind, []).append(FeatureStatistics.of(out[kind]))
-        return {kind: FeatureStatistics.merge(p) for kind, p in parts.items()}
+        if split not in self._statistics:
+            n, parts = split_size(self.data, split), {}
+            kinds = ("features", "spatial") if self.network.spec.spatial else ("features",)
+            for i in torch.arange(n).tensor_split(-(-n // PART)):
+                out = self._extract(split, i)
+                for kind in kinds:
+                    parts.setdefault(kind, []).append(FeatureStatistics.of(out[kind]))
+            merged = {kind: FeatureStatistics.merge(p) for kind, p in parts.items()}
+            self._statistics[split] = merged
+        return self._statistics[split]
 
     def statistics(
         self,
@@ -253,34 +245,30 @@ class RealImages:
             return getattr(self.reference, kind)
         n, name = split_size(self.data, split), self.network.name
         require_samples(n, self.network.spec.dim, f"{name} statistics of the {split} images")
-
-        def compute():
-            if split not in self._statistics:
-                self._statistics[split] = self._whole_split(split)
-            s = self._statistics[split][kind]
-            return {"n": np.int64(s.n), "mean": s.mean, "cov": s.cov}
-
         key = self._key("stats", split)
         if kind == "spatial":
             key += (kind, SPATIAL_LAYER)
-        d = cached(self.cache_dir, key, compute)
+        d = cached(self.cache_dir, key, lambda: vars(self._whole_split(split)[kind]))
         return FeatureStatistics(int(d["n"]), d["mean"], d["cov"])
 
     def features(self, split: str) -> Tensor:  # (N, F), N at most MOST
         "Features of a fixed choice of images of a split, or of those in the reference file."
-        if split == "train" and self.reference and self.reference.images:
-            shape = tuple(self.data.shape)
+        from_file = split == "train" and self.reference and self.reference.images
+        if from_file:
             network = (self.network.name, self.network.spec.sha256)
-            key = ("features", self.reference.sha256, "reference", MOST, shape, *network)
-            compute = self._extract_reference
+            about = (self.reference.sha256, "reference", MOST, tuple(self.data.shape))
+            key = ("features", *about, *network)
         else:
-            n, key = split_size(self.data, split), self._key("features", split, MOST)
+            key = self._key("features", split, MOST)
 
-            def compute():
-                return self._extract(split, subset(n, MOST, split))
+        def compute():
+            if from_file:
+                found = self._extract_reference()
+            else:
+                found = self._extract(split, subset(split_size(self.data, split), MOST, split))
+            return {"features": found["features"].numpy()}
 
-        keep = lambda: {"features": compute()["features"].numpy()}  # noqa: E731
-        return torch.from_numpy(cached(self.cache_dir, key, keep)["features"])
+        return torch.from_numpy(cached(self.cache_dir, key, compute)["features"])
 
     def _extract_reference(self) -> dict:
         c, h, w = self.data.shape

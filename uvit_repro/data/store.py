@@ -1,12 +1,17 @@
-"""Arrays in shards: encoded once, resumed after a kill, memory-mapped, checked when read."""
+"""Arrays in shards: written once, resumed after a kill, memory-mapped, checked when read."""
 
+import os
+import re
+import tempfile
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
-from uvit_repro.config import ParameterError, digest
+from uvit_repro.config import ParameterError, project_root
 from uvit_repro.data.files import (
     DamagedFile,
     printable,
@@ -19,36 +24,30 @@ from uvit_repro.data.files import (
     write_checked_json,
 )
 
-FORMAT, VERSION = "uvit_repro store", 2
-AGAIN = "Repeat the command that encoded the store: only what is missing is made again"
+FORMAT, VERSION = "uvit_repro store", 3
+AGAIN = "Repeat the command that wrote the store: only what is missing is made again"
+OWN = re.compile(r"\.lock|(index|labels|[a-z]+-\d{5})\.(json|npy)(\.damaged-\d+)?")  # file names
 
 
 class StoreError(DamagedFile):
     "A store that can't be used; the message names the file and says what to do."
 
 
-class Progress:
-    "Says how far a long task is, at most every 15 seconds."
+@dataclass(frozen=True)
+class Encoding:
+    "How encoded images or texts are stored."
 
-    def __init__(self, total: int, what: str, say):
-        self.total, self.what, self.say, self.done = total, what, say, 0
-        self.start = self.last = time.monotonic()
+    dtype: str = "float32"  # float32 | float16
+    batch: int = 32  # encoded at once: part of what decides the bits
+    shard_rows: int = 1024  # in a shard: what a kill can cost
+    pixels: bool = False  # keep the pixels of images too
+    mirror: bool = True  # encode each image's mirror as well
 
-    def __call__(self, n: int):
-        "Another n are done."
-        self.done += n
-        now = time.monotonic()
-        if now - self.last < 15 or self.done >= self.total:
-            return
-        self.last, rate = now, self.done / (now - self.start)
-        left = (self.total - self.done) / rate / 60
-        self.say(f"{self.done:,} of {self.total:,} {self.what}, {left:.0f} minutes left")
-
-
-def _save(path: Path, array: np.ndarray) -> dict:
-    "Write an array; what identifies its file."
-    write_atomic(path, lambda p: np.save(p, array))
-    return {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+    def __post_init__(self):
+        size, batch = self.shard_rows, self.batch
+        if self.dtype not in ("float32", "float16") or not 1 <= batch <= size or size % batch:
+            text = f"dtype = {self.dtype!r}, batch = {batch}, shard_rows = {size}"
+            raise ParameterError(f"{text}: float32 or float16, and whole batches in a shard")
 
 
 def _problem(path: Path, known: dict, thorough: bool) -> str:
@@ -63,20 +62,8 @@ def _problem(path: Path, known: dict, thorough: bool) -> str:
     return ""
 
 
-def _usable(path: Path, files: dict, say) -> bool:
-    "Whether files are as recorded. Damaged ones are renamed, so that they are made again."
-    good = True
-    for name, known in files.items():
-        problem = _problem(path / name, known, thorough=True)
-        if problem:
-            good = False
-            if (path / name).is_file():
-                say(f"{printable(path / name)} {problem}; renamed to {set_aside(path / name).name}")
-    return good
-
-
 def _read_record(path: Path, say) -> dict | None:
-    "A shard's or a store's record, when it and the files that it names are whole."
+    "The record of a shard or a store, when its files are whole; damaged files are set aside."
     try:
         record = read_checked_json(path)
     except FileNotFoundError:
@@ -84,68 +71,69 @@ def _read_record(path: Path, say) -> dict | None:
     except DamagedFile as e:
         say(f"{e}; renamed to {set_aside(path).name}")
         return None
-    own = record.get(
-        "own", record.get("files", {})
-    )  # the index lists the files of all shards as well
-    return record if _usable(path.parent, own, say) else None
+    problems = {n: _problem(path.parent / n, f, True) for n, f in record["files"].items()}
+    for name, problem in problems.items():
+        file = path.parent / name
+        if problem and file.is_file():
+            say(f"{printable(file)} {problem}; renamed to {set_aside(file).name}")
+    return None if any(problems.values()) else record
 
 
-def _begin(path: Path, job: dict, say):
-    "Note what is encoded here. Raises `ParameterError` when it is something else."
-    begun = (path / "job.json").exists()
-    old = _read_record(path / "job.json", say)
-    if old is None:
-        shards = [_read_record(p, say) for p in sorted(path.glob("shard-*.json"))]
-        ours = [r["job"] == digest(job) for r in shards if r]
-        there = [p.name for p in path.iterdir() if p.name != ".lock" and ".damaged-" not in p.name]
-        if not all(ours) or (there and not ours and not begun):
-            shown = printable(", ".join(sorted(there)[:3]))
-            text = f"{printable(path)} is not empty ({shown}) and no store of this"
-            raise ParameterError(f"{text}: give another folder")
-        write_checked_json(path / "job.json", job)
-    elif old != job:
-        differ = [k for k in job if old.get(k) != job[k]]
-        text = "; ".join(f"{k} = {old.get(k)!r} there, {job[k]!r} here" for k in differ)
-        text = f"{printable(path)} holds something else ({text[:200]})"
-        raise ParameterError(f"{text}: give another folder, or remove this one")
+def _write_record(path: Path, suffix: str, arrays: dict, record: dict) -> dict:
+    "Write arrays, then the record that names them, and return the record."
+    files = {f"{name}{suffix}.npy": array for name, array in arrays.items()}
+    for name, array in files.items():
+        file = write_atomic(path.parent / name, lambda p, a=array: np.save(p, a))
+        files[name] = {"sha256": sha256_file(file), "bytes": file.stat().st_size}
+    record = {**record, "files": files}
+    write_checked_json(path, record)
+    return record
+
+
+def _refuse_other(path: Path, job: dict, records: list[dict]) -> None:
+    "Raise `ParameterError` when a folder holds another store, or none."
+    for old in (record["job"] for record in records):
+        if differ := [k for k in job if old.get(k) != job[k]]:
+            text = "; ".join(f"{k} = {old.get(k)!r} there, {job[k]!r} here" for k in differ)
+            text = f"{printable(path)} holds something else ({text[:200]})"
+            raise ParameterError(f"{text}: give another folder, or remove this one")
+    foreign = sorted(p.name for p in path.iterdir() if not OWN.fullmatch(p.name))
+    if foreign and not records:
+        text = f"{printable(path)} is not empty ({printable(', '.join(foreign[:3]))})"
+        raise ParameterError(f"{text} and no store of this: give another folder")
 
 
 def write_store(
     path,  # the store's folder
-    job: dict,  # everything that decides its bytes, with kind, count and shard_rows
-    encode,  # function of (first, end, progress): arrays by name, and a record for each shard
-    finish,  # function of all records: arrays by name, and fields of the index
+    job: dict,  # everything that decides its content, with kind, count and shard_rows
+    make_shard,  # function of (first, end): arrays by name, and a record
+    make_index,  # function of all records: arrays by name, and fields of the index
     say=print,  # progress and damage
-):
-    "Encode what a store lacks. The same call resumes, repairs, or finds that all is done."
-    path, size, batch = Path(path), job["shard_rows"], job["batch"]
-    if job["dtype"] not in ("float32", "float16") or batch < 1 or size < batch or size % batch:
-        text = f"dtype = {job['dtype']!r}, batch = {batch}, shard_rows = {size}"
-        raise ParameterError(f"{text}: float32 or float16, and whole batches in a shard")
+) -> None:
+    "Write what a store lacks. The same call resumes, repairs, or finds that all is done."
+    path, size = Path(path), job["shard_rows"]
     spans = [(a, min(a + size, job["count"])) for a in range(0, job["count"], size)]
     with run_lock(path, say):
         sweep_unfinished(path)
-        _begin(path, job, say)
-        notes = [path / f"shard-{k:05d}.json" for k in range(len(spans))]
-        records = [_read_record(note, say) for note in notes]
+        names = [path / f"shard-{k:05d}.json" for k in range(len(spans))]
+        records = [_read_record(name, say) for name in names]
+        _refuse_other(path, job, [r for r in records if r])
         todo = [k for k, record in enumerate(records) if record is None]
-        progress = Progress(sum(b - a for a, b in (spans[k] for k in todo)), "encoded", say)
-        for k in todo:
-            arrays, record = encode(*spans[k], progress)
-            files = {
-                f"{n}-{k:05d}.npy": _save(path / f"{n}-{k:05d}.npy", arrays[n]) for n in arrays
-            }
-            rows = len(next(iter(arrays.values())))
-            records[k] = {**record, "rows": rows, "files": files, "job": digest(job)}
-            write_checked_json(notes[k], records[k])
-        if not todo and _read_record(path / "index.json", say):
-            return
-        arrays, index = finish(records)
-        own = {f"{n}.npy": _save(path / f"{n}.npy", a) for n, a in arrays.items()}
-        files = {n: f for r in records for n, f in r["files"].items()} | own
-        rows = [r["rows"] for r in records]
-        known = {"format": FORMAT, "version": VERSION, "kind": job["kind"], "rows": rows}
-        write_checked_json(path / "index.json", {**index, **known, "own": own, "files": files})
+        start = last = time.monotonic()
+        for done, k in enumerate(todo):
+            if time.monotonic() - last > 15 and done:
+                last = time.monotonic()
+                left = (last - start) / done * (len(todo) - done) / 60
+                say(f"{spans[k][0]:,} of {job['count']:,} written, {left:.0f} minutes left")
+            arrays, record = make_shard(*spans[k])
+            record = {**record, "rows": len(next(iter(arrays.values()))), "job": job}
+            records[k] = _write_record(names[k], f"-{k:05d}", arrays, record)
+        if todo or _read_record(path / "index.json", say) is None:
+            arrays, index = make_index(records)
+            index |= {"format": FORMAT, "version": VERSION, "kind": job["kind"]}
+            index["rows"] = [r["rows"] for r in records]
+            index["shards"] = {name: f for r in records for name, f in r["files"].items()}
+            _write_record(path / "index.json", "", arrays, index)
 
 
 class Store:
@@ -158,7 +146,7 @@ class Store:
         self.path, self._maps = Path(path), {}
         file, shown = self.path / "index.json", printable(path)
         if not file.is_file():
-            begun = (self.path / "job.json").is_file()
+            begun = (self.path / "shard-00000.json").is_file()
             state = f"is not complete. {AGAIN}" if begun else "is no store (it has no index.json)"
             raise FileNotFoundError(f"{shown} {state}")
         try:
@@ -169,24 +157,21 @@ class Store:
         if found != (FORMAT, VERSION) or self.kind not in ("", self.index["kind"]):
             text = f"{shown} holds {self.index.get('kind')} in format {found}"
             raise StoreError(f"{text}; wanted {self.kind} in format {(FORMAT, VERSION)}")
+        self.files = {**self.index["shards"], **self.index["files"]}
         self._refuse(self.problems(thorough=False))
         self.ends = np.cumsum(self.index["rows"])
 
     def __len__(self):
         return int(self.ends[-1])
 
-    def __getstate__(self):
-        return dict(self.__dict__, _maps={})
-
     def problems(self, thorough: bool, say=None) -> list[str]:
         "What is wrong with the files; a thorough look reads all of them."
         found = []
-        for n, (name, known) in enumerate(self.index["files"].items(), 1):
+        for n, (name, known) in enumerate(self.files.items(), 1):
             problem = _problem(self.path / name, known, thorough)
-            if problem:
-                found.append(f"{name} {problem}")
+            found += [f"{name} {problem}"] if problem else []
             if say:
-                say(f"{n}/{len(self.index['files'])} {name}: {problem or 'ok'}")
+                say(f"{n}/{len(self.files)} {name}: {problem or 'ok'}")
         return found
 
     def _refuse(self, problems: list[str]):
@@ -199,18 +184,12 @@ class Store:
     def load(self, name: str) -> np.ndarray:
         "A whole array, memory-mapped, its checksum compared."
         path = self.path / f"{name}.npy"
-        problem = _problem(path, self.index["files"][path.name], thorough=True)
+        problem = _problem(path, self.files[path.name], thorough=True)
         if problem:
             with suppress(OSError):  # where the folder can be written
                 problem += f", renamed to {set_aside(path).name}"
             self._refuse([f"{path.name} {problem}"])
         return np.load(path, mmap_mode="r")
-
-    def shard(self, name: str, k: int) -> np.ndarray:
-        "The rows of one shard."
-        if (name, k) not in self._maps:
-            self._maps[name, k] = np.asarray(self.load(f"{name}-{k:05d}"))
-        return self._maps[name, k]
 
     def rows(self, name: str, numbers, views=None) -> np.ndarray:
         "Some rows of an array, as one; with views, the given element of each row."
@@ -220,11 +199,13 @@ class Store:
             raise IndexError(f"rows {bounds} of {printable(self.path)}, which has {len(self)}")
         which = np.searchsorted(self.ends, numbers, side="right")
         inside = numbers - np.concatenate([[0], self.ends])[which]
-        example = self.shard(name, 0)
-        shape = example.shape[1:] if views is None else example.shape[2:]
-        out = np.empty((len(numbers), *shape), example.dtype)
+        for k in {0, *which.tolist()} - set(self._maps.get(name, ())):
+            self._maps.setdefault(name, {})[k] = np.asarray(self.load(f"{name}-{k:05d}"))
+        shards = self._maps[name]
+        shape = shards[0].shape[1:] if views is None else shards[0].shape[2:]
+        out = np.empty((len(numbers), *shape), shards[0].dtype)
         for i, (k, r) in enumerate(zip(which.tolist(), inside.tolist(), strict=True)):
-            out[i] = self.shard(name, k)[r if views is None else (r, views[i])]
+            out[i] = shards[k][r if views is None else (r, views[i])]
         return out
 
     def records(self) -> list[dict]:
@@ -239,27 +220,37 @@ class Store:
         "Read everything and compare checksums. Raises `StoreError` naming what is damaged."
         self._refuse(self.problems(thorough=True, say=say))
         self.records()
-        files = self.index["files"]
-        size = sum(f["bytes"] for f in files.values())
-        return {"rows": len(self), "files": len(files), "bytes": size}
+        size = sum(f["bytes"] for f in self.files.values())
+        return {"rows": len(self), "files": len(self.files), "bytes": size}
 
 
-def cached_array(
-    path: Path,  # an .npy file
-    key: str,  # what the array is made from
-    make,  # function that makes it
-) -> np.ndarray:
-    "An array from a cache, made where it is absent, damaged or of another key."
-    record = path.with_suffix(".json")
-    try:
-        known = read_checked_json(record)
-        if known["key"] == key:
-            if not _problem(path, known, thorough=True):
-                return np.load(path)
-            set_aside(path)
-    except (OSError, DamagedFile):
-        pass
-    array = make()
-    with suppress(OSError):  # a cache that can't be written is done without
-        write_checked_json(record, {"key": key, **_save(path, array)})
-    return array
+class Inputs:
+    "Some rows of a store, in an order of their own: `len` and `read`, as training wants them."
+
+    def __init__(self, store: Store, index: Tensor):
+        self.store, self.index = store, index
+
+    def __len__(self):
+        return len(self.index)
+
+    def read(self, index: Tensor, mirror: Tensor = None) -> Tensor:
+        "Pixels or moments of some examples."
+        return self.store.read(self.index[index], mirror)
+
+
+def in_cache(
+    name: str,  # of the store's folder
+    make,  # function of that folder: opens the store, written where needed
+) -> Store:
+    "A store in results/cache, or in a temporary folder where that can't be written."
+    user, error = os.getuid() if hasattr(os, "getuid") else 0, None
+    places = (
+        project_root() / "results" / "cache",
+        Path(tempfile.gettempdir()) / f"uvit-cache-{user}",
+    )
+    for place in places:
+        try:
+            return make(place / name)
+        except OSError as e:
+            error = e
+    raise OSError(f"no place for {name}: tried {' and '.join(map(printable, places))} ({error})")

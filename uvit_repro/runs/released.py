@@ -27,7 +27,7 @@ from uvit_repro.config import (
 from uvit_repro.data.autoencoder import load_autoencoder
 from uvit_repro.data.coco import TextStore
 from uvit_repro.data.files import CheckpointError, load_tensors, sha256_file
-from uvit_repro.data.folders import imagenet_files, imagenet_folder
+from uvit_repro.data.folders import find_imagenet64, imagenet_files
 from uvit_repro.data.images import Data, open_data
 from uvit_repro.diffusion import Diffusion
 from uvit_repro.runs.devices import join_processes, pick_device, thread_count
@@ -148,7 +148,7 @@ def class_counts(exp: Experiment) -> Tensor | None:
     if exp.sampling.labels != "frequency" or exp.data.dataset != "imagenet64":
         return None
     try:
-        folder = imagenet_folder(data_root(exp.execution.data_root))
+        folder = find_imagenet64(data_root(exp.execution.data_root))
         files, names, _ = imagenet_files(folder, exp.data.num_classes)
     except FileNotFoundError:
         return None

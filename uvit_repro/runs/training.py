@@ -271,7 +271,6 @@ def open_batches(exp: Experiment, data: Data, device, team: DistributedContext) 
         exp.train.p_uncond,
         exp.data.num_classes,
         device,
-        exp.execution.workers,
         (team.rank, team.size),
         exp.model.condition,
         exp.data.latent_scale,
