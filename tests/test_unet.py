@@ -18,7 +18,6 @@ from uvit_repro.unet import (
     LatentUNet,
     appendix,
     auto_groups,
-    auto_head,
     fitting_levels,
 )
 from uvit_repro.uvit import count_parameters, timestep_embedding
@@ -219,7 +218,7 @@ SMALL_EXP = {
     "UNet-latent": {
         "embed_dim": 8,
         "num_heads": 2,
-        "options": "mult=1-2,res_blocks=1,attention=2",
+        "options": "mult=1-2,res_blocks=1",
     },
 }
 
@@ -254,11 +253,6 @@ def test_sections_and_options():
     text = {"condition": "text", "text_tokens": 4, "text_dim": 6}
     net = meta_model(small_experiment("UNet-latent", **text))
     assert (net.clip_dim, net.num_clip_token, net.num_classes) == (6, 4, None)
-    net = meta_model(small_experiment("ADM", options="variance=learned,attention="))
-    assert net.net.config.out_channels == 2
-    assert not any(getattr(b, "attentions", []) for b in net.net.down_blocks)
-    net = meta_model(small_experiment("ADM", options="mult=1-2,head_width=4"))
-    assert net.net.mid_block.attentions[0].heads == 4
 
 
 @pytest.mark.parametrize(
@@ -267,8 +261,6 @@ def test_sections_and_options():
         ({"options": "depth=3"}, "allowed are"),
         ({"options": "mult=a-b"}, "as in 1-2-2"),
         ({"options": "mult=1-2-2-2"}, "8 pixels allow"),
-        ({"options": "attention=3"}, "attention = "),
-        ({"options": "head_width=5"}, "head_width = 5"),
         ({"embed_dim": 17}, "try 18"),
         ({"condition": "text", "p_uncond": 0.0, "cfg_scale": 1.0}, "no cross-attention"),
     ],
@@ -282,7 +274,6 @@ def test_sizes_follow_the_image_and_the_width():
     fits = [fitting_levels(side, (1, 2, 2, 2)) for side in (32, 8, 28, 9, 2)]
     assert fits == [(1, 2, 2, 2), (1, 2, 2), (1, 2, 2), (1,), (1,)]
     assert [auto_groups(w) for w in (128, 40, 12, 3)] == [32, 8, 2, 1]
-    assert [auto_head(w) for w in (640, 48, 40)] == [64, 48, 40]
 
 
 def test_training_reads_the_class():

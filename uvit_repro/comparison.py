@@ -216,8 +216,9 @@ def plot_comparison(
         for i, backbone in enumerate(order):
             values = rows[rows.backbone == backbone][column] / unit
             ax.plot(values, [i] * len(values), "o", ms=8, alpha=0.75, color=colours[i])
-        ax.set_xlabel(name if column == "value" else f"{name}, {base} = 1")
+        ax.set_xlabel(name)
         if column != "value":
+            ax.set_xlabel(f"{name}\n({base} = 1)")
             ax.axvline(1, color="0.6", lw=1, zorder=0)
     axes[0].set(xscale="log", ylim=(len(order) - 0.5, -0.5))
     axes[0].set_yticks(range(len(order)), order)
