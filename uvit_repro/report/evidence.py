@@ -35,6 +35,7 @@ SCALES = {  # protocol: what its numbers are about; in the order of the report
     "paper": "the paper's settings",
     "laptop": "digits, 8x8 pixels",
 }
+ARMS = {"none": "no long skip", "add": "plain sum", "adaln": "AdaLN"}  # where the name is short
 
 
 @dataclass(frozen=True)
@@ -261,10 +262,16 @@ def judged(ev: Evidence, protocol: str) -> tuple[list[Verdict], pd.DataFrame]:
     return judge(listed_claims(protocol), values), values
 
 
+def in_words(arm: str) -> str:
+    "An arm of the fixed list as a reader calls it."
+    return ARMS.get(arm, arm)
+
+
 def comparison_name(effect: Effect) -> str:
     "A comparison in a few words."
     c = effect.comparison
-    return f"{c.worse} against {c.better}" + (", equal time" if c.steps else "")
+    time = ", equal time" if c.steps else ""
+    return f"{in_words(c.worse)} against {in_words(c.better)}{time}"
 
 
 def effect_rows(verdicts: list[Verdict], values: pd.DataFrame) -> pd.DataFrame:

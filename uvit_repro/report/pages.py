@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import os
@@ -29,6 +30,7 @@ from uvit_repro.report.evidence import (
     comparison_name,
     effect_rows,
     has_list,
+    in_words,
     judged,
     read_evidence,
     seen,
@@ -43,6 +45,7 @@ FIGURES = {  # name for `--only`: function of the evidence
     "fig7": figures.draw_figure7,
 }
 PAPER_IMAGES = 500_000 * 128  # of a run on CIFAR-10
+SHOWN = ["row", "quantity", "condition", "printed", "ours", "seen in", "confidence", "why"]
 
 
 @dataclass(frozen=True)
@@ -120,17 +123,14 @@ class Report:
         ev: Evidence,
         page: Path,  # folder of the page, from which links lead to the records
     ):
-        self.ev = ev
-        self.page = Path(page)
+        self.ev, self.page = ev, Path(page)
         self.listed = [p for p in SCALES if has_list(p)]
         self.unlisted = [p for p in ev.protocols if p not in self.listed]
         results = {p: judged(ev, p) for p in self.listed}
         self.verdicts: dict[str, list[Verdict]] = {p: v for p, (v, _) in results.items()}
         self.values = {p: values for p, (_, values) in results.items()}
-        self.refused = [
-            *ev.refused,
-            *(x for v in self.values.values() for x in v.attrs["problems"]),
-        ]
+        problems = [x for values in self.values.values() for x in values.attrs["problems"]]
+        self.refused = [*ev.refused, *problems]
         self.claim_words = load_claims().set_index("id")
         self.numbers = appendix.paper_numbers(ev)
         self.counts = appendix.count_summary(self.numbers)
@@ -149,8 +149,8 @@ class Report:
         e, entry, verdicts = PROTOCOLS[protocol], fixed_list(protocol), self.verdicts[protocol]
         queued = [e.run_id for e in queued_experiments(protocol)]
         images = e.train.n_steps * e.train.batch_size
-        words = {w: [v.id for v in verdicts if v.word == w] for w in (AGREES, DISAGREES, OPEN)}
         spread = next((x for v in verdicts for x in v.effects if x.df), None)
+        words = (AGREES, DISAGREES, OPEN, NOT_RUN)
         return {
             "parameters": params_of(e),
             "steps": entry["step"],
@@ -160,8 +160,7 @@ class Report:
             "total": len(queued),
             "claims": len(verdicts),
             "complete": sum(not v.missing for v in verdicts),
-            "words": words,
-            "left": len(verdicts) - sum(map(len, words.values())),
+            "words": {w: [v.id for v in verdicts if v.word == w] for w in words},
             "seeds": sorted({len(seeds) for seeds in entry["seeds"].values()}),
             "sd": spread.sd if spread else None,
             "power": power(0.01, spread.sd, 2, spread.df) if spread else None,
@@ -196,7 +195,7 @@ class Report:
         found["text"] = "s" + found.seed.astype(str) + " " + found.difference.map(percent)
         return [
             {
-                "what": f"{worse} against {better}",
+                "what": f"{in_words(worse)} against {in_words(better)}",
                 "measures": [
                     (figures.measure_words(m), list(map(self.run_link, g.run_id, g.text)))
                     for m, g in pair.groupby("measure", sort=False)
@@ -205,19 +204,33 @@ class Report:
             for (worse, better), pair in found.groupby(["worse", "better"], sort=False)
         ]
 
+    @functools.cache  # noqa: B019
     def headline(self, protocol: str) -> list[dict]:
         "The rows of the table of headline claims."
         rows = []
-        for claim, verdict in zip(
-            fixed_list(protocol)["claims"], self.verdicts[protocol], strict=True
-        ):
-            said = self.claim_words.loc[verdict.id]
+        claims = fixed_list(protocol)["claims"]
+        for claim, verdict in zip(claims, self.verdicts[protocol], strict=True):
+            said, effects = self.claim_words.loc[verdict.id], verdict.effects
+            pairs = sum(e.n_seeds for e in effects), sum(len(e.comparison.seeds) for e in effects)
             row = {"id": verdict.id, "claim": said.claim, "note": claim.get("note", "")}
-            row |= {"paper": said.paper_numbers, "source": said.source, "reason": verdict.reason}
-            row |= {"word": "–" if verdict.word == NOT_RUN else verdict.word}
-            row |= {"effects": [e for e in verdict.effects if e.differences]}
+            row |= {"paper": said.paper_numbers, "source": said.source, "word": verdict.word}
+            row |= {"pairs": f"{pairs[0]} of {pairs[1]} pairs", "reason": verdict.reason}
+            row |= {"effects": [e for e in effects if e.differences]}
             rows.append(row | {"seen": {p: self.seen_lines(claim, p) for p in self.unlisted}})
         return rows
+
+    def headline_table(self, protocol: str) -> Table:
+        "The headline claims of a protocol as a table, without what was only seen."
+        names = ("id", "claim", "note", "paper", "source", "word", "pairs", "reason")
+        rows = [
+            {name: row[name] for name in names}
+            | {
+                comparison_name(e): [percent(e.effect), *self.seed_links(e, protocol)]
+                for e in row["effects"]
+            }
+            for row in self.headline(protocol)
+        ]
+        return Table(f"headline_{protocol}", f"Headline claims, {SCALES[protocol]}", rows)
 
     # ---- Surprises ----
 
@@ -229,7 +242,8 @@ class Report:
         claims = fixed_list("cpu")["claims"]
         found += [s for p in self.unlisted for claim in claims for s in self.against_seen(claim, p)]
         for c in self.counts[2].itertuples():
-            text = f"{c.place}: {c.row} has {c.quantity} {c.ours}; printed is {c.printed}."
+            ours = f"{appendix.counts()[c.cell]:.5g}"
+            text = f"{c.place}: we count {ours} ({c.quantity}) for {c.row}; printed: {c.printed}."
             found.append({"text": text, "links": []})
         return found
 
@@ -261,10 +275,11 @@ class Report:
                 parts.append(f"{figures.measure_words(measure)} {side} ({listed})")
                 opposed |= against
             if opposed:
-                start = f"{SCALES[protocol]}, {claim['id']}, {worse} against {better}: "
+                start = f"{SCALES[protocol]}, {claim['id']}, {in_words(worse)} against "
+                text = f"{start}{in_words(better)}: {'; '.join(parts)}."
                 runs = pair.drop_duplicates("run_id")
                 links = list(map(self.run_link, runs.run_id, "s" + runs.seed.astype(str)))
-                yield {"text": start + "; ".join(parts) + ".", "links": links}
+                yield {"text": text, "links": links}
 
     # ---- Tables and figures ----
 
@@ -277,12 +292,10 @@ class Report:
     def published_tables(self) -> list[Table]:
         "One table for each table and figure of the papers."
         out = []
-        shown = ["row", "quantity", "condition", "printed", "ours", "seen in", "confidence", "why"]
         plain = self.numbers[~self.numbers.quantity.str.match(r"cka_\d")]
         for (paper, place), group in plain.groupby(["paper", "place"], sort=False):
             rows = [
-                {k: c[k] for k in shown}
-                | {"runs": [self.run_link(run, "run") for run in c["runs"]]}
+                {k: c[k] for k in SHOWN} | {"runs": [self.run_link(r, "run") for r in c["runs"]]}
                 for c in group.to_dict("records")
             ]
             name = place_slug(paper, place)
@@ -299,23 +312,18 @@ class Report:
             for name, here, paper in deviations(PROTOCOLS[protocol])
         ]
         d = self.ev.differences[self.ev.differences.protocol == protocol].sort_values("seed")
-        variants = [
-            {"variant": variant, "steps": steps}
-            | {
-                figures.measure_words(m): list(
-                    map(self.run_link, g.run_id, g.difference.map(percent))
-                )
-                for m, g in group.groupby("measure", sort=False)
-            }
-            for (variant, steps), group in d.groupby(["variant", "steps"])
-        ]
-        runs = [
-            row | {"run": self.run_link(row["run"])} for row in appendix.run_rows(self.ev, protocol)
-        ]
+        variants = []
+        for (variant, steps), group in d.groupby(["variant", "steps"]):
+            row = {"variant": variant, "steps": steps}
+            for m, g in group.groupby("measure", sort=False):
+                links = map(self.run_link, g.run_id, g.difference.map(percent))
+                row[figures.measure_words(m)] = list(links)
+            variants.append(row)
+        rows = appendix.run_rows(self.ev, protocol)
+        runs = [row | {"run": self.run_link(row["run"])} for row in rows]
+        departures = f"Settings that depart from the paper, {scale}"
         return [
-            Table(
-                f"departures_{protocol}", f"Settings that depart from the paper, {scale}", changed
-            ),
+            Table(f"departures_{protocol}", departures, changed),
             Table(f"variants_{protocol}", f"Variants over the adopted model, {scale}", variants),
             Table(f"runs_{protocol}", f"Runs, {scale}", runs),
         ]
@@ -323,8 +331,8 @@ class Report:
     @functools.cached_property
     def appendix(self) -> list[Table]:
         "The appendix but for the published numbers."
-        words = {v.id: f"{v.word} at protocol {p}" for p in self.listed for v in self.verdicts[p]
-                 if v.word != NOT_RUN}  # fmt: skip
+        verdicts = [(p, v) for p in self.listed for v in self.verdicts[p] if v.word != NOT_RUN]
+        words = {v.id: f"{v.word} at protocol {p}" for p, v in verdicts}
         disagreements = read_table("disagreements.csv").to_dict("records")
         protocols = dict.fromkeys([*self.listed, *self.ev.protocols])
         tables = [
@@ -336,15 +344,53 @@ class Report:
         ]
         return [table for table in tables if table.rows]
 
-    def drawn(self) -> Iterable[figures.Figure]:
-        "All figures, drawn one after the other."
+    @property
+    def tables(self) -> list[Table]:
+        "Every table of the report."
+        headlines = [self.headline_table(p) for p in self.listed]
+        return [*headlines, self.cost, *self.appendix, *self.published_tables]
+
+    @property
+    def drawings(self) -> dict:  # name for `--only` -> function that draws one figure or several
+        "Every figure of the report, not yet drawn."
+        parts = {}
         for p in self.listed:
-            yield figures.draw_effects(p, effect_rows(self.verdicts[p], self.values[p]))
-        for draw in FIGURES.values():
-            yield draw(self.ev)
+            effects = effect_rows(self.verdicts[p], self.values[p])
+            parts[f"effects_{p}"] = functools.partial(figures.draw_effects, p, effects)
+        parts |= {name: functools.partial(draw, self.ev) for name, draw in FIGURES.items()}
         for p in self.ev.protocols:
-            yield from figures.draw_running(self.ev, p) if p in self.listed else ()
-            yield figures.draw_samples(self.ev, p)
+            if p in self.listed:
+                parts[f"running_{p}"] = functools.partial(figures.draw_running, self.ev, p)
+            parts[f"samples_{p}"] = functools.partial(figures.draw_samples, self.ev, p)
+        return parts
+
+    def save_figures(self, target: Path, suffixes=("png", "svg", "csv")) -> list[figures.Figure]:
+        "Draw and write every figure."
+        drawn = [figure for draw in self.drawings.values() for figure in draw()]
+        for figure in drawn:
+            figures.save(figure, target, suffixes)
+        return drawn
+
+    def save_part(self, only: str, target: Path) -> Path:  # the picture, else the table
+        "Write the figures and tables of one name: fig2, headline, table1, cost, ..."
+        tables = {t.name.removeprefix("numbers_"): t for t in self.tables}
+        parts, paths = self.drawings, []
+        names = [n for n in (only, *(f"{only}_{p}" for p in SCALES)) if n in parts or n in tables]
+        for name in names:
+            if name in parts:
+                paths += [figures.save(figure, target) for figure in parts[name]()]
+            if name in tables:
+                paths.append(tables[name].to_csv(target))
+        if paths:
+            return paths[0]
+        if names:
+            raise ParameterError(f"only = {only!r}: no record to draw it from yet")
+        near = difflib.get_close_matches(only, [*parts, *tables], n=4, cutoff=0.4)
+        hint = f" (near: {', '.join(near)})" if near else ""
+        raise ParameterError(
+            f"only = {only[:40]!r}: no such part{hint}; allowed are {', '.join(parts)}, headline, "
+            "cost, claims, certificate, speed, and the papers' tables, as table1 or diffit-table1"
+        )
 
 
 def render(
@@ -385,48 +431,39 @@ def write_report(
     say=print,
     root=None,  # folder of the page; None: results
     out_dir=None,  # folder of this machine's runs; None: results/runs
-    only: str | None = None,  # one figure: fig2, fig3, fig7
-) -> Path:  # the page, or the figure
+    only: str | None = None,  # one part: fig2, headline, table1, ...
+) -> Path:  # the page, or the part
     "Write report.html, its tables and figures, and the pages of the chapters."
     root = Path(root or project_root() / "results").resolve()
-    target = root / "report"
+    target, page = root / "report", root / "report.html"
     target.mkdir(parents=True, exist_ok=True)
     if only:
-        if only not in FIGURES:
-            raise ParameterError(f"only = {only!r}: allowed are {', '.join(FIGURES)}")
-        return figures.save(FIGURES[only](read_evidence("all", out_dir)), target)
-    page = root / "report.html"
+        return Report(read_evidence("all", out_dir), root).save_part(only, target)
     stamp = f"<!-- made from {inputs_sum(root, out_dir)} -->"
     if page.is_file() and page.read_text(encoding="utf-8").endswith(stamp):
         say("report: up to date")
         return page
-    ev = read_evidence("all", out_dir)
-    say(f"report: {len(ev.records)} records; drawing figures and counting networks")
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         chapter_pages = pool.submit(write_pages, root / "chapters")
-        text = write_files(Report(ev, root), target, say)
+        report = Report(read_evidence("all", out_dir), root)
+        say(f"report: {len(report.ev.records)} records")
+        for name, why in report.refused:
+            say(f"left out: {name}: {why}")
+        drawn = report.save_figures(target)
+        for table in report.tables:
+            table.to_csv(target)
+        report.numbers.drop(columns="runs").to_csv(target / "numbers.csv", index=False)
+        text = render(report, "report.html.j2", drawn, chapter_list())
         chapter_pages.result()
     return write_atomic(page, lambda path: path.write_text(text + stamp, encoding="utf-8"))
-
-
-def write_files(report: Report, target: Path, say) -> str:  # the page
-    "Write the figures and tables of a report and render its page."
-    for name, why in report.refused:
-        say(f"left out: {name}: {why}")
-    drawn = [figure for figure in report.drawn() if figure and figures.save(figure, target)]
-    for table in (report.cost, *report.published_tables, *report.appendix):
-        table.to_csv(target)
-    report.numbers.drop(columns="runs").to_csv(target / "numbers.csv", index=False)
-    return render(report, "report.html.j2", drawn, chapter_list())
 
 
 def write_published(say=print, root=None) -> Path:
     "Write results/published/report.md and its figures from published records alone."
     root = Path(root or published_root())
-    target = root / "report"
-    target.mkdir(parents=True, exist_ok=True)
+    (root / "report").mkdir(parents=True, exist_ok=True)
     report = Report(read_evidence("published"), root)
-    drawn = [f for f in report.drawn() if f and figures.save(f, target, suffixes=("png",))]
+    drawn = report.save_figures(root / "report", suffixes=("png",))
     text = render(report, "report.md.j2", drawn)
     say(f"{len(text):,} characters, {len(drawn)} figures: {root / 'report.md'}")
     return write_atomic(root / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
