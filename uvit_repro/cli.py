@@ -86,7 +86,7 @@ ARGUMENTS = {  # of all commands
     "--processes": {"type": count, "default": 1, "help": "that train one run together"},
     "--budget": {"type": duration, "help": "time, as 540 or 9m: stop cleanly inside it"},
     "--detach": {**FLAG, "help": "in the background; plan shows what is done"},
-    "--only": {"help": "one figure: fig2, fig3, fig7"},
+    "--only": {"help": "one part: fig2, headline, table1, cost, ..."},
     "--origin": {"default": "published", "help": "published, or runs: this machine's"},
     "--no-self-test": {**FLAG, "help": "leave out ten seconds of computing"},
     "--what": {"type": words, "help": f"any of {','.join(CHOICES['what'])}"},
