@@ -2,14 +2,12 @@
 
 import itertools
 import json
-import weakref
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from uvit_repro.cka import (
     MATCHED,
@@ -17,16 +15,10 @@ from uvit_repro.cka import (
     StreamingCKA,
     block_outputs,
     cka_matrix,
-    cka_measures,
-    cka_results,
-    find_cka,
     gram,
-    heldout,
     hsic_unbiased,
     level_losses,
-    load_cka,
     loss_differences,
-    matrix_of,
     minibatches,
     parse_levels,
     recorded,
@@ -34,14 +26,15 @@ from uvit_repro.cka import (
     settings_of,
     summary,
     token_kinds,
-    with_kept,
 )
 from uvit_repro.config import LAPTOP, SMOKE, ParameterError
 from uvit_repro.data.digits import load_digits
 from uvit_repro.diffusion import Diffusion
 from uvit_repro.paper.numbers import figure7
-from uvit_repro.runs.experiment import is_done, run_experiment
+from uvit_repro.runs.evaluate import heldout_inputs
+from uvit_repro.runs.experiment import run_experiment
 from uvit_repro.runs.records import publish
+from uvit_repro.runs.similarity import kept_similarities, read_similarity
 from uvit_repro.train import build_model
 from uvit_repro.uvit import UViT
 
@@ -90,9 +83,10 @@ def test_streaming_is_the_mean_over_minibatches():
     def mean(a, b):
         return np.mean([float(hsic_unbiased(gram(a[p]), gram(b[p]))) for p in parts])
 
-    assert s.matrix()[0, 1] == pytest.approx(
-        mean(x, y) / np.sqrt(mean(x, x) * mean(y, y)), rel=1e-12
-    ) and (s.samples, s.batches) == (60, 5)
+    assert (
+        s.matrix()[0, 1] == pytest.approx(mean(x, y) / np.sqrt(mean(x, x) * mean(y, y)), rel=1e-12)
+        and s.samples == 60
+    )
     uneven = StreamingCKA().update([x[:40], y[:40]]).update([x[40:], y[40:]])
     assert uneven.hsic()[0, 1] == pytest.approx(
         (
@@ -148,80 +142,23 @@ def test_no_bias():
 
 
 def test_refusals():
-    with pytest.raises(ParameterError, match="at least 4"):
+    with pytest.raises(ParameterError, match="needs 4"):
         StreamingCKA().update([rnd(3, 2)])
-    with pytest.raises(ValueError, match="every layer must see the same"):
-        StreamingCKA().update([rnd(5, 2), rnd(6, 2)])
-    with pytest.raises(ValueError, match="1 layers: 2 were given before"):
-        StreamingCKA().update([rnd(5, 2), rnd(5, 2)]).update([rnd(5, 2)])
-    with pytest.raises(ValueError, match="call update first"):
-        StreamingCKA().matrix()
     for n, b in ((4, 4), (5, 4), (9, 4), (11, 5), (297, 100), (300, 100)):
         sizes = [len(p) for p in torch.arange(n).tensor_split(minibatches(n, b))]
-        assert (
-            sum(sizes) == n
-            and min(sizes) >= 4
-            and max(sizes) - min(sizes) <= 1
-            and (max(sizes) <= b or min(sizes) < 8)
-        )
-    with pytest.raises(ParameterError, match="neither a log-SNR nor the word training"):
+        assert sum(sizes) == n and min(sizes) >= 4 and max(sizes) - min(sizes) <= 1
+        assert max(sizes) <= b or min(sizes) < 8
+    assert parse_levels("-6, 0,training") == (-6.0, 0.0, None)
+    with pytest.raises(ParameterError, match="perhaps the word training"):
         parse_levels("low")
     for n, b in ((3, 100), (100, 3)):
         with pytest.raises(ParameterError, match="at least 4"):
             minibatches(n, b)
 
 
-def test_state_is_of_fixed_size_and_keeps_no_features():
-    s, refs = StreamingCKA(), []
-    for i in range(30):
-        f = [rnd(16, 8, s=i), rnd(16, 3, s=i + 99), rnd(16, 2, s=i + 999)]
-        refs += [weakref.ref(v) for v in f]
-        s.update(f)
-        del f
-        assert (
-            s.sums.shape == (3, 3)
-            and set(vars(s)) == {"sums", "samples", "batches"}
-            and isinstance(s.samples, int)
-            and isinstance(s.batches, int)
-        )
-    assert not any(r() is not None for r in refs)
-
-
-class Peak(TorchDispatchMode):
-    "The most bytes of tensors made inside that were alive at once."
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-
-    def free(self, n):
-        self.now -= n
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, torch.Tensor):
-                n = t.numel() * t.element_size()
-                self.now += n
-                self.most = max(self.most, self.now)
-                weakref.finalize(t, self.free, n)
-        return out
-
-
 def smoke_inputs(n, s=0):
-    return torch.randint(0, 256, (n, 1, 8, 8), generator=gen(s), dtype=torch.uint8), torch.arange(
-        n
-    ) % 10
-
-
-def test_memory_does_not_grow_with_the_number_of_samples():
-    net, diff, peaks = build_model(SMOKE), Diffusion(SMOKE.diffusion), []
-    for n in (32, 320):
-        images, labels = smoke_inputs(n)
-        with Peak() as p:
-            cka_matrix(net, diff, images, {"y": labels}, (0.0, None), batch=16)
-        peaks.append(p.most)
-    assert peaks[0] > 100_000 and peaks[1] < 1.25 * peaks[0] + 320 * 8 * 4, peaks
+    images = torch.randint(0, 256, (n, 1, 8, 8), generator=gen(s), dtype=torch.uint8)
+    return images, torch.arange(n) % 10
 
 
 class Other(nn.Module):
@@ -259,15 +196,14 @@ def test_hooks_on_any_network_and_nothing_is_left_behind():
     for o, b in zip(outs, [*net.in_blocks, net.mid_block, *net.out_blocks], strict=False):
         want = b(want)[0]
         assert torch.allclose(o, want)
-    r = cka_matrix(
-        net, Diffusion(replace(SMOKE.diffusion, process="vp")), *smoke_inputs(8)[:1], levels=(0.0,)
-    )
-    assert r["cka"].shape == (1, 1, 5, 5) and r["tokens"] == ("all",)
+    process = Diffusion(replace(SMOKE.diffusion, process="vp"))
+    r = cka_matrix(net, process, *smoke_inputs(8)[:1], levels=(0.0,))
+    assert r.hsic.shape == (1, 1, 5, 5) and r.settings["tokens"] == ["all"]
     bad = Other(fail=True).train()
     with pytest.raises(RuntimeError, match="in the middle"):
         block_outputs(bad, x, torch.zeros(6))
     assert bad.training and not any(m._forward_hooks for n in (net, bad) for m in n.modules())
-    with pytest.raises(ParameterError, match="Linear has no in_blocks, mid_block, out_blocks"):
+    with pytest.raises(ParameterError, match="Linear has no mid_block"):
         block_outputs(nn.Linear(2, 2), x, None)
 
 
@@ -304,42 +240,27 @@ def test_token_kinds():
 def test_matrix_of_a_network():
     net, diff, (images, labels) = build_model(SMOKE), Diffusion(SMOKE.diffusion), smoke_inputs(24)
 
-    def call(**kw):
-        return cka_matrix(
-            net,
-            diff,
-            images,
-            {"y": kw.pop("labels", labels)},
-            **{**{"levels": (3.0, None), "batch": 8}, **kw},
-        )
+    def call(x=images, labels=labels, levels=(3.0, None), seed=0):
+        return cka_matrix(net, diff, x, {"y": labels}, levels, batch=8, seed=seed)
 
     r = call()
-    assert (
-        r["tokens"] == ("all", "patches", "time", "condition")
-        and r["cka"].shape == (4, 2, 3, 3)
-        and (r["samples"], r["batches"]) == (24, 3)
-    )
-    assert (
-        np.array_equal(r["hsic"], call()["hsic"])
-        and np.array_equal(r["hsic"][1], call(tokens="patches")["hsic"][0])
-        and np.array_equal(r["hsic"][:, :1], call(levels=(3.0,))["hsic"])
-    )
-    assert (
-        not np.allclose(r["cka"], call(seed=1)["cka"], atol=1e-4)
-        and not np.allclose(r["cka"][:, 0], call(seed=1)["cka"][:, 0], atol=1e-4)
-        and not np.allclose(r["cka"], call(labels=labels.flip(0))["cka"], atol=1e-6)
-    )
-    assert np.allclose(r["cka"], np.swapaxes(r["cka"], -1, -2)) and net.training
-    as_float = cka_matrix(
-        net, diff, images.float() / 127.5 - 1, {"y": labels}, (3.0, None), batch=8
-    )
-    assert np.allclose(as_float["cka"], r["cka"], atol=1e-5)
+    assert r.settings == {
+        "tokens": ["all", "patches", "time", "condition"],
+        "levels": [3.0, None],
+        "images": 24,
+        "batches": 3,
+    }
+    assert r.hsic.shape == (4, 2, 3, 3) and net.training
+    assert np.array_equal(r.hsic, call().hsic)
+    assert np.array_equal(r.hsic[:, :1], call(levels=(3.0,)).hsic)
+    assert not np.allclose(r.hsic, call(seed=1).hsic, rtol=1e-4)
+    assert not np.allclose(r.hsic, call(labels=labels.flip(0)).hsic, rtol=1e-6)
+    m = r.matrix("patches", 3.0)
+    assert np.allclose(m, m.T) and np.allclose(np.diag(m), 1)
+    as_float = call(images.float() / 127.5 - 1)
+    assert np.allclose(as_float.hsic, r.hsic, rtol=1e-4)
     with pytest.raises(ParameterError, match="level 20: the process has log-SNR"):
         call(levels=(20.0,))
-    with pytest.raises(
-        ParameterError, match="tokens = pixels: this network has all, patches, time, condition"
-    ):
-        call(tokens=("pixels",))
 
 
 @pytest.fixture(scope="module")
@@ -353,95 +274,32 @@ def runs(tmp_path_factory):
 
 def test_kept_beside_the_run(runs, tmp_path):
     root, (run, _) = runs
-    args = {"levels": "0,training", "num_images": 16, "batch": 8}
-    first, again = run_cka(run.exp, run.folder, **args), run_cka(run.exp, run.folder, **args)
-    assert (
-        first["fresh"]
-        and not again["fresh"]
-        and np.array_equal(first["hsic"], again["hsic"])
-        and is_done(SMOKE, root)
-    )
+    args = {"levels": (0.0, None), "num_images": 16, "batch": 8}
+    first = run_cka(run.exp, run.folder, **args)
     (path,) = (run.folder / "stats").glob("cka-*.npz")
-    assert [np.array_equal(c["cka"], first["cka"]) for c in find_cka(run.folder)] == [True]
-    assert (
-        json.loads(str(np.load(path)["settings"]))["images"] == 16
-        and first["levels"] == (0.0, None)
-        and run_cka(run.exp, run.folder, "0,training", 16, 8, seed=1)["fresh"]
-    )
-    copy = publish(run.folder, tmp_path)
-    assert len(find_cka(copy)) == 2
-    assert [
-        r["cka"]["settings"]["noise_seed"] for r in with_kept(recorded(SMOKE, root, "runs"))
-    ] == [0]
-    net_alone = cka_matrix(
-        build_model(run.exp),
-        Diffusion(run.exp.diffusion),
-        smoke_inputs(16)[0],
-        {"y": smoke_inputs(16)[1]},
-        levels=(0.0,),
-        batch=8,
-    )
-    assert not np.allclose(net_alone["cka"][:, 0], first["cka"][:, 0], atol=1e-3), (
-        "trained weights on real images are not initial weights on noise"
-    )
-
+    written = path.stat().st_mtime_ns
+    assert np.array_equal(run_cka(run.exp, run.folder, **args).hsic, first.hsic)
+    assert path.stat().st_mtime_ns == written, "measured once, then read"
+    assert first.settings["images"] == 16 and first.levels == [0.0, None]
+    run_cka(run.exp, run.folder, (0.0, None), 16, 8, seed=1)
+    assert len(kept_similarities(publish(run.folder, tmp_path))) == 2
+    kept = [r.similarity for r in recorded(SMOKE, root, "runs")]
+    assert kept[0].settings["noise_seed"] == 0 and kept[1] is None
     blob = path.read_bytes()
     path.write_bytes(blob[: len(blob) // 2])
     with pytest.raises(ValueError, match="can't be read"):
-        load_cka(path)
-    mended = run_cka(run.exp, run.folder, **args)
-    assert (
-        mended["fresh"]
-        and np.array_equal(mended["hsic"], first["hsic"])
-        and path.with_name(path.name + ".damaged-1").exists()
-    )
-    s = json.loads(str(np.load(path)["settings"]))
-    s["images"] = 32
-    with open(path, "wb") as f:
-        np.savez(f, hsic=first["hsic"], settings=np.array(json.dumps(s)))
+        read_similarity(path)
+    other = json.dumps(first.settings | {"images": 32})
+    np.savez(path, hsic=first.hsic, settings=np.array(other))
     with pytest.raises(ValueError, match="does not hold what its name says"):
-        load_cka(path)
-    with pytest.raises(FileNotFoundError, match="run chapter 09"):
-        load_cka(path.with_name("cka-none.npz"))
-    with pytest.raises(FileNotFoundError, match="no weights of step 3"):
-        run_cka(run.exp, run.folder, step=3)
-
-
-def test_matrices_as_rows_of_the_ledger(runs, monkeypatch):
-    import pandas as pd
-
-    import uvit_repro.cka as module
-    from uvit_repro.runs.records import COLUMNS, load_results
-
-    root, (_, none) = runs
-    run_cka(none.exp, none.folder, "0,training", 16, 8)
-    assert len(cka_results("runs", root)) == 0, "smoke is never reported"
-    loaded = [
-        dict(r, experiment=replace(r["experiment"], protocol="laptop"))
-        for r in module.load_runs("runs", root)
-    ]
-    monkeypatch.setattr(module, "load_runs", lambda *a: loaded)
-    df = cka_results("runs", root)
-    mine = df[df.run_id == none.run_id]
-    path = none.folder / "stats" / f"{mine.eval_id.iloc[0]}.npz"
-    m = matrix_of(load_cka(path))
-    assert (
-        list(df.columns)
-        == COLUMNS + ["origin", "folder"]
-        == list(pd.concat([load_results("runs", root), df]).columns)
-    )
-    assert (
-        dict(zip(mine.metric, mine.value, strict=False)) == cka_measures(m)
-        and mine[mine.metric == "cka_0_2"].value.item() == m[0, 2]
-        and set(mine.step) == {SMOKE.train.n_steps}
-    )
-    assert len(cka_results("runs", root, level=5.0)) == 0
+        read_similarity(path)
+    path.unlink()
 
 
 def test_losses_by_level_are_the_recorded_ones(runs):
     root, (concat, none) = runs
     found = recorded(SMOKE, root, "runs")
-    assert [(r["setting"], r["seed"]) for r in found] == [("concatenation", 0), ("no long skip", 0)]
+    assert [(r.setting, r.seed) for r in found] == [("concatenation", 0), ("no long skip", 0)]
 
     def value(run):
         return (df := run.measurements())[
@@ -472,15 +330,6 @@ def test_the_papers_matrices():
             and got["neighbours"] == pytest.approx(np.mean([m[i, i + 1] for i in range(12)]))
             and got["mirrored"] == pytest.approx(np.mean([m[i, 12 - i] for i in range(6)]))
         )
-    runs = [
-        {
-            "setting": s,
-            "seed": 0,
-            "cka": {"tokens": ("all",), "levels": (None,), "cka": m[None, None]},
-        }
-        for s, m in paper.items()
-    ]
-    assert np.array_equal(matrix_of(runs[0]["cka"]), paper["concatenation"])
     between = [summary(m)["all pairs"] for m in paper.values()]
     assert between == sorted(between), "claim U19: concatenation is the least similar"
 
@@ -491,7 +340,7 @@ def test_a_network_of_latents_or_texts_sees_what_it_was_trained_on():
     digits = load_digits(LAPTOP.data)
     latents = torch.randn(297, 4, 2, 2)
     data = replace(digits, test_inputs=latents)
-    seen, cond = heldout(data, SMOKE, 20)
+    seen, cond = heldout_inputs(SMOKE, data, 20)
     pick = torch.randperm(297, generator=gen(0))[:20]
     assert torch.equal(seen, latents[pick]) and torch.equal(cond["y"], digits.test_labels[pick])
 
@@ -500,10 +349,10 @@ def test_a_network_of_latents_or_texts_sees_what_it_was_trained_on():
             return torch.full((len(index), 3, 5), 2.0, dtype=torch.float16)
 
     text = replace(SMOKE, model=replace(SMOKE.model, condition="text"))
-    seen, cond = heldout(replace(digits, texts=Texts()), text, 20)
+    seen, cond = heldout_inputs(text, replace(digits, texts=Texts()), 20)
     assert torch.equal(seen, digits.test_images[pick])
     assert set(cond) == {"context"} and cond["context"].dtype == torch.float32
     tiny = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 8, "depth": 3}
     net = UViT(**tiny, num_heads=2, clip_dim=5, num_clip_token=3)
-    told = cka_matrix(net, Diffusion(SMOKE.diffusion), seen, cond, (0.0,), "patches", batch=10)
-    assert told["cka"].shape == (1, 1, 3, 3)
+    found = cka_matrix(net, Diffusion(SMOKE.diffusion), seen, cond, (0.0,), batch=10)
+    assert found.matrix("patches", 0.0).shape == (3, 3)

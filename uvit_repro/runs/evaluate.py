@@ -341,19 +341,29 @@ def held_out(data: Data) -> Tensor:
     return data.test_images if data.test_inputs is None else data.test_inputs
 
 
-def loss_statistics(ctx: RunContext, m: Evaluation, n: int, attention: str) -> dict:
-    "The denoising loss by noise level on n held-out images, the same for every run on these data."
-    data, exp, held = ctx.data, m.exp, held_out(ctx.data)
+def heldout_inputs(
+    exp: Experiment,  # whose network will see them
+    data: Data,  # its data
+    n: int,  # at most this many
+) -> tuple[Tensor, dict]:  # pixels or latents (n, C, H, W), conditions by name
+    "Held-out images and conditions in a fixed order, the same for every run on these data."
+    held, cond = held_out(data), {}
     pick = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))[:n]
-    cond = {}
     if exp.model.condition == "class":
         cond["y"] = data.test_labels[pick]
     if exp.model.condition == "text":
         cond["context"] = data.texts.test(pick).float()
+    return held[pick], cond
+
+
+def loss_statistics(ctx: RunContext, m: Evaluation, n: int, attention: str) -> dict:
+    "The denoising loss by noise level on n held-out images, the same for every run on these data."
+    exp = m.exp
+    images, cond = heldout_inputs(exp, ctx.data, n)
     stats = heldout_loss(
         ctx.network(m, attention),
         Diffusion(exp.diffusion),
-        held[pick],
+        images,
         cond,
         exp.evaluation.loss_levels,
         device=ctx.device,

@@ -1,0 +1,46 @@
+"""Similarity matrices kept beside a run: stats/cka-HASH.npz, named by the settings inside."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from uvit_repro.config import digest
+from uvit_repro.data.files import write_atomic
+
+
+def similarity_path(
+    folder: Path,  # of a run
+    settings: dict,  # how the matrices are measured
+) -> Path:
+    "Where the matrices of these settings are kept."
+    return Path(folder) / "stats" / f"cka-{digest(settings, 8)}.npz"
+
+
+def write_similarity(folder: Path, settings: dict, hsic: np.ndarray) -> None:
+    "Keep the mean HSIC of all pairs of layers. Raises `ValueError` where it is not finite."
+    path = similarity_path(folder, settings)
+    if not np.isfinite(hsic).all():
+        raise ValueError(f"{path.parents[1].name}: a block's outputs are not finite")
+    text = np.array(json.dumps(settings, sort_keys=True))
+    write_atomic(path, lambda p: np.savez_compressed(p, hsic=hsic, settings=text))
+
+
+def read_similarity(path: Path) -> tuple[dict, np.ndarray]:  # settings, HSIC
+    "Read kept matrices. Raises `ValueError` for a damaged file."
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            settings, hsic = json.loads(str(arrays["settings"])), arrays["hsic"]
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+        why = f"can't be read ({type(e).__name__})"
+    else:
+        if path == similarity_path(path.parents[1], settings):
+            return settings, hsic
+        why = "does not hold what its name says"
+    raise ValueError(f"{path} {why}: remove it and run chapter 09_representations again")
+
+
+def kept_similarities(folder: Path) -> list[tuple[dict, np.ndarray]]:
+    "All kept matrices of a run, here or published."
+    return [read_similarity(p) for p in sorted((Path(folder) / "stats").glob("cka-*.npz"))]
