@@ -62,7 +62,7 @@ def test_a_failed_check_is_told_and_listed(capsys, monkeypatch):
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert found["exit"] == 1 and found["differ"][0]["recorded"] == 1.0
-    assert err == "uvit-repro verify: 1 of 1 checks differ\n"
+    assert err == "uvit-repro: 1 of 1 checks differ\n"
 
 
 def test_an_unexpected_error_is_one_line_with_the_way_to_more(capsys, monkeypatch):

@@ -33,6 +33,7 @@ from uvit_repro.config import (
 )
 from uvit_repro.config.durations import format_duration, parse_duration
 from uvit_repro.config.settings import coerce
+from uvit_repro.runs import run_experiment
 
 PUBLISHED = sorted(Path(__file__).parents[1].glob("results/published/*/run.json"))
 
@@ -109,6 +110,15 @@ def test_every_setting_refuses_wrong_values_in_one_short_line(name):
 def test_impossible_experiments_say_what_is_allowed(fields, text):
     with pytest.raises(ParameterError, match=text):
         experiment("laptop", **fields)
+
+
+@pytest.mark.parametrize("fields", [{"embed_dim": 2**16, "num_heads": 1}, {"batch_size": 10**6}])
+def test_sizes_beyond_memory_are_refused_before_they_are_allocated(tmp_path, fields):
+    exp = experiment("laptop", **fields)
+    monster = with_overrides(exp, depth=99)
+    with pytest.raises(ParameterError, match="GiB of memory") as error:
+        run_experiment(monster, tmp_path)
+    assert len(str(error.value)) < 400 and not list(tmp_path.glob("*/run.json"))
 
 
 def test_unknown_protocol_and_foreign_sections_are_refused():

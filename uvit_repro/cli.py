@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 
 from uvit_repro.bench import gpu_session
 from uvit_repro.bench.peer import OutputsDiffer
@@ -76,6 +76,7 @@ def duration(text: str) -> float:
 FLAG = {"action": "store_true"}
 DIR = {"metavar": "DIR"}
 ARGUMENTS = {  # of all commands
+    "--json": {**FLAG, "help": "print one JSON object; progress aside"},
     "what": {"nargs": "?", "default": "all", "help": "all, claims, fig2, ... joined by commas"},
     "sources": {"nargs": "+", "metavar": "DIR|ARCHIVE"},
     "--protocol": {"help": "smoke, laptop, cpu, gpu or paper (default: by the machine)"},
@@ -107,12 +108,12 @@ ARGUMENTS = {  # of all commands
 }
 
 
-def bench_command(args, argv: list, say) -> dict:
-    "Run `bench`."
+def bench_command(args, say) -> dict:
+    "Time training and sampling, beside the released code where a checkout of it is given."
     given = {f.name: getattr(args, f.name, None) for f in fields(Settings)}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
     try:
-        record = run_bench(settings, args.out_dir, shlex.join(["uvit-repro", *argv]), say)
+        record = run_bench(settings, args.out_dir, shlex.join(["uvit-repro", *args.argv]), say)
     except OutputsDiffer as error:
         raise Failed(str(error)) from None
     if args.publish:
@@ -123,8 +124,8 @@ def bench_command(args, argv: list, say) -> dict:
     return found
 
 
-def plan_command(args, argv: list, say) -> dict:
-    "Run `plan`."
+def plan_command(args, say) -> dict:
+    "Every run behind a table, a figure or the claims: state, cost, command."
     machine = this_machine(args.out_dir, args.workers, args.processes)
     found = plan(args.what, args.protocol, args.seeds, machine)
     for line in plan_lines(found):
@@ -132,11 +133,11 @@ def plan_command(args, argv: list, say) -> dict:
     return found
 
 
-def run_command(args, argv: list, say) -> dict:
-    "Run `run`."
+def run_command(args, say) -> dict:
+    "Do what a plan has left, inside a budget; again to go on, twice to share the work."
     if args.detach:
         jobs(args.what, args.protocol or default_protocol(), args.seeds)  # refuse it here
-        found = detach([word for word in argv if word != "--detach"], args.out_dir)
+        found = detach([word for word in args.argv if word != "--detach"], args.out_dir)
         say(f"started as process {found['process']}; its output: {found['log']}")
         return found
     machine = this_machine(args.out_dir, args.workers, args.processes)
@@ -148,22 +149,22 @@ def run_command(args, argv: list, say) -> dict:
     return found
 
 
-def publish_command(args, argv: list, say) -> dict:
-    "Run `publish`."
+def publish_command(args, say) -> dict:
+    "Copy the evidence of finished runs to results/published, or to a folder to be carried."
     where = {"out_dir": args.out_dir, "target": args.to, "say": say}
     return {"published": publish_runs(args.what, args.protocol, args.seeds, **where)}
 
 
-def collect_command(args, argv: list, say) -> dict:
-    "Run `collect`."
+def collect_command(args, say) -> dict:
+    "Verify records that were carried here, and publish those that hold."
     found = collect(args.sources, args.to, say)
     if found["refused"]:
         raise Failed(f"{len(found['refused'])} refused", found)
     return found
 
 
-def verify_command(args, argv: list, say) -> dict:
-    "Run `verify`."
+def verify_command(args, say) -> dict:
+    "Recompute every recorded number; compare every file with its checksum."
     checks = verify(args.origin, args.out_dir, say)
     bad = [asdict(check) for check in checks if not check.ok]
     if bad:
@@ -171,8 +172,8 @@ def verify_command(args, argv: list, say) -> dict:
     return {"checks": len(checks), "differ": []}
 
 
-def doctor_command(args, argv: list, say) -> dict:
-    "Run `doctor`."
+def doctor_command(args, say) -> dict:
+    "What this machine has, what it lacks, and the command that fetches it."
     findings = doctor(say, not args.no_self_test, args.out_dir)
     found = {"findings": [asdict(f) for f in findings]}
     if bad := [f.what for f in findings if f.state == "problem"]:
@@ -180,85 +181,27 @@ def doctor_command(args, argv: list, say) -> dict:
     return found
 
 
-def report_command(args, argv: list, say) -> dict:
-    "Run `report`."
+def report_command(args, say) -> dict:
+    "Write results/report.html."
     page = write_report(say, only=args.only)
     say(f"done: {page}")
     return {"page": str(page)}
 
 
-def encode_command(args, argv: list, say) -> dict:
-    "Run `encode`."
+def encode_command(args, say) -> dict:
+    "Encode images or captions into a store."
     return run_encode(args, say)
 
 
-@dataclass(frozen=True)
-class Command:
-    "A subcommand."
-
-    help: str
-    run: Callable  # (arguments, words as typed, say) -> dict for --json
-    arguments: str = ""  # names in ARGUMENTS
-    examples: tuple = ()
-
-
+ELSEWHERE = {  # first words: a command with a parser of its own
+    ("released",): released.main,
+    ("bench", "--gpu-session"): gpu_session.main,
+}
 JOBS = "what --protocol --seeds --out-dir"
 BENCH = (
     "--what --models --batch --images --nfe --precision --device --repeats --compile --peer "
     "--ablate --targets --quick --budget --out-dir --publish --gpu-session"
 )
-COMMANDS = {
-    "plan": Command(
-        "Every run behind a table, a figure or the claims: state, cost, command.",
-        plan_command,
-        f"{JOBS} --workers --processes",
-        ("plan claims --protocol cpu", "plan all --protocol paper --json"),
-    ),
-    "run": Command(
-        "Do what a plan has left, inside a budget; again to go on, twice to share the work.",
-        run_command,
-        f"{JOBS} --workers --processes --budget --detach",
-        (
-            "run fig2 --protocol laptop --budget 5m",
-            "run claims --protocol cpu --budget 8h --detach",
-        ),
-    ),
-    "publish": Command(
-        "Copy the evidence of finished runs to results/published, or to a folder to be carried.",
-        publish_command,
-        f"{JOBS} --to",
-        ("publish claims --protocol cpu --to carried",),
-    ),
-    "collect": Command(
-        "Verify records that were carried here, and publish those that hold.",
-        collect_command,
-        "sources --to",
-        ("collect carried", "collect carried.tar.gz"),
-    ),
-    "report": Command("Write results/report.html.", report_command, "--only"),
-    "verify": Command(
-        "Recompute every recorded number; compare every file with its checksum.",
-        verify_command,
-        "--origin --out-dir",
-        ("verify --origin runs",),
-    ),
-    "doctor": Command(
-        "What this machine has, what it lacks, and the command that fetches it.",
-        doctor_command,
-        "--no-self-test --out-dir",
-    ),
-    "bench": Command(
-        "Time training and sampling, beside the released code where a checkout of it is given.",
-        bench_command,
-        BENCH,
-        ("bench --quick", "bench --peer ~/U-ViT --targets --budget 9m"),
-    ),
-    "encode": Command("Encode images or captions into a store.", encode_command),
-}
-ELSEWHERE = {  # first words: a command with a parser of its own
-    ("released",): released.main,
-    ("bench", "--gpu-session"): gpu_session.main,
-}
 
 
 def make_parser() -> Parser:
@@ -267,21 +210,33 @@ def make_parser() -> Parser:
     parser = Parser(prog="uvit-repro", description=about, allow_abbrev=False)
     sub = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     sub.add_parser("released", help="Evaluate a released file; see its --help.", add_help=False)
-    for name, command in COMMANDS.items():
-        examples = "\n".join(f"  uvit-repro {example}" for example in command.examples)
+
+    def add(run: Callable, arguments: str, *examples: str) -> Parser:
         p = sub.add_parser(
-            name,
-            help=command.help,
-            description=command.help,
-            epilog=f"examples:\n{examples}" if examples else None,
+            run.__name__.removesuffix("_command"),
+            help=run.__doc__,
+            description=run.__doc__,
+            epilog="\n".join(["examples:", *(f"  uvit-repro {text}" for text in examples)]),
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        p.add_argument("--json", action="store_true", help="print one JSON object; progress aside")
-        for argument in command.arguments.split():
+        p.set_defaults(run=run)
+        for argument in ("--json", *arguments.split()):
             p.add_argument(argument, **ARGUMENTS[argument])
-        if name == "encode":
-            add_encode_arguments(p)
+        return p
+
+    budget = f"{JOBS} --workers --processes"
+    add(plan_command, budget, "plan claims --protocol cpu", "plan all --protocol paper --json")
+    add(
+        run_command, f"{budget} --budget --detach", "run claims --protocol cpu --budget 8h --detach"
+    )
+    add(publish_command, f"{JOBS} --to", "publish claims --protocol cpu --to carried")
+    add(collect_command, "sources --to", "collect carried", "collect carried.tar.gz")
+    add(report_command, "--only", "report --only fig2")
+    add(verify_command, "--origin --out-dir", "verify --origin runs")
+    add(doctor_command, "--no-self-test --out-dir", "doctor --json")
+    add(bench_command, BENCH, "bench --quick", "bench --peer ~/U-ViT --targets --budget 9m")
+    add_encode_arguments(add(encode_command, "", "encode images --help"))
     return parser
 
 
@@ -289,7 +244,8 @@ def perform(argv: list, say: Callable) -> tuple[int, str, dict]:  # exit code, c
     "Carry out a command line."
     try:
         args = make_parser().parse_args(argv)
-        return 0, "", COMMANDS[args.command].run(args, argv, say)
+        args.argv = argv
+        return 0, "", args.run(args, say)
     except Failed as error:
         return 1, str(error), error.found
     except KeyboardInterrupt:
@@ -320,9 +276,8 @@ def main(
 
     code, complaint, found = perform(argv, say)
     if complaint:
-        name = argv[0] if argv and argv[0] in COMMANDS else ""
         text = printable(" ".join(complaint.split()))
-        print(f"uvit-repro {name}: {text}".replace(" :", ":"), file=sys.stderr, flush=True)
+        print(f"uvit-repro: {text}", file=sys.stderr, flush=True)
     if as_json:
         failure = {"exit": code, "error": complaint} if code else {}
         print(json.dumps({**failure, **found}, indent=1, default=str))

@@ -39,11 +39,10 @@ def changed(section) -> dict:
     return {f.name: value for f, value in values.items() if value != f.default}
 
 
-def identity(exp) -> dict:
+def identifying(exp) -> dict:
     "What a run id hashes: settings of training off their defaults, content of the data, seed."
     parts = {name: changed(getattr(exp, name)) for name in IDENTITY_SECTIONS}
-    for name in ("dataset", "data_sha256"):
-        parts["data"].pop(name, None)
+    parts["data"] = {k: v for k, v in parts["data"].items() if k not in ("dataset", "data_sha256")}
     parts["data"]["content"] = content_name(exp.data)[1]
     return {**{name: fields for name, fields in parts.items() if fields}, "seed": exp.seed}
 
@@ -52,17 +51,14 @@ def variant_name(model) -> str:
     "The choices of Figure 2 and options in which a `ModelConfig` departs, or `adopted`."
     text = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in changed(model).items()}
     parts = [f"{name}={text[name]}" for name in VARIANT_FIELDS if name in text]
-    if model.options:
-        parts.append(model.options)
-    return ",".join(parts) or "adopted"
+    return ",".join([*parts, *filter(None, [model.options])]) or "adopted"
 
 
 def size_name(model) -> str:
     "The row of Table 2 that a `ModelConfig` is, or its backbone with width and depth."
-    if model.model == "UViT":
-        for name, row in TABLE2.items():
-            if all(getattr(model, k) == v for k, v in row.items() if k != "conv"):
-                return name
+    for name, row in TABLE2.items() if model.model == "UViT" else ():
+        if all(getattr(model, k) == v for k, v in row.items() if k != "conv"):
+            return name
     return f"{model.model}-{model.embed_dim}x{model.depth}"
 
 
@@ -71,7 +67,7 @@ def run_id(exp) -> str:
     m = exp.model
     name = f"{content_name(exp.data)[0]}-{size_name(m)}-{m.patch_size}-{variant_name(m)}"
     slug = "".join(c if c.isalnum() else "-" for c in f"{name}-s{exp.seed}".lower())
-    return f"{slug.replace('--', '-')}-{digest(identity(exp))}"
+    return f"{slug.replace('--', '-')}-{digest(identifying(exp))}"
 
 
 def eval_id(

@@ -1,6 +1,43 @@
 """The facts that experiments are made of: Table 2, Table 5, and the defaults of each data set."""
 
-from uvit_repro.config.settings import ParameterError, listed, shown
+import importlib
+import re
+
+from uvit_repro.config.settings import ParameterError, listed, refuse, shown
+
+MODELS = {  # functions of (model, data, p_uncond, use_checkpoint, activation_budget)
+    "UViT": "uvit_repro.uvit:from_config",
+    "UNet-latent": "uvit_repro.unet:latent_from_config",
+    "ADM": "uvit_repro.unet:adm_from_config",
+    "GenViT": "uvit_repro.genvit:from_config",
+    "IU-ViT": "uvit_repro.ascend:iuvit_from_config",
+    "ASCEND": "uvit_repro.ascend:from_config",
+    "DiffiT-latent": "uvit_repro.diffit:from_config",
+    "DiffiT-image": "uvit_repro.diffit:image_from_config",
+}
+DATASETS = {  # functions of (data section, folder of the data sets)
+    "digits": "uvit_repro.data.digits:load_digits",
+    "cifar10": "uvit_repro.data.cifar10:load_cifar10",
+    "celeba64": "uvit_repro.data.folders:load_celeba64",
+    "imagenet64": "uvit_repro.data.folders:load_imagenet64",
+    "imagenet256": "uvit_repro.data.latent_sets:load_imagenet",
+    "imagenet512": "uvit_repro.data.latent_sets:load_imagenet",
+    "mscoco256": "uvit_repro.data.coco:load_mscoco256",
+    "digits_latents": "uvit_repro.data.digits:load_digits_latents",
+    "shapes": "uvit_repro.data.shapes:load_shapes",
+    "latents": "uvit_repro.data.latent_sets:load_latents",
+    "folder": "uvit_repro.data.folders:load_folder",
+    "npz": "uvit_repro.data.npz:load_npz",
+}
+
+
+def resolve_name(registry: dict, key: str):
+    "Import what MODELS or DATASETS names. Raises `ParameterError` with the known keys."
+    if key not in registry:
+        raise ParameterError(f"unknown {shown(key)}: known are {listed(registry)}")
+    module, _, attr = registry[key].partition(":")
+    return getattr(importlib.import_module(module), attr)
+
 
 TABLE2 = {
     "U-ViT-S": {"embed_dim": 512, "depth": 13, "num_heads": 8, "conv": "after"},
@@ -16,15 +53,12 @@ def preset(
     name: str,  # a row of Table 2 with a patch size: `U-ViT-S/2`, `U-ViT-S/2 (Deep)`, `U-ViT-H/4`
 ) -> dict:  # fields of `ModelConfig`
     "Sizes of a model of the paper (Table 2). Raises `ParameterError` for an unknown name."
-    base, _, rest = str(name).partition("/")
-    patch, _, deep = rest.partition(" ")
-    row = f"{base} {deep}" if deep else base
-    if row not in TABLE2 or not (patch.isascii() and patch.isdigit() and int(patch[:9]) > 0):
+    match = re.fullmatch(r"(U-ViT-\w+)/([1-9]\d{0,4})( \(Deep\))?", str(name), re.ASCII)
+    row = f"{match[1]}{match[3] or ''}" if match else ""
+    if row not in TABLE2:
         known = [f"{k}/P".replace(" (Deep)/P", "/P (Deep)") for k in TABLE2]
-        raise ParameterError(
-            f"unknown preset {shown(name)}: known are {listed(known)}, P being the patch size"
-        )
-    return {"patch_size": int(patch[:9]), **TABLE2[row]}
+        refuse("preset", name, f"known are {listed(known)}, P being the patch size")
+    return {"patch_size": int(match[2]), **TABLE2[row]}
 
 
 _IMAGES = {"in_chans": 3, "num_classes": 0, "holdout": 0, "flip": True, "features": "inception"}

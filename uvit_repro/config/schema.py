@@ -1,47 +1,20 @@
 """One experiment is one frozen object: what is trained, on what, how it is sampled and measured."""
 
-import dataclasses
-import importlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 
-from uvit_repro.config import settings
 from uvit_repro.config.identity import run_id
-from uvit_repro.config.presets import PATHS
-from uvit_repro.config.settings import BELOW_1, ParameterError, Section, setting, shown
-
-MODELS = {  # functions of (model, data, p_uncond, use_checkpoint, activation_budget)
-    "UViT": "uvit_repro.uvit:from_config",
-    "UNet-latent": "uvit_repro.unet:latent_from_config",
-    "ADM": "uvit_repro.unet:adm_from_config",
-    "GenViT": "uvit_repro.genvit:from_config",
-    "IU-ViT": "uvit_repro.ascend:iuvit_from_config",
-    "ASCEND": "uvit_repro.ascend:from_config",
-    "DiffiT-latent": "uvit_repro.diffit:from_config",
-    "DiffiT-image": "uvit_repro.diffit:image_from_config",
-}
-DATASETS = {  # functions of (data section, folder of the data sets)
-    "digits": "uvit_repro.data.digits:load_digits",
-    "cifar10": "uvit_repro.data.cifar10:load_cifar10",
-    "celeba64": "uvit_repro.data.folders:load_celeba64",
-    "imagenet64": "uvit_repro.data.folders:load_imagenet64",
-    "imagenet256": "uvit_repro.data.latent_sets:load_imagenet",
-    "imagenet512": "uvit_repro.data.latent_sets:load_imagenet",
-    "mscoco256": "uvit_repro.data.coco:load_mscoco256",
-    "digits_latents": "uvit_repro.data.digits:load_digits_latents",
-    "shapes": "uvit_repro.data.shapes:load_shapes",
-    "latents": "uvit_repro.data.latent_sets:load_latents",
-    "folder": "uvit_repro.data.folders:load_folder",
-    "npz": "uvit_repro.data.npz:load_npz",
-}
-
-
-def resolve_name(registry: dict, key: str):
-    "Import what MODELS or DATASETS names. Raises `ParameterError` with the known keys."
-    if key not in registry:
-        raise ParameterError(f"unknown {shown(key)}: known are {settings.listed(registry)}")
-    module, _, attr = registry[key].partition(":")
-    return getattr(importlib.import_module(module), attr)
-
+from uvit_repro.config.presets import DATASETS, MODELS, PATHS
+from uvit_repro.config.settings import (
+    BELOW_1,
+    ParameterError,
+    Section,
+    closest,
+    coerce,
+    listed,
+    refuse,
+    setting,
+    shown,
+)
 
 SKIPS = ("concat", "add", "add_linear", "linear_add", "none", "add_scaled")
 TIMES = ("token", "adaln", "adaln_literal", "adaln_zero")
@@ -103,7 +76,7 @@ class DiffusionConfig(Section):
     "The process and what the network predicts (Section 2)."
 
     process: str = setting(
-        "vp", "vp: VP-SDE; sd, linear: betas of Stable Diffusion, ADM", PROCESSES
+        "vp", "noise schedule (sd: of Stable Diffusion, linear: of ADM)", PROCESSES
     )
     prediction: str = setting("noise", "meaning of the network's output", PREDICTIONS)
     beta_min: float = setting(0.1, "beta(0) of the VP-SDE", low=0)
@@ -175,9 +148,7 @@ class ExecConfig(Section):
     device: str = setting("auto", "auto, cpu, cuda, cuda:1")
     threads: int = setting(0, "CPU threads (0 for the default of PyTorch)", low=0, high=1024)
     processes: int = setting(1, "processes, one per GPU, started with torchrun", **SIZE)
-    compile: str = setting(
-        "auto", "compile blocks (auto: long runs on a GPU)", ("auto", "on", "off")
-    )
+    compile: str = setting("auto", "compile blocks (long runs on a GPU)", ("auto", "on", "off"))
     attention: str = setting("auto", "attention kernel (auto: the fastest, timed)", ATTENTION)
     residual: str = setting("float32", "residual stream under autocast", ("float32", "bfloat16"))
     keep_checkpoint: bool = setting(False, "keep the final state, for a longer run to continue")
@@ -194,7 +165,7 @@ def check(values: dict, *rules: tuple):
     "Raise `ParameterError` for the first broken rule (is it broken?, setting, what is allowed)."
     for broken, name, allowed in rules:
         if broken:
-            settings.refuse(name, values[name], allowed)
+            refuse(name, values[name], allowed)
 
 
 def check_geometry(
@@ -208,8 +179,8 @@ def check_geometry(
     "Raise `ParameterError`, before any tensor exists, for sizes that do not fit together."
     values = {k: v for k, v in locals().items() if k != "paired"}
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            settings.refuse(name, value, "must be a whole number of at least 1")
+        if type(value) is not int or value < 1:
+            refuse(name, value, "must be a whole number of at least 1")
     patches, heads = ([d for d in range(1, 33) if n % d == 0] for n in (img_size, embed_dim))
     pairs, even = "layers are paired around a middle one", "half cosines, half sines in time"
     check(
@@ -230,8 +201,7 @@ def refuse_fields(
     for name in names:
         if getattr(model, name) != getattr(ModelConfig, name):
             hint = f"; {instead[name]}" if name in instead else ""
-            reason = f"{model.model} has no such choice; leave it out{hint}"
-            settings.refuse(name, getattr(model, name), reason)
+            refuse(name, getattr(model, name), f"{model.model} has no such choice{hint}")
 
 
 def check_experiment(exp):
@@ -257,7 +227,7 @@ def check_experiment(exp):
         (s.cfg_scale != 1 and not t.p_uncond, "cfg_scale", "needs p_uncond > 0 in training: try 1"),
         (s.cfg_channels > d.in_chans, "cfg_channels", f"of {d.in_chans} channels; 0 is all"),
         (is_edm and s.cfg_schedule != "constant", "cfg_schedule", "edm guides at a constant scale"),
-        (s.weights not in weights, "weights", f"this run keeps {settings.listed(weights)}"),
+        (s.weights not in weights, "weights", f"this run keeps {listed(weights)}"),
     )
     if is_uvit:  # the other backbones check their own sizes
         check_geometry(d.img_size, m.patch_size, m.embed_dim, m.depth, m.num_heads)
@@ -280,7 +250,7 @@ class Experiment(Section):
     def __post_init__(self):
         super().__post_init__()
         for name, section in SECTIONS.items():
-            settings.coerce(name, getattr(self, name), section)
+            coerce(name, getattr(self, name), section)
         check_experiment(self)
 
     def flat(self) -> dict:
@@ -288,7 +258,7 @@ class Experiment(Section):
         return {n: getattr(getattr(self, section), n) for n, (section, _) in PARAMETERS.items()}
 
     def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
+        return asdict(self)
 
     @property
     def run_id(self) -> str:
@@ -304,7 +274,7 @@ def with_overrides(exp: Experiment, **overrides) -> Experiment:
     sections, seed = {}, overrides.pop("seed", None)
     for name, value in overrides.items():
         if name not in PARAMETERS:
-            hint = settings.closest(name, [*PARAMETERS, "seed", "protocol"])
+            hint = closest(name, [*PARAMETERS, "seed", "protocol"])
             raise ParameterError(f"unknown parameter {shown(name)}: {hint}")
         if value is not None:
             sections.setdefault(PARAMETERS[name][0], {})[name] = value
@@ -323,7 +293,7 @@ def from_dict(record: dict) -> Experiment:
         raise ParameterError("not the record of an experiment: protocol or seed is missing")
     parts = {}
     for name, section in SECTIONS.items():
-        given = settings.coerce(name, record.get(name, {}), dict)
+        given = coerce(name, record.get(name, {}), dict)
         given = {OLD_NAMES.get(k, k): v for k, v in given.items() if k not in RETIRED}
         given = {k: OLD_VALUES.get(k, {}).get(str(v), v) for k, v in given.items()}
         if extra := set(given) - {f.name for f in fields(section)}:
@@ -349,5 +319,5 @@ def check_params(names: dict, valid):
     before = names.pop("_names_before", names)
     unknown = sorted(k for k in set(names) - set(before) - set(valid) if k[0] != "_")
     if unknown:
-        hints = [f"{shown(name)}, {settings.closest(name, valid)}" for name in unknown[:3]]
+        hints = [f"{shown(name)}, {closest(name, valid)}" for name in unknown[:3]]
         raise ParameterError(f"unknown parameter {'; '.join(hints)}") from None

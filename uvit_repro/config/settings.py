@@ -55,26 +55,6 @@ def refuse(name: str, value, reason: str):
     raise ParameterError(f"{name} = {shown(value)}: {reason}")
 
 
-def coerce(name: str, value, kind):
-    "Bring a value to int, float, bool, str or a tuple of numbers, or raise `ParameterError`."
-    if typing.get_origin(kind) is tuple:
-        kind = typing.get_args(kind)[0]
-        if isinstance(value, str):  # 0.9,0.99
-            value = [parse(name, v, kind) for v in value.strip("()[] ").split(",") if v.strip()]
-        if not isinstance(value, (list, tuple)):
-            value = [value]
-        return tuple(coerce(name, v, kind) for v in value)
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if kind in (int, float) and is_number:
-        if not abs(value) < 1e18:
-            refuse(name, value, "must be a finite number")
-        if kind is float or value == int(value):
-            return kind(value)
-    elif isinstance(value, kind):
-        return value
-    return refuse(name, value, f"expected {kind.__name__}, not {type(value).__name__}")
-
-
 def parse(name: str, text: str, kind: type):
     "Read a value from text, or raise `ParameterError`."
     words = {"true": True, "false": False, "1": True, "0": False}
@@ -86,20 +66,38 @@ def parse(name: str, text: str, kind: type):
     return refuse(name, text, f"expected {kind.__name__}")
 
 
+def coerce(name: str, value, kind):
+    "Bring a value to int, float, bool, str or a tuple of numbers, or raise `ParameterError`."
+    if typing.get_origin(kind) is tuple:
+        kind = typing.get_args(kind)[0]
+        if isinstance(value, str):  # 0.9,0.99
+            value = [parse(name, v, kind) for v in value.strip("()[] ").split(",") if v.strip()]
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(coerce(name, v, kind) for v in values)
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if kind in (int, float) and is_number:
+        if not abs(value) < 1e18:
+            refuse(name, value, "must be a finite number")
+        if kind is float or value == int(value):
+            return kind(value)
+    elif isinstance(value, kind):
+        return value
+    return refuse(name, value, f"expected {kind.__name__}, not {type(value).__name__}")
+
+
 class Section:
     "Base of the configuration dataclasses: brings each setting to its type and checks it."
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            if rules := field.metadata:
+            if field.metadata:
                 value = coerce(field.name, getattr(self, field.name), field.type)
                 object.__setattr__(self, field.name, value)
-                check_value(field.name, value, rules)
+                check_value(field.name, value, **field.metadata)
 
 
-def check_value(name: str, value, rules: dict):
+def check_value(name: str, value, doc: str, choices: tuple, low: float, high: float):
     "Raise `ParameterError` for a value outside the choices or bounds of its setting."
-    low, high, choices = rules["low"], rules["high"], rules["choices"]
     if choices and value not in choices:
         refuse(name, value, f"allowed are {', '.join(map(repr, choices))}")
     for number in value if isinstance(value, tuple) else [value]:
@@ -112,8 +110,7 @@ def read_options(
     options: type,  # the options of one backbone, a frozen dataclass derived from `Section`
 ):  # an instance of it
     "Parse the options of a backbone. Raises `ParameterError` with what it offers."
-    known = {f.name: f for f in dataclasses.fields(options)}
-    given = {}
+    known, given = {f.name: f for f in dataclasses.fields(options)}, {}
     for part in filter(None, map(str.strip, text.split(","))):
         name, equals, value = (s.strip() for s in part.partition("="))
         if not equals or name not in known:

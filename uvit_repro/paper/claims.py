@@ -1,13 +1,12 @@
 """Claims of the papers, and the few that a protocol judges: fixed, with arms, before their runs."""
 
-import functools
 import json
 from importlib import resources
 
 import pandas as pd
 
 from uvit_repro.config import Experiment, ParameterError, experiment
-from uvit_repro.paper.numbers import read_table
+from uvit_repro.paper.numbers import damaged_table, read_table
 
 
 def load_claims() -> pd.DataFrame:
@@ -16,19 +15,17 @@ def load_claims() -> pd.DataFrame:
     return df.assign(protocol=df["cheapest_protocol"].str.split().str[0])
 
 
-@functools.cache
-def _fixed_lists() -> str:
-    path = resources.files("uvit_repro") / "paper" / "tables" / "fixed_list.json"
-    return path.read_text("utf-8")
-
-
 def fixed_list(
     protocol: str,  # a protocol with a fixed list: cpu
 ) -> dict:  # arms, seeds, claims, queue, measure, step
     "The fixed list of a protocol; `ParameterError` for a protocol without one."
-    lists = {k: v for k, v in json.loads(_fixed_lists()).items() if isinstance(v, dict)}
-    if protocol not in lists:
-        allowed = ", ".join(lists)
+    path = resources.files("uvit_repro") / "paper" / "tables" / "fixed_list.json"
+    try:
+        lists = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise damaged_table("fixed_list.json", error) from None
+    if not isinstance(lists.get(protocol), dict):
+        allowed = ", ".join(name for name in lists if name != "about")
         raise ParameterError(f"protocol = {protocol!r} has no fixed list: allowed are {allowed}")
     return lists[protocol]
 

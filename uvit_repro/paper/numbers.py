@@ -13,38 +13,33 @@ COUNTS = {  # column: the unit of the number that it takes from the condition
     "steps": "iterations",
     "nfe": r"(?:[\w-]+ )?steps",
 }
-FIGURE2 = {  # panel: title, and the changed field of `ModelConfig` for each curve, adopted first
-    "a": (
-        "Long skip",
-        [
-            ("(1) Linear(Concat(h_m, h_s))", {}),
-            ("(2) h_m + h_s", {"skip": "add"}),
-            ("(3) h_m + Linear(h_s)", {"skip": "add_linear"}),
-            ("(4) Linear(h_m + h_s)", {"skip": "linear_add"}),
-            ("(5) No long skip", {"skip": "none"}),
-        ],
-    ),
-    "b": ("Time", [("(1) Time as a token", {}), ("(2) AdaLN", {"time": "adaln"})]),
-    "c": (
-        "Extra convolution",
-        [
-            ("(1) After the linear layer", {}),
-            ("(2) Before the linear layer", {"conv": "before"}),
-            ("(3) None", {"conv": "none"}),
-        ],
-    ),
-    "d": (
-        "Patch embedding",
-        [("(1) Linear", {}), ("(2) Stack of convolutions", {"patch_embed": "conv"})],
-    ),
-    "e": (
-        "Position embedding",
-        [
-            ("(1) 1-D learnable", {}),
-            ("(2) 2-D sinusoidal", {"pos_embed": "sincos2d"}),
-            ("(3) None", {"pos_embed": "none"}),
-        ],
-    ),
+PANELS = {
+    "a": "Long skip",
+    "b": "Time",
+    "c": "Extra convolution",
+    "d": "Patch embedding",
+    "e": "Position embedding",
+}
+CURVES = (  # panel, curve, the changed field of `ModelConfig`; the adopted one comes first
+    ("a", "(1) Linear(Concat(h_m, h_s))", {}),
+    ("a", "(2) h_m + h_s", {"skip": "add"}),
+    ("a", "(3) h_m + Linear(h_s)", {"skip": "add_linear"}),
+    ("a", "(4) Linear(h_m + h_s)", {"skip": "linear_add"}),
+    ("a", "(5) No long skip", {"skip": "none"}),
+    ("b", "(1) Time as a token", {}),
+    ("b", "(2) AdaLN", {"time": "adaln"}),
+    ("c", "(1) After the linear layer", {}),
+    ("c", "(2) Before the linear layer", {"conv": "before"}),
+    ("c", "(3) None", {"conv": "none"}),
+    ("d", "(1) Linear", {}),
+    ("d", "(2) Stack of convolutions", {"patch_embed": "conv"}),
+    ("e", "(1) 1-D learnable", {}),
+    ("e", "(2) 2-D sinusoidal", {"pos_embed": "sincos2d"}),
+    ("e", "(3) None", {"pos_embed": "none"}),
+)
+FIGURE2 = {  # panel: title, and its curves with the changed fields
+    panel: (title, [(curve, fields) for p, curve, fields in CURVES if p == panel])
+    for panel, title in PANELS.items()
 }
 PROCESSES = {"vp": "VP-SDE continuous", "sd": "Stable Diffusion discrete (1000 steps)"}
 SAMPLERS = {
@@ -57,10 +52,17 @@ SAMPLERS = {
 def read_table(name: str) -> pd.DataFrame:
     "A file of paper/tables, every cell as text (`none` is a word here, not a gap)."
     path = resources.files("uvit_repro") / "paper" / "tables" / name
-    if not path.is_file():
-        raise FileNotFoundError(f"paper/tables/{name} is missing: reinstall uvit_repro")
-    with path.open(encoding="utf-8") as file:
-        return pd.read_csv(file, dtype=str, keep_default_na=False)
+    try:
+        with path.open(encoding="utf-8") as file:
+            return pd.read_csv(file, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise damaged_table(name, error) from None
+
+
+def damaged_table(name: str, error: Exception) -> ValueError:
+    "What to say of a file of paper/tables that can't be read."
+    what = f"{type(error).__name__}: {error}"[:200]
+    return ValueError(f"paper/tables/{name} can't be read ({what}): reinstall uvit_repro")
 
 
 def require(what: str, value: str, known):
@@ -149,33 +151,17 @@ def figure2(
     parts = []
     for label, overrides in FIGURE2[panel][1]:
         part = curves[curves["method"].str.contains(label[:3], regex=False)]  # its number: "(2)"
-        part = part.assign(
-            panel=panel, variant=label, overrides=[dict(overrides) for _ in range(len(part))]
-        )
+        fields = [dict(overrides) for _ in range(len(part))]
+        part = part.assign(panel=panel, variant=label, overrides=fields)
         parts.append(part[["panel", "variant", "overrides", "steps", "fid", "error", "confidence"]])
     return pd.concat(parts, ignore_index=True).astype({"steps": int})
 
 
-def in_order(df: pd.DataFrame, index, values: str) -> pd.DataFrame:
-    "One row per index and one column per metric, both in the order of the record."
-    wide = df.pivot(index=index, columns="metric", values=values)
-    rows = df.set_index(index).index.unique()
-    return wide.loc[rows, df["metric"].unique()].rename_axis(columns=None)
-
-
 def table2() -> pd.DataFrame:  # layers, hidden_size, mlp_size, heads, params_M
-    "Table 2, one row per model."
-    return in_order(load_paper("Table 2"), "method", "number").astype(int)
-
-
-def table5() -> pd.DataFrame:  # a column per setting, NaN where a configuration has none
-    "The released configurations that Table 5 summarises, one row per (dataset, method)."
-    df = load_paper("Table 5")
-    df = df[df["condition"].str.startswith("value in the official config")]
-    df = df.assign(cell=df["number"].astype(object).where(df["number"].notna(), df["value"]))
-    wide = in_order(df, ["dataset", "method"], "cell").infer_objects()
-    whole = [name for name in wide.select_dtypes("number") if (wide[name] % 1 == 0).all()]
-    return wide.astype(dict.fromkeys(whole, int))
+    "Table 2, one row per model, in the paper's order."
+    df = load_paper("Table 2")
+    wide = df.pivot(index="method", columns="metric", values="number").rename_axis(columns=None)
+    return wide.loc[df["method"].unique(), df["metric"].unique()].astype(int)
 
 
 def as_table5(exp: Experiment) -> dict:

@@ -21,7 +21,6 @@ KINDS = {  # kind: what it means
     "part": "of a pretrained component: an autoencoder or a text encoder",
     "other model": "another network's number without an experiment here; the reason is given",
 }
-PARTS = ("autoencoder", "text encoder", "super-resolution module", "classifier")
 KEY = ["paper", "place", "dataset", "row", "column", "condition"]
 NAMES = {"source": "place", "method": "row", "metric": "column", "reading_error": "error"}
 COLUMNS = [*KEY, "value", "number", "error", "provenance", "confidence"]
@@ -99,11 +98,6 @@ def registry() -> pd.DataFrame:
     num_samples, sampling (changes), curve (further steps to measure: all, or a tuple).
     """
     return _cells().copy()
-
-
-def count_published() -> int:
-    "How many numbers the papers printed, by `is_published`."
-    return int(_cells().counts.sum())
 
 
 def _bare(name: str) -> str:

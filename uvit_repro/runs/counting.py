@@ -113,6 +113,15 @@ def params_of(exp: Experiment) -> int:
     return _size(exp)[0]
 
 
+def least_memory(exp: Experiment) -> int:  # bytes of each process
+    "What training needs at least: weights with gradients, Adam's moments and EMA, and activations."
+    m, d, t, e = exp.model, exp.data, exp.train, exp.execution
+    weights = sum(p.numel() for p in meta_model(exp).parameters())
+    tokens = t.batch_size // e.processes * (d.img_size // m.patch_size) ** 2
+    kept = 2 if e.use_checkpoint else 16  # bytes of a token's value in a block: half precision
+    return 4 * (4 + len(t.ema_rates)) * weights + kept * tokens * m.embed_dim * m.depth
+
+
 def forward_passes(exp: Experiment) -> dict:  # of one image, by what they are for
     "Every forward pass that an experiment makes outside training."
     e, s = exp.evaluation, exp.sampling

@@ -37,6 +37,23 @@ def pick_device(
     return chosen
 
 
+def check_memory(
+    needed: int,  # bytes
+    device: torch.device,
+) -> None:
+    "Raise `ParameterError`, before anything is allocated, for more memory than a device has."
+    has = float("inf")
+    if device.type == "cuda":
+        has = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > has:
+        raise ParameterError(
+            f"training needs at least {needed / 2**30:,.0f} GiB of memory, and {device} has "
+            f"{has / 2**30:,.0f}: try a smaller embed_dim, depth or batch_size"
+        )
+
+
 @contextlib.contextmanager
 def thread_count(
     n: int,  # CPU threads; 0: PyTorch's default

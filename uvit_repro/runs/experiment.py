@@ -32,7 +32,8 @@ from uvit_repro.data.references import read_reference
 from uvit_repro.diffusion import Diffusion
 from uvit_repro.runs.certificate import cached_certificate
 from uvit_repro.runs.checkpoints import check_weights, weights_path, weights_sums
-from uvit_repro.runs.devices import join_processes, pick_device, thread_count
+from uvit_repro.runs.counting import least_memory
+from uvit_repro.runs.devices import check_memory, join_processes, pick_device, thread_count
 from uvit_repro.runs.evaluate import (
     RunContext,
     keep_picture,
@@ -183,6 +184,8 @@ def perform(ctx: RunContext) -> Run:
         finished = info.get("status") == "ok" and not ctx.again
         if finished and not todo:
             return Run(ctx.folder, ctx.exp, info, fresh=False)
+        if not finished and ctx.load is None:
+            check_memory(least_memory(ctx.exp), ctx.device)
         if lead and ctx.data.notes:
             summary(ctx.data.notes)
         (add_measurements if finished else complete)(ctx, info)
