@@ -103,6 +103,7 @@ def test_every_setting_refuses_wrong_values_in_one_short_line(name):
         ({"p_uncond": 0.1, "condition": "none"}, "no label to drop"),
         ({"p_uncond": 0.0}, "needs p_uncond > 0"),
         ({"prediction": "edm"}, "edm goes with"),
+        ({"num_classes": 20}, "ten classes"),
         ({"options": "a=1"}, "U-ViT has none"),
         ({"processes": 3}, "multiple of processes"),
     ],
@@ -119,6 +120,12 @@ def test_sizes_beyond_memory_are_refused_before_they_are_allocated(tmp_path, fie
     with pytest.raises(ParameterError, match="GiB of memory") as error:
         run_experiment(monster, tmp_path)
     assert len(str(error.value)) < 400 and not list(tmp_path.glob("*/run.json"))
+
+
+def test_features_that_do_not_fit_the_images_are_refused_before_training(tmp_path):
+    with pytest.raises(ParameterError, match="resnet20_cifar10 takes 3x32x32"):
+        run_experiment(experiment("smoke", features="resnet20_cifar10"), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_unknown_protocol_and_foreign_sections_are_refused():

@@ -210,6 +210,7 @@ def check_experiment(exp):
     kind, _, path = d.dataset.partition(":")
     is_uvit, conditional = m.model == "UViT", m.condition != "none"
     is_edm, discrete = p.process == "edm", p.process in ("sd", "linear")
+    digits = exp.evaluation.features == "digits_cnn"
     weights = ("ema", "raw", *(f"ema_{rate}" for rate in t.ema_rates))
     check(
         exp.flat(),
@@ -226,6 +227,7 @@ def check_experiment(exp):
         (t.p_uncond and not conditional, "p_uncond", "no label to drop: try condition = 'class'"),
         (s.cfg_scale != 1 and not t.p_uncond, "cfg_scale", "needs p_uncond > 0 in training: try 1"),
         (s.cfg_channels > d.in_chans, "cfg_channels", f"of {d.in_chans} channels; 0 is all"),
+        (digits and d.num_classes > 10, "num_classes", "features digits_cnn tell ten classes"),
         (is_edm and s.cfg_schedule != "constant", "cfg_schedule", "edm guides at a constant scale"),
         (s.weights not in weights, "weights", f"this run keeps {listed(weights)}"),
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from uvit_repro.config import (
     PARAMETERS,
@@ -20,6 +21,7 @@ from uvit_repro.config import (
     deviations,
     experiment,
 )
+from uvit_repro.data.features import check_images
 from uvit_repro.data.files import (
     CheckpointError,
     run_lock,
@@ -155,6 +157,10 @@ def run_experiment(
         for m in measurements_of(exp):
             s = m.exp.sampling
             check_sampler(s.sampler, s.nfe, Diffusion(exp.diffusion).process)
+        if exp.evaluation.features != "none" and not data.decode:
+            side, channels = exp.data.img_size, exp.data.in_chans
+            image = torch.zeros(1, channels, side, side, dtype=torch.uint8)
+            check_images(image, exp.evaluation.features)
         folder = root_of(exp, out_dir) / exp.run_id
         where = {"chapter": chapter, "paper_ref": paper_ref}
         if exp.execution.processes > 1 and "WORLD_SIZE" not in os.environ:
