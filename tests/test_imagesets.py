@@ -297,7 +297,7 @@ def test_celeba_is_whole_or_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="1 of 10 images .*first 000012.jpg"):
         load_it()
     (base / "list_eval_partition.txt").write_text("000001.jpg train\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="000001.jpg train"):
+    with pytest.raises(ValueError, match="names"):
         load_it()
     with pytest.raises(ParameterError, match="img_size = 32"):
         load_celeba64(replace(CELEBA, img_size=32), tmp_path)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -577,6 +578,17 @@ def test_bad_reference(tmp_path, arrays, says):
     with pytest.raises(ParameterError, match=says) as e:
         read_reference(tmp_path / "bad.npz", "digits_cnn")
     assert "bad.npz" in str(e.value)
+
+
+def test_a_reference_whose_header_lies(tmp_path):
+    "An array of a terabyte in a file of a kilobyte is named, not allocated."
+    path = tmp_path / "lying.npz"
+    header = {"descr": "<f8", "fortran_order": False, "shape": (10**6, 10**6)}
+    with zipfile.ZipFile(path, "w") as z, z.open("mu.npy", "w") as f:
+        np.lib.format.write_array_header_1_0(f, header)
+        f.write(bytes(1000))
+    with pytest.raises(ParameterError, match=r"lying\.npz can't be used: mu\.npy promises"):
+        read_reference(path, "digits_cnn")
 
 
 def test_unreadable_reference(tmp_path):

@@ -14,11 +14,12 @@ from uvit_repro.data import shapes as S
 from uvit_repro.data.autoencoder import load_autoencoder
 from uvit_repro.data.clip import CLIP_MODEL, ClipText, load_clip
 from uvit_repro.data.coco import (
+    CAPTIONS,
+    LATENTS,
     Coco,
     Texts,
     TextStore,
     coco_crop,
-    coco_paths,
     encode_texts,
     evaluation_prompts,
     load_mscoco256,
@@ -189,11 +190,11 @@ def test_mscoco_from_files_to_data(root, clip):
     coco = Coco(root, held_out=2, prompts=5)
     sizes = {"img_size": 8, "in_chans": 4, "text_tokens": 77, "text_dim": 32}
     cfg = DataConfig(dataset="mscoco256", latent_scale=0.2301, **sizes)
-    latents, captions = coco_paths(root)
+    latents, captions = root / LATENTS, root / CAPTIONS
     with pytest.raises(FileNotFoundError, match="uvit-repro encode captions"):
         load_mscoco256(cfg, root)
     encode_texts(captions, coco.texts(), clip, Encoding(batch=2, shard_rows=4))
-    with pytest.raises(FileNotFoundError, match="mscoco256_latents not there"):
+    with pytest.raises(FileNotFoundError, match="mscoco256_latents is not there"):
         load_mscoco256(cfg, root)
     source = file_source(coco.listing(16), coco.name, coco.held_out, "again")
     encode_images(source, ae, latents, Encoding(batch=2, shard_rows=4, mirror=False))

@@ -37,9 +37,7 @@ def find_cifar10(
     raise missing("cifar10", root, f"not under {root} (looked for {looked})")
 
 
-def read_batch(
-    path: Path,  # data_batch_1 or another file of cifar-10-batches-py
-) -> tuple[np.ndarray, np.ndarray]:  # images uint8 (N, 32, 32, 3), labels int64 (N,)
+def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Pixels and labels of a pickled batch. Nothing is unpickled: the stream's constants are
     listed, and those behind the keys `data` and `labels` are taken."""
     key, labels, pixels = "", [], b""
@@ -67,7 +65,7 @@ def load_cifar10(
         parts = []
         for name in names:
             try:
-                read = read_batch if pickled else read_npz
+                read = _read_batch if pickled else read_npz
                 parts.append(read(where / name)[:2])
             except Exception as e:  # damage shows in many ways
                 raise ValueError(

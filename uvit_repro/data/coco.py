@@ -16,11 +16,12 @@ from uvit_repro.data.clip import ClipText
 from uvit_repro.data.fetch import missing
 from uvit_repro.data.files import printable
 from uvit_repro.data.folders import Listing
-from uvit_repro.data.images import Data, Prompts
+from uvit_repro.data.images import Data
 from uvit_repro.data.latent_sets import LatentStore, from_store
-from uvit_repro.data.store import Encoding, Store, StoreError, write_store
+from uvit_repro.data.store import Encoding, Store, StoreError, find_store, write_store
 
 N_PROMPTS, N_HELD_OUT = 30_000, 5_000
+LATENTS, CAPTIONS = "mscoco256_latents", "mscoco256_clip"  # folders of the two stores
 
 
 class Captioned(NamedTuple):
@@ -68,10 +69,7 @@ def evaluation_prompts(
     return out[:n]
 
 
-def coco_crop(
-    im,  # PIL image, RGB
-    side: int,  # of the result
-) -> np.ndarray:  # uint8 (side, side, 3)
+def coco_crop(im, side: int) -> np.ndarray:
     "Centre square, then Lanczos."
     from PIL import Image
 
@@ -116,6 +114,19 @@ class Coco:
         held = [self.val[i].file for i, _ in self.prompts[: self.held_out]]
         files += [self.base / "val2014" / f for f in held]
         return Listing(self.base, [("", f) for f in files], side, crop=coco_crop)
+
+
+class Prompts:
+    "A sequence of encoded prompts: `len`, and slices (b - a, L, D), made when they are asked for."
+
+    def __init__(self, n: int, read):  # read is a function of (first, end)
+        self.n, self.read = n, read
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, part: slice) -> Tensor:
+        return self.read(*part.indices(self.n)[:2])
 
 
 class TextStore(Store):
@@ -206,20 +217,10 @@ def encode_texts(
     return TextStore(path)
 
 
-def coco_paths(root) -> tuple:
-    "Folders of the two stores: latents, captions."
-    return Path(root) / "mscoco256_latents", Path(root) / "mscoco256_clip"
-
-
-def find_mscoco256(
-    root,  # the folder of the data sets
-) -> tuple:  # the stores of latents and of captions
-    "Where encoded MS-COCO is, or `FileNotFoundError` with the command that makes it."
-    paths = coco_paths(root)
-    absent = [printable(p) for p in paths if not (p / "index.json").is_file()]
-    if absent:
-        raise missing("mscoco256", root, f"{' and '.join(absent)} not there, or not complete")
-    return paths
+def find_mscoco256(root) -> Path:
+    "Encoded captions with their images, or `FileNotFoundError` with the command that makes both."
+    find_store("mscoco256", root, LATENTS)
+    return find_store("mscoco256", root, CAPTIONS)
 
 
 def load_mscoco256(
@@ -227,11 +228,11 @@ def load_mscoco256(
     root,  # the folder of the data sets
 ) -> Data:  # 82,783 training images with five captions or more, 5,000 held-out ones
     "MS-COCO at 256x256 as latents and encoded captions (Section 5.1)."
-    latents, captions = find_mscoco256(root)
-    images, texts = LatentStore(latents), TextStore(captions)
+    texts = TextStore(find_mscoco256(root))
+    images = LatentStore(texts.path.with_name(LATENTS))
     found, want = images.index["source"]["name"], texts.index["source"]
     if found != want:
-        text = f"{printable(latents)} and {printable(captions)} hold different captions or images"
+        text = f"{printable(images.path)} and {CAPTIONS} hold different captions or images"
         raise StoreError(f"{text}: remove one of them and encode it again")
     data = from_store(images, cfg, "mscoco256", root)
     sha256 = hashlib.sha256(f"{data.sha256} {texts.sha256}".encode()).hexdigest()

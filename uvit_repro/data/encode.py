@@ -21,10 +21,11 @@ from uvit_repro.config import (
 from uvit_repro.data.autoencoder import Autoencoder, enlarge, load_autoencoder
 from uvit_repro.data.clip import load_clip
 from uvit_repro.data.coco import (
+    CAPTIONS,
+    LATENTS,
     N_PROMPTS,
     Coco,
     Texts,
-    coco_paths,
     encode_texts,
     evaluation_prompts,
     read_captions,
@@ -240,9 +241,9 @@ def add_encode_arguments(parser: argparse.ArgumentParser):
 
 
 def _encode_images(args, root: Path, options: dict, say) -> Store:
-    default = {"mscoco": coco_paths(root)[0], "imagenet": root / f"imagenet{args.img_size}_latents"}
-    out = args.out or default.get(args.source)
-    if not out:
+    default = {"mscoco": LATENTS, "imagenet": f"imagenet{args.img_size}_latents"}
+    out = args.out or root / default.get(args.source, "")
+    if out == root:
         raise ParameterError("--out is missing: the folder of the new store")
     ae = load_autoencoder(args.autoencoder, root, pick_device(args.device))
     source = open_source(args.source, args.img_size, root, ae.image_chans)
@@ -272,7 +273,7 @@ def run_encode(
 ) -> dict:  # folder, rows, and what was read or found
     "Do what `uvit-repro encode` was asked for."
     if args.encode_what == "verify":
-        found = Store(args.path).verify(say)
+        found = Store(args.path).verify()
         say("whole: {rows:,} rows, {files} files, {bytes:,} bytes".format(**found))
         return {"folder": str(args.path), **found}
     root, found, text = data_root(args.data_root), {}, ""
@@ -282,7 +283,7 @@ def run_encode(
         found = store.index["statistics"]
         text = f", latent_scale for unit variance {found['scale']:.5g}"
     else:
-        path = args.out if args.encode_what == "prompts" else coco_paths(root)[1]
+        path = args.out if args.encode_what == "prompts" else root / CAPTIONS
         texts, clip = _texts(args, root), load_clip(root, args.clip, pick_device(args.device))
         store = encode_texts(path, texts, clip, Encoding(**options), say)
     say(f"{printable(store.path)}: {len(store):,} rows{text}")

@@ -51,10 +51,7 @@ def prepare(
     return a.reshape(img_size, img_size, -1)
 
 
-def celeba_crop(
-    im,  # PIL image, RGB, 178x218
-    side: int,  # of the result
-) -> np.ndarray:  # uint8 (side, side, 3)
+def _celeba_crop(im, side: int) -> np.ndarray:
     "The released code's window around the face, resized."
     from PIL import Image
 
@@ -76,11 +73,8 @@ def _to_8bit(im):
     return Image.fromarray(np.rint(a.clip(0, 65535) / 257).astype(np.uint8))
 
 
-def decode(
-    raw: bytes,  # a file
-    in_chans: int,  # 1: grey, 3: RGB
-):  # PIL image in mode L or RGB
-    "Decode an image file, upright, on white, its first frame. Raises unless it is whole."
+def _decode(raw: bytes, in_chans: int):
+    "An image file as a PIL image, upright, on white, its first frame. Raises unless it is whole."
     from PIL import Image, ImageOps
 
     if not raw:
@@ -107,7 +101,7 @@ def read_image(
     if not os.path.isfile(path):
         raise FileNotFoundError("no regular file" if os.path.lexists(path) else "no such file")
     raw = Path(path).read_bytes()
-    return crop(decode(raw, in_chans), img_size), hashlib.sha256(raw).hexdigest()
+    return crop(_decode(raw, in_chans), img_size), hashlib.sha256(raw).hexdigest()
 
 
 # ---------------------------------------------------------------- many files
@@ -238,28 +232,22 @@ def notes_on(files: list[ImageFile]) -> list[str]:
     return [f"left out, not readable: {name} ({problem})" for name, problem in bad]
 
 
-def content_sum(
-    files: list[ImageFile],
-    name: str = "",  # how they are prepared; empty: a user's folder
-) -> str:  # hexadecimal
-    "The checksum of a set's content, independent of names and order of files."
+def _content_sum(files: list[ImageFile], name: str = "") -> str:
+    "The sha256 of a set's content, independent of names and order of files."
     h = hashlib.sha256(f"{name}\n".encode() if name else b"")
     for label, sha256 in sorted((f.label, f.sha256) for f in files):
         h.update(f"{label}\0{sha256}\n".encode("utf-8", "surrogateescape"))
     return h.hexdigest()
 
 
-def label_numbers(files: list[ImageFile], classes: list[str]) -> Tensor:
+def _label_numbers(files: list[ImageFile], classes: list[str]) -> Tensor:
     "The label of each file, (N,); 0 where there are no classes."
     number = {c: i for i, c in enumerate(classes)}
     return torch.tensor([number.get(f.label, 0) for f in files])
 
 
 # ---------------------------------------------------------------- a user's folder
-def walk(
-    folder: Path,
-    onerror=None,  # function of the error for each folder that can't be read
-):
+def walk(folder: Path, onerror=None):
     "(folder, names of files) below a folder, sorted, without hidden names and circular links."
     seen = {os.path.realpath(p) for p in Path(folder).absolute().parents}
     for path, folders, files in os.walk(folder, followlinks=True, onerror=onerror):
@@ -308,8 +296,8 @@ def load_folder(
         range(len(files)), key=lambda i: (files[i].label, files[i].sha256, files[i].name)
     )
     classes = sorted({f.label for f in files} - {""})
-    sha256, order = content_sum(files), torch.tensor(order)
-    labels = label_numbers(files, classes)
+    sha256, order = _content_sum(files), torch.tensor(order)
+    labels = _label_numbers(files, classes)
     split = [order[i] for i in hold_out(labels[order], cfg.holdout, sha256)]
     return listing.as_data("folder", images, labels, split, classes, sha256)
 
@@ -339,28 +327,25 @@ def load_celeba64(
     check_size("celeba64", (64, 64, 3), cfg, own_test_split=True)
     base = find_celeba64(root)
     listed, folder = base / "list_eval_partition.txt", base / "img_align_celeba"
-    splits, again = {k: [] for k in expect}, how_to_get("celeba64", root)
+    splits = {k: [] for k in expect}
     for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
         name, _, k = line.strip().partition(" ")
-        if k not in splits:
-            text = f"{line[:80]!r} is not a file name and 0, 1 or 2"
-            raise ValueError(f"{printable(listed)}: {text}. {again}")
-        splits[k].append(name)
+        splits.setdefault(k, []).append(name)
     found = {k: len(v) for k, v in splits.items()}
     if found != expect:
-        text = f"names {found} images (training, validation, test), not {expect}"
-        raise ValueError(f"{printable(listed)} {text}. {again}")
+        text = f"{printable(listed)} names {found} images by split, not {expect}"[:200]
+        raise ValueError(f"{text}. {how_to_get('celeba64', root)}")
     wanted, there = sorted(splits["0"]) + sorted(splits["2"]), set(os.listdir(folder))
     gone = [name for name in wanted if name not in there]
     if gone:
         text = f"{len(gone)} of {len(wanted)} images are not in {printable(folder)}"
         raise missing("celeba64", root, f"{text}, first {printable(gone[0])}")
-    listing = Listing(folder, [("", folder / n) for n in wanted], 64, crop=celeba_crop)
+    listing = Listing(folder, [("", folder / n) for n in wanted], 64, crop=_celeba_crop)
     images, files = listing.usable()
     held = set(splits["2"])
     split = [[i for i, f in enumerate(files) if (f.name in held) == want] for want in (False, True)]
-    sha256 = content_sum([files[i] for i in split[0]], "celeba64")
-    return listing.as_data("celeba64", images, label_numbers(files, []), split, [], sha256)
+    sha256 = _content_sum([files[i] for i in split[0]], "celeba64")
+    return listing.as_data("celeba64", images, _label_numbers(files, []), split, [], sha256)
 
 
 # ---------------------------------------------------------------- ImageNet
@@ -416,7 +401,7 @@ def load_imagenet64(
     listing = Listing(folder.parent, found + held, 64, notes=notes, resident_bytes=resident_bytes)
     images, files = listing.usable()
     train = [f for f in files if Path(f.name).parts[0] == "train"]  # these come first
-    sha256, labels = content_sum(train, "imagenet64"), label_numbers(files, names)
+    sha256, labels = _content_sum(train, "imagenet64"), _label_numbers(files, names)
     if expect and len(train) != IMAGENET["train"]:
         notes.append(f"number of images: {len(train)} usable, ImageNet has {IMAGENET['train']}")
     split = torch.arange(len(files)).split([len(train), len(files) - len(train)])

@@ -61,19 +61,6 @@ class Data:
         )
 
 
-class Prompts:
-    "A sequence of encoded prompts: `len`, and slices (b - a, L, D), made when they are asked for."
-
-    def __init__(self, n: int, read):  # read is a function of (first, end)
-        self.n, self.read = n, read
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, part: slice) -> Tensor:
-        return self.read(*part.indices(self.n)[:2])
-
-
 # ---------------------------------------------------------------- pictures
 def to_model(
     u8: Tensor,  # uint8 images, any shape

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from uvit_repro.config import DataConfig, ParameterError
 from uvit_repro.data.autoencoder import Autoencoder, load_autoencoder
-from uvit_repro.data.fetch import missing
 from uvit_repro.data.files import printable
 from uvit_repro.data.images import Data, check_size, hold_out, locate
-from uvit_repro.data.store import Inputs, Store, StoreError
+from uvit_repro.data.store import Inputs, Store, StoreError, find_store
 
 
 class LatentStore(Store):
@@ -133,18 +132,14 @@ def load_latents(
     return from_store(LatentStore(locate(cfg.dataset, root)), cfg, "latents", root)
 
 
-def find_imagenet256(root, name="imagenet256") -> Path:
+def find_imagenet256(root) -> Path:
     "The store of ImageNet's latents, or `FileNotFoundError` with the command that makes it."
-    path = Path(root) / f"{name}_latents"
-    if not (path / "index.json").is_file():
-        state = "is not complete" if path.is_dir() else "is not there"
-        raise missing(name, root, f"{printable(path)} {state}")
-    return path
+    return find_store("imagenet256", root, "imagenet256_latents")
 
 
 def find_imagenet512(root) -> Path:
     "The same at 512x512."
-    return find_imagenet256(root, "imagenet512")
+    return find_store("imagenet512", root, "imagenet512_latents")
 
 
 def load_imagenet(
@@ -152,4 +147,5 @@ def load_imagenet(
     root,  # the folder of the data sets
 ) -> Data:
     "ImageNet at 256x256 or 512x512 as latents of 4x32x32 or 4x64x64 (Section 5.1)."
-    return from_store(LatentStore(find_imagenet256(root, cfg.dataset)), cfg, cfg.dataset, root)
+    path = find_store(cfg.dataset, root, f"{cfg.dataset}_latents")
+    return from_store(LatentStore(path), cfg, cfg.dataset, root)

@@ -108,29 +108,6 @@ def cached(
     return arrays
 
 
-def split_size(
-    data,  # `uvit_repro.data.images.Data`
-    split: str,  # train | test
-) -> int:  # its images
-    "How many images a split has. Raises `ValueError` where there are none, or no pixels of them."
-    images, n = getattr(data, f"{split}_images"), len(getattr(data, f"{split}_labels"))
-    which = "held-out" if split == "test" else "training"
-    if n == 0:
-        raise ValueError(f"the data have no {which} images; open them with holdout > 0")
-    on_disk = split == "train" and data.inputs is not None and data.decode is None
-    if (images is None or len(images) == 0) and not on_disk:
-        cure = "; reference=PATH gives their statistics" if split == "train" else ""
-        raise ValueError(f"the pixels of the {which} images are not available{cure}")
-    return n
-
-
-def take_images(data, split: str, index: Tensor) -> Tensor:  # uint8, (N, C, H, W)
-    "Some images of a split, from memory or from the store of a large set."
-    split_size(data, split)
-    images = getattr(data, f"{split}_images")
-    return data.inputs.read(index) if images is None else images[index]
-
-
 @dataclass(frozen=True)
 class ReferenceFile:
     "Statistics of real images from a file, in the form of guided-diffusion's reference batches."
@@ -204,23 +181,46 @@ class RealImages:
         self.data, self.network, self.cache_dir = data, network, cache_dir
         self.reference, self._statistics = reference, {}
 
+    def _size(self, split: str) -> int:
+        "Images of a split. Raises `ValueError` where there are none, or no pixels of them."
+        data, which = self.data, "held-out" if split == "test" else "training"
+        images, n = getattr(data, f"{split}_images"), len(getattr(data, f"{split}_labels"))
+        if n == 0:
+            raise ValueError(f"the data have no {which} images; open them with holdout > 0")
+        on_disk = split == "train" and data.inputs is not None and data.decode is None
+        if (images is None or len(images) == 0) and not on_disk:
+            cure = "; reference=PATH gives their statistics" if split == "train" else ""
+            raise ValueError(f"the pixels of the {which} images are not available{cure}")
+        return n
+
+    def _take(self, split: str, index: Tensor) -> Tensor:
+        "Some images of a split, from memory or from the store of a large set."
+        images = getattr(self.data, f"{split}_images")
+        return self.data.inputs.read(index) if images is None else images[index]
+
     def _key(self, kind: str, split: str, *more) -> tuple:
         "What cached arrays depend on; users' files are read at a size that their checksum lacks."
-        data, n = self.data, split_size(self.data, split)
-        size = tuple(data.shape) if data.name in ("folder", "latents") else ()
+        if self._from_file(split):
+            source = (self.reference.sha256,)
+        else:
+            source = self.data.sha256, self._size(split)
         network = (self.network.name, self.network.spec.sha256)
-        return (kind, data.sha256, *size, split, n, *more, *network)
+        return (kind, *source, *self.data.shape, split, *more, *network)
+
+    def _from_file(self, split: str) -> bool:
+        "Whether the images of a split are those of the reference file."
+        return split == "train" and self.reference is not None and self.reference.images
 
     def _extract(self, split: str, index: Tensor) -> dict:
         "Features of some images of a split, with at most a gigabyte of pixels in memory."
         rows = max(64, min(10_000, 2**30 // int(np.prod(self.data.shape))))
-        out = [self.network.extract(take_images(self.data, split, i)) for i in index.split(rows)]
+        out = [self.network.extract(self._take(split, i)) for i in index.split(rows)]
         return {kind: torch.cat([o[kind] for o in out]) for kind in out[0]}
 
     def _whole_split(self, split: str) -> dict:  # kind -> FeatureStatistics
         "Statistics of a whole split, all kinds of features from one pass."
         if split not in self._statistics:
-            n, parts = split_size(self.data, split), {}
+            n, parts = self._size(split), {}
             kinds = ("features", "spatial") if self.network.spec.spatial else ("features",)
             for i in torch.arange(n).tensor_split(-(-n // PART)):
                 out = self._extract(split, i)
@@ -243,7 +243,7 @@ class RealImages:
                     f"Inception's {SPATIAL_LAYER} behind its ReLU"
                 )
             return getattr(self.reference, kind)
-        n, name = split_size(self.data, split), self.network.name
+        n, name = self._size(split), self.network.name
         require_samples(n, self.network.spec.dim, f"{name} statistics of the {split} images")
         key = self._key("stats", split)
         if kind == "spatial":
@@ -253,22 +253,16 @@ class RealImages:
 
     def features(self, split: str) -> Tensor:  # (N, F), N at most MOST
         "Features of a fixed choice of images of a split, or of those in the reference file."
-        from_file = split == "train" and self.reference and self.reference.images
-        if from_file:
-            network = (self.network.name, self.network.spec.sha256)
-            about = (self.reference.sha256, "reference", MOST, tuple(self.data.shape))
-            key = ("features", *about, *network)
-        else:
-            key = self._key("features", split, MOST)
 
         def compute():
-            if from_file:
+            if self._from_file(split):
                 found = self._extract_reference()
             else:
-                found = self._extract(split, subset(split_size(self.data, split), MOST, split))
+                found = self._extract(split, subset(self._size(split), MOST, split))
             return {"features": found["features"].numpy()}
 
-        return torch.from_numpy(cached(self.cache_dir, key, compute)["features"])
+        found = cached(self.cache_dir, self._key("features", split, MOST), compute)
+        return torch.from_numpy(found["features"])
 
     def _extract_reference(self) -> dict:
         c, h, w = self.data.shape
@@ -284,4 +278,4 @@ class RealImages:
 
     def pixels(self, split: str, most: int) -> Tensor:  # uint8, (N, C, H, W)
         "A fixed choice of images of a split."
-        return take_images(self.data, split, subset(split_size(self.data, split), most, "nn"))
+        return self._take(split, subset(self._size(split), most, "nn"))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from uvit_repro.config import DataConfig, ParameterError, key_seed
-from uvit_repro.data.images import Data, Prompts, check_content, check_size, ordered_sum
+from uvit_repro.data.images import Data, check_content, check_size, ordered_sum
 
 COLOURS = {
     "red": (214, 39, 40),
@@ -288,13 +288,9 @@ class ShapeTexts:
         "Evaluation prompt i in words."
         return caption(prompt_scene(i), i // 2 % 2)
 
-    def prompts(self, n: int) -> Prompts:
+    def prompts(self, n: int) -> Tensor:
         "The first n evaluation prompts, encoded."
-
-        def encode(a: int, b: int) -> Tensor:
-            return torch.stack([encode_words(self.prompt(i)) for i in range(a, b)])
-
-        return Prompts(n, encode)
+        return torch.stack([encode_words(self.prompt(i)) for i in range(n)])
 
 
 def load_shapes(

@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from uvit_repro.config import ParameterError, project_root
+from uvit_repro.data.fetch import missing
 from uvit_repro.data.files import (
     DamagedFile,
     printable,
@@ -164,15 +165,10 @@ class Store:
     def __len__(self):
         return int(self.ends[-1])
 
-    def problems(self, thorough: bool, say=None) -> list[str]:
+    def problems(self, thorough: bool) -> list[str]:
         "What is wrong with the files; a thorough look reads all of them."
-        found = []
-        for n, (name, known) in enumerate(self.files.items(), 1):
-            problem = _problem(self.path / name, known, thorough)
-            found += [f"{name} {problem}"] if problem else []
-            if say:
-                say(f"{n}/{len(self.files)} {name}: {problem or 'ok'}")
-        return found
+        looks = ((n, _problem(self.path / n, f, thorough)) for n, f in self.files.items())
+        return [f"{name} {problem}" for name, problem in looks if problem]
 
     def _refuse(self, problems: list[str]):
         "Raise `StoreError` where there is a problem."
@@ -216,9 +212,9 @@ class Store:
         except (DamagedFile, FileNotFoundError) as e:
             raise StoreError(f"{e}. {AGAIN}") from None
 
-    def verify(self, say=None) -> dict:
+    def verify(self) -> dict:
         "Read everything and compare checksums. Raises `StoreError` naming what is damaged."
-        self._refuse(self.problems(thorough=True, say=say))
+        self._refuse(self.problems(thorough=True))
         self.records()
         size = sum(f["bytes"] for f in self.files.values())
         return {"rows": len(self), "files": len(self.files), "bytes": size}
@@ -236,6 +232,15 @@ class Inputs:
     def read(self, index: Tensor, mirror: Tensor = None) -> Tensor:
         "Pixels or moments of some examples."
         return self.store.read(self.index[index], mirror)
+
+
+def find_store(name: str, root, folder: str) -> Path:
+    "A store below the folder of the data sets, or the error with the command that makes it."
+    path = Path(root) / folder
+    if not (path / "index.json").is_file():
+        state = "is not complete" if path.is_dir() else "is not there"
+        raise missing(name, root, f"{printable(path)} {state}")
+    return path
 
 
 def in_cache(
