@@ -112,7 +112,7 @@ def publish_copy(
 
 def execute_chapters(say=print) -> list[Path]:
     "Execute all chapters and keep the copies for readers in results/published/chapters."
-    from uvit_repro.runs.chapters import execute
+    from uvit_repro.runs.chapters import run_chapter
 
     copies = []
     books = sorted((project_root() / "nbs").glob("[0-9]*.ipynb"))
@@ -120,6 +120,6 @@ def execute_chapters(say=print) -> list[Path]:
         say(f"chapter {book.name}, {i + 1} of {len(books)}")
         with tempfile.TemporaryDirectory() as folder:
             parameters = {"protocol": "laptop"} if book.name.startswith("05") else {}
-            executed = execute(book, Path(folder) / book.name, parameters, say)
+            executed = run_chapter(book, Path(folder) / book.name, **parameters)
             copies.append(publish_copy(executed, published_root() / "chapters" / book.name))
     return copies

@@ -1,30 +1,25 @@
-"Carry out one experiment; under torchrun, this process's part of it."
+"""Carry out one experiment: `python -m uvit_repro.runs JOB`; under torchrun, a process's part."""
 
-import argparse
 import json
 import sys
 import traceback
 from pathlib import Path
 
-from uvit_repro.config import from_dict, with_overrides
+from uvit_repro.config import from_dict
 from uvit_repro.runs.experiment import run_experiment
+from uvit_repro.runs.processes import FAILED
 
 
 def main() -> int:
-    "`python -m uvit_repro.runs RUN.json`: 0 done, 1 failed."
-    parser = argparse.ArgumentParser(prog="python -m uvit_repro.runs", description=__doc__)
-    parser.add_argument("job", type=Path, help="a file with an `experiment`, as any run.json")
-    parser.add_argument("--processes", type=int, help="processes that work together")
-    parser.add_argument("--out-dir", help="folder of runs (default: results/runs)")
-    args = parser.parse_args()
+    "JOB is a file with an `experiment`, as any run.json. Exit code 0: done, 1: failed."
     try:
-        job = json.loads(args.job.read_text(encoding="utf-8"))
-        exp = with_overrides(from_dict(job["experiment"]), processes=args.processes)
-        out_dir, where = args.out_dir or job.get("out_dir"), job.get("where", {})
-        run_experiment(exp, out_dir, say=lambda line: print(line, flush=True), **where)
+        (path,) = sys.argv[1:]
+        job = json.loads(Path(path).read_text(encoding="utf-8"))
+        where = {"out_dir": job.get("out_dir"), **job.get("where", {})}
+        run_experiment(from_dict(job["experiment"]), say=lambda s: print(s, flush=True), **where)
     except Exception as e:
         traceback.print_exc()
-        print(f"failed: {type(e).__name__}: {e}", flush=True)
+        print(f"{FAILED}{type(e).__name__}: {e}", flush=True)
         return 1
     return 0
 

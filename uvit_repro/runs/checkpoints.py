@@ -37,33 +37,20 @@ def drop_checkpoints(folder: Path) -> None:
         path.unlink()
 
 
-def check_checkpoint(
-    path: Path,  # where it was read
-    state: dict,  # what was read
-    run_id: str,  # whose it should be
-    net: nn.Module,  # whose weights it should hold
-) -> None:
-    "Raise `CheckpointError` when a checkpoint belongs to something else."
+def read_checkpoint(path: Path, run_id: str, net: nn.Module) -> dict:
+    "A checkpoint. Raises `CheckpointError` when it is damaged, or not of this run and network."
+    state = load_tensors(path)
     if not isinstance(state, dict) or not set(state) >= FIELDS:
         raise CheckpointError(f"{path} is not a checkpoint of this package")
-    want = {k: tuple(v.shape) for k, v in net.state_dict().items()}
-    got = {k: tuple(v.shape) for k, v in state["net"].items()}
-    if want != got:
-        k = next(k for k in {**want, **got} if want.get(k) != got.get(k))
-        raise CheckpointError(
-            f"{path} is of another size: {k} is {got.get(k, 'absent')} there and "
-            f"{want.get(k, 'absent')} in this model"
-        )
     if state["run_id"] != run_id:
         raise CheckpointError(f"{path} belongs to run {state['run_id']}, not to {run_id}")
+    got, want = ({k: v.shape for k, v in s.items()} for s in (state["net"], net.state_dict()))
+    if got != want:
+        raise CheckpointError(f"{path} is of a network of another size")
+    return state
 
 
-def find_checkpoint(
-    folder: Path,  # of the run
-    run_id: str,  # its name
-    net: nn.Module,  # its network
-    say=print,  # told what was set aside
-) -> dict | None:  # the newest usable state
+def find_checkpoint(folder: Path, run_id: str, net: nn.Module, say=print) -> dict | None:
     """The newest whole checkpoint; damaged or foreign files are set aside.
 
     Raises `CheckpointError` when nothing is left of what was there."""
@@ -73,9 +60,7 @@ def find_checkpoint(
         if not path.exists():
             continue
         try:
-            state = load_tensors(path)
-            check_checkpoint(path, state, run_id, net)
-            return state
+            return read_checkpoint(path, run_id, net)
         except CheckpointError as e:
             errors.append(f"{e} It was set aside as {set_aside(path).name}.")
             say(errors[-1])
@@ -87,44 +72,28 @@ def find_checkpoint(
     return None
 
 
-def shorter_runs(
-    exp: Experiment,  # what is to be trained
-    folder: Path,  # its folder
-) -> list:  # (steps, final state), the longest first
-    "Runs on this machine that are equal but for fewer steps at a constant rate."
-    found = []
-    if exp.train.lr_schedule == "constant":
-        for path in folder.parent.glob("*/resume-*.pt"):
-            step = int(path.stem.split("-")[1])
-            shorter = replace(exp.train, n_steps=step)
-            name = path.parent.name
-            if step < exp.train.n_steps and replace(exp, train=shorter).run_id == name:
-                found.append((step, path))
-    return sorted(found, reverse=True)
+def find_shorter_run(exp: Experiment, folder: Path, net: nn.Module, say=print) -> dict | None:
+    """The final state of the longest run that is equal but for fewer steps at a constant rate.
 
-
-def find_shorter_run(
-    exp: Experiment,  # what is to be trained
-    folder: Path,  # its folder, which receives the weights that the shorter run kept
-    net: nn.Module,  # its network
-    say=print,  # told what was set aside
-) -> dict | None:  # the state to continue from, with `continued_from`
-    "The final state of the longest run that this one continues."
+    The weights that it kept are copied to the folder of the new run."""
+    if exp.train.lr_schedule != "constant":
+        return None
     wanted = {*exp.evaluation.curve_steps, *exp.evaluation.loss_steps}
-    for step, path in shorter_runs(exp, folder):
+    for path in sorted(folder.parent.glob("*/resume-*.pt"), key=lambda p: p.name, reverse=True):
+        step, name = int(path.stem.split("-")[1]), path.parent.name
+        shorter = replace(exp, train=replace(exp.train, n_steps=step))
         kept = [weights_path(path.parent, s) for s in wanted if s <= step]
-        if not all(p.exists() for p in kept):
+        if step >= exp.train.n_steps or shorter.run_id != name or not all(p.exists() for p in kept):
             continue
         try:
-            state = load_tensors(path)
-            check_checkpoint(path, state, path.parent.name, net)
+            state = read_checkpoint(path, name, net)
             for p in kept:
                 check_weights(p)
                 write_atomic(folder / p.name, lambda to, p=p: shutil.copyfile(p, to))
         except CheckpointError as e:
-            say(f"{path.parent.name} can't be continued: {e}")
+            say(f"{name} can't be continued: {e}")
             continue
-        return {**state, "continued_from": {"run_id": path.parent.name, "step": state["step"]}}
+        return {**state, "continued_from": {"run_id": name, "step": step}}
     return None
 
 
@@ -180,12 +149,10 @@ def load_weights(
         )
     check_weights(path)
     kind = exp.sampling.weights
-    kind = f"ema_{exp.train.ema_rates[0]}" if kind == "ema" else kind
-    tensors = load_tensors(path)
-    state = {k.removeprefix(f"{kind}/"): v for k, v in tensors.items() if k.startswith(f"{kind}/")}
-    net = empty_model(exp)
+    start = f"ema_{exp.train.ema_rates[0]}/" if kind == "ema" else f"{kind}/"
+    tensors, net = load_tensors(path), empty_model(exp)
     try:
-        net.load_state_dict(state)
+        net.load_state_dict({k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)})
     except RuntimeError as e:
         why = str(e).splitlines()[-1].strip()
         raise CheckpointError(f"{path} does not fit this experiment: {why}") from None

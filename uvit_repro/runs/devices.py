@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -19,22 +20,17 @@ def pick_device(
     "The device to compute on; `cuda` alone is this process's own GPU. Raises `ParameterError`."
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        chosen = None
-    if chosen is None or chosen.type not in ("cpu", "cuda"):
+    if device == "cpu":
+        return torch.device("cpu")
+    if not re.fullmatch("cuda(:[0-9]{1,4})?", device):
         raise ParameterError(f"device = {device!r}: allowed are auto, cpu, cuda, cuda:N")
-    if chosen.type == "cpu":
-        return chosen
-    if chosen.index is None:
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    index = int(device[5:] or os.environ.get("LOCAL_RANK", 0))
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if chosen.index >= count:
+    if index >= count:
         raise ParameterError(
-            f"device = {str(device)!r}: this machine has {count} CUDA devices; try device = 'cpu'"
+            f"device = {device!r}: this machine has {count} CUDA devices; try device = 'cpu'"
         )
-    return chosen
+    return torch.device("cuda", index)
 
 
 def check_memory(
@@ -96,7 +92,7 @@ def make_accelerator(
     precision: str,  # fp32 | bf16 | fp16
     device: torch.device,  # where to compute
 ):  # accelerate.Accelerator
-    "An `Accelerator` for one run; forgets an earlier one of another precision in this process."
+    "An `Accelerator` for one run; an earlier one of another precision is forgotten."
     from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState, GradientState
 

@@ -1,9 +1,5 @@
 """Evaluation of a run: samples in checked shards, measurements, held-out loss, a picture."""
 
-import contextlib
-import json
-import math
-import tempfile
 import time
 import zipfile
 from collections.abc import Callable
@@ -17,7 +13,7 @@ from torch import Tensor, nn
 
 from uvit_repro.config import EvalConfig, Experiment, eval_id, project_root
 from uvit_repro.config.durations import format_duration
-from uvit_repro.data.features import feature_status
+from uvit_repro.data.features import FeatureNetwork, feature_status
 from uvit_repro.data.files import (
     DamagedFile,
     read_checked_json,
@@ -49,8 +45,7 @@ from uvit_repro.sample import (
     sample_labels,
 )
 
-IN_MEMORY = 2**31  # bytes of samples; more are mapped from a file
-WHOLE, PLAN = "whole.json", "plan.json"  # in a folder of samples: complete; how they are drawn
+WHOLE = "whole.json"  # in a folder of samples that is complete: shape, batch, labels, attention
 
 
 class Evaluation(NamedTuple):
@@ -111,28 +106,24 @@ class RunContext:
     where: dict = field(default_factory=dict)  # chapter and paper_ref of the measurements
     attention: str = ""  # the path that training took; empty: to be chosen
     about: dict = field(default_factory=dict)  # further fields of the record
-    again: bool = False  # measure again what was measured without data that are there now
 
     @property
     def device(self) -> torch.device:
         "Where this process computes."
         return pick_device(self.exp.execution.device)
 
-    def planned(self) -> list[Evaluation]:
-        "What is to be measured; given weights have no curve and no held-out loss."
-        return measurements_of(self.exp)[-1:] if self.load else measurements_of(self.exp)
-
     def missing(self, info: dict) -> list[Evaluation]:
-        "What is planned and not yet recorded."
-        return missing_measurements(self.exp, self.folder, info, self.planned())
+        "What is planned and not yet recorded; given weights have no curve and no held-out loss."
+        planned = measurements_of(self.exp)
+        return missing_measurements(
+            self.exp, self.folder, info, planned[-1:] if self.load else planned
+        )
 
     def attention_path(self) -> str:
         "As asked, as in training, or the faster one: no timing decides it twice."
-        asked = self.exp.execution.attention
-        if asked == "auto":
-            asked = self.attention
-        choose = lambda: attention_choice(self.exp, self.device)["path"]  # noqa: E731
-        return asked or self.team.first(choose)
+        if self.exp.execution.attention == "auto" and self.attention:
+            return self.attention
+        return self.team.first(lambda: attention_choice(self.exp, self.device))["path"]
 
     def network(self, m: Evaluation, attention: str) -> nn.Module:
         "The network of a measurement on its device, its blocks compiled where that pays."
@@ -145,13 +136,11 @@ class RunContext:
         return net
 
 
-def sample_conditions(
-    exp: Experiment,  # of the samples
-    data: Data,  # its data
-    n: int,  # how many images
-    device,  # where the network is
-) -> tuple:  # conditions of all images; those without condition, or None; labels or None
-    "What images 0 .. n - 1 should show: classes in turn or by frequency, or prompts (Appendix A)."
+# ---------------------------------------------------------------- samples
+
+
+def sample_conditions(exp: Experiment, data: Data, n: int, device) -> tuple:
+    "What n images should show, what guidance compares it with, and their labels (Appendix A)."
     s, classes, cond, labels, null = exp.sampling, exp.data.num_classes, {}, None, None
     if exp.model.condition == "class":
         counts = data.train_labels.bincount(minlength=classes)
@@ -163,27 +152,18 @@ def sample_conditions(
     return cond, null_condition(s.cfg_scale, cond, classes, null, device), labels
 
 
-def allocate_samples(
-    shape,  # of uint8 images, (N, C, H, W)
-    folder: Path,  # where a file would lie
-) -> Tensor:  # not filled
-    "Memory for images, or for many a mapped file that disappears with the tensor."
-    size = math.prod(shape)
-    if size <= IN_MEMORY:
-        return torch.empty(shape, dtype=torch.uint8)
-    with tempfile.NamedTemporaryFile(dir=folder) as f:
-        return torch.from_file(f.name, shared=True, size=size, dtype=torch.uint8).view(shape)
-
-
 def samples_folder(exp: Experiment, folder: Path, step: int, n: int) -> Path:
     "Where n samples of a step lie: named by sampling alone, so that other measures reuse them."
     return folder / "samples" / eval_id(replace(exp, evaluation=EvalConfig()), step, n)
 
 
+def shard_path(where: Path, first: int) -> Path:
+    "The file of the samples from a first one on."
+    return where / f"{first:07d}.npz"
+
+
 def read_shard(path: Path) -> np.ndarray:
-    "The images of a shard, compared with their checksum. Raises `DamagedFile`."
-    if not path.exists() and path.with_suffix(".npy").exists():  # before shards had checksums
-        return np.load(path.with_suffix(".npy"))
+    "The images of a shard; numpy compares them with their checksum. Raises `DamagedFile`."
     try:
         with np.load(path) as archive:
             return archive["images"]
@@ -191,96 +171,62 @@ def read_shard(path: Path) -> np.ndarray:
         raise DamagedFile(f"{path} is damaged ({type(e).__name__}: {e})") from None
 
 
-def write_shard(path: Path, images: Tensor) -> None:
-    "Write a shard; the archive keeps a checksum of its content."
-    write_atomic(path, lambda p: np.savez(p, images=images.numpy()))
-
-
-def read_whole(where: Path) -> dict:  # shape, batch, labels, attention
-    "What a complete folder of samples says about itself."
-    path = where / WHOLE
-    with contextlib.suppress(ValueError):
-        about = json.loads(path.read_bytes())
-        if isinstance(about, dict) and set(about) == {"shape", "batch", "labels"}:
-            return {**about, "attention": ""}  # before these files had checksums
-    return read_checked_json(path)
-
-
 def read_samples(
     where: Path,  # folder of shards
-    most: int | None = None,  # only the first ones
+    end: int | None = None,  # only the samples before this one
+    first: int = 0,  # and from this one on
 ) -> tuple:  # uint8 (n, C, H, W), labels (n,) or None
     "The samples of a measurement. Raises `FileNotFoundError` when they are incomplete."
     if not (where / WHOLE).exists():
-        found = len(list(where.glob("[0-9]*.np[yz]")))
+        found = len(list(where.glob("[0-9]*.npz")))
         raise FileNotFoundError(
             f"{where}: the samples are not complete ({found} shards); rerun the command that "
             "draws them to resume"
         )
-    about = read_whole(where)
-    n = min(most or about["shape"][0], about["shape"][0])
-    images = allocate_samples((n, *about["shape"][1:]), where)
-    for a, b in batch_bounds(n, about["batch"]):
-        images[a:b] = torch.from_numpy(read_shard(where / f"{a:07d}.npz")[: b - a])
-    labels = about["labels"]
-    return images, None if labels is None else torch.tensor(labels[:n])
+    about = read_checked_json(where / WHOLE)
+    n, *shape = about["shape"]
+    end, labels = n if end is None else min(n, end), about["labels"]
+    images = torch.empty((end - first, *shape), dtype=torch.uint8)
+    for a, b in batch_bounds(end, about["batch"]):
+        if b > first:
+            own = read_shard(shard_path(where, a))[max(first - a, 0) : b - a]
+            images[max(a - first, 0) : b - first] = torch.from_numpy(own)
+    return images, None if labels is None else torch.tensor(labels[first:end])
 
 
 def check_samples(where: Path, say=print) -> bool:  # whether all samples are there
     "Set damaged files of a folder of samples aside, so that they are drawn again."
-    for path in sorted(where.glob("[0-9]*.npz")):
+    for path in (*where.glob(WHOLE), *sorted(where.glob("[0-9]*.npz"))):
         try:
-            read_shard(path)
+            (read_checked_json if path.name == WHOLE else read_shard)(path)
         except DamagedFile as e:
             say(f"{e}; set aside as {set_aside(path).name}, to be drawn again")
-            (where / WHOLE).unlink(missing_ok=True)
-    for name, read in ((WHOLE, read_whole), (PLAN, lambda w: read_checked_json(w / PLAN))):
-        path = where / name
-        try:
-            read(where)
-        except FileNotFoundError:
-            continue
-        except DamagedFile as e:
-            say(f"{e}; set aside as {set_aside(path).name}")
             (where / WHOLE).unlink(missing_ok=True)
     return (where / WHOLE).exists()
 
 
-def sampling_plan(ctx: RunContext, where: Path) -> dict:  # batch, attention
-    "How samples are drawn; what was begun in one way goes on in it."
-    if not (where / PLAN).exists():
-        plan = {"batch": ctx.exp.execution.sample_batch, "attention": ctx.attention_path()}
-        write_checked_json(where / PLAN, plan)
-        for path in where.glob("[0-9]*.npz"):
-            path.unlink()  # drawn by a plan that is lost
-    return read_checked_json(where / PLAN)
-
-
 def draw_samples(ctx: RunContext, m: Evaluation) -> Path:  # folder of shards, see `read_samples`
     "Sample the images of a measurement, all processes together; only missing shards are drawn."
-    where, n = samples_folder(m.exp, ctx.folder, m.step, m.num_samples), m.num_samples
+    where, exp, n = samples_folder(m.exp, ctx.folder, m.step, m.num_samples), m.exp, m.num_samples
     if ctx.team.first(lambda: check_samples(where, ctx.say)):
         return where
-    plan = ctx.team.first(lambda: sampling_plan(replace(ctx, team=ALONE), where))
-    shards = batch_bounds(n, plan["batch"], (ctx.team.rank, ctx.team.size))
-    todo = [(a, b) for a, b in shards if not (where / f"{a:07d}.npz").exists()]
-    cond, null, labels = sample_conditions(m.exp, ctx.data, n, ctx.device)
-    decode = ctx.data.decode
-    denoiser = make_denoiser(
-        ctx.network(m, plan["attention"]),
-        Diffusion(m.exp.diffusion),
-        m.exp.sampling,
-        null,
-        AUTOCAST[m.exp.train.precision],
-    )
-    d, sampling = m.exp.data, m.exp.sampling
+    attention, batch = ctx.attention_path(), exp.execution.sample_batch
+
+    def is_drawn(a: int, b: int) -> bool:  # of another length: begun with another sample_batch
+        return shard_path(where, a).exists() and len(read_shard(shard_path(where, a))) == b - a
+
+    bounds = batch_bounds(n, batch, (ctx.team.rank, ctx.team.size))
+    todo = [(a, b) for a, b in bounds if not is_drawn(a, b)]
+    cond, null, labels = sample_conditions(exp, ctx.data, n, ctx.device)
+    net, cast, decode = ctx.network(m, attention), AUTOCAST[exp.train.precision], ctx.data.decode
+    denoiser = make_denoiser(net, Diffusion(exp.diffusion), exp.sampling, null, cast)
+    shape = (exp.data.in_chans, exp.data.img_size, exp.data.img_size)
     start = last = time.perf_counter()
     for done, (a, b) in enumerate(todo, 1):
         here = {k: v[a:b] for k, v in cond.items()}
-        shape = (d.in_chans, d.img_size, d.img_size)
-        x = draw_batch(denoiser, sampling, shape, (a, b), here, ctx.device)
-        x = decode(x, sampling.decoder) if decode else to_uint8(x)
-        write_shard(where / f"{a:07d}.npz", x.cpu())
+        x = draw_batch(denoiser, exp.sampling, shape, (a, b), here, ctx.device)
+        x = (decode(x, exp.sampling.decoder) if decode else to_uint8(x)).cpu()
+        write_atomic(shard_path(where, a), lambda p, x=x: np.savez(p, images=x.numpy()))
         now = time.perf_counter()
         if now - last > 15:
             last = now
@@ -288,11 +234,14 @@ def draw_samples(ctx: RunContext, m: Evaluation) -> Path:  # folder of shards, s
             ctx.say(f"sampled {b}/{n}, {left} left")
     ctx.team.gather(None)
     if ctx.team.rank == 0:
-        shape = [n, *read_shard(where / "0000000.npz").shape[1:]]
+        shape = [n, *read_shard(shard_path(where, 0)).shape[1:]]
+        about = {"shape": shape, "batch": batch, "attention": attention}
         labels = None if labels is None else labels.tolist()
-        about = {"shape": shape, "batch": plan["batch"], "labels": labels}
-        write_checked_json(where / WHOLE, {**about, "attention": plan["attention"]})
+        write_checked_json(where / WHOLE, {**about, "labels": labels})
     return where
+
+
+# ---------------------------------------------------------------- measurements
 
 
 def keep_statistics(ctx: RunContext, m: Evaluation, stats: dict, rows: list) -> dict:
@@ -303,14 +252,25 @@ def keep_statistics(ctx: RunContext, m: Evaluation, stats: dict, rows: list) -> 
     return {"step": m.step, "num_samples": m.num_samples, "stats_sha256": sha256_file(path)}
 
 
+def shared_features(ctx: RunContext, m: Evaluation, where: Path) -> dict | None:
+    "Features of samples, each process's share from itself; None when one process does it all."
+    name, (rank, size) = m.exp.evaluation.features, (ctx.team.rank, ctx.team.size)
+    if size == 1 or name == "none" or not ctx.team.first(lambda: feature_status(name)[0]):
+        return None
+    first, end = (m.num_samples * r // size for r in (rank, rank + 1))
+    network, own = FeatureNetwork(name, ctx.device), read_samples(where, end, first)[0]
+    parts = [p for p in ctx.team.gather(network.extract(own) if len(own) else None) if p]
+    return {kind: torch.cat([p[kind] for p in parts]) for kind in parts[0]}
+
+
 def measure_samples(ctx: RunContext, m: Evaluation) -> dict:  # an entry for run.json
-    "Draw the images of a measurement, all processes together; the first one measures and records."
-    start = time.perf_counter()
+    "Draw images and extract features, all processes together; the first one measures and records."
+    start, features, data = time.perf_counter(), m.exp.evaluation.features, ctx.data
     where = draw_samples(ctx, m)
+    sampled = time.perf_counter() - start
+    made = shared_features(ctx, m, where)
     if ctx.team.rank:
         return {}
-    sampled = time.perf_counter() - start
-    features, data = m.exp.evaluation.features, ctx.data
     images, labels = read_samples(where)
     options = MeasureOptions(
         features,
@@ -319,6 +279,7 @@ def measure_samples(ctx: RunContext, m: Evaluation) -> dict:  # an entry for run
         None if data.decode else m.exp.model.patch_size,
         m.exp.data.flip,
         m.exp.execution.reference or None,
+        made,
     )
     extra = data.judge(images) if data.judge else None
     rows, stats = measure_images(images, labels, data, options, extra=extra)
@@ -330,7 +291,7 @@ def measure_samples(ctx: RunContext, m: Evaluation) -> dict:  # an entry for run
         "sampling": asdict(m.exp.sampling),
         "features": features,
         "features_found": feature_status(features)[0],
-        "attention": read_whole(where)["attention"],
+        "attention": read_checked_json(where / WHOLE)["attention"],
         "sampling_seconds": sampled,
         "seconds": time.perf_counter() - start,
     }
@@ -356,33 +317,28 @@ def heldout_inputs(
     return held[pick], cond
 
 
-def loss_statistics(ctx: RunContext, m: Evaluation, n: int, attention: str) -> dict:
-    "The denoising loss by noise level on n held-out images, the same for every run on these data."
-    exp = m.exp
-    images, cond = heldout_inputs(exp, ctx.data, n)
-    stats = heldout_loss(
-        ctx.network(m, attention),
-        Diffusion(exp.diffusion),
-        images,
-        cond,
-        exp.evaluation.loss_levels,
-        device=ctx.device,
-        autocast=AUTOCAST[exp.train.precision],
-        part=(ctx.team.rank, ctx.team.size),
-    )
-    return {**stats, "loss": sum(ctx.team.gather(stats["loss"]))}
-
-
 def measure_loss(ctx: RunContext, m: Evaluation) -> dict:  # an entry for run.json
-    "Record the held-out denoising loss of a step."
-    start, attention, stats = time.perf_counter(), ctx.attention_path(), {}
-    n = min(m.exp.evaluation.loss_images, len(held_out(ctx.data)))
-    row = {"metric": "heldout_loss", "value": None, "num_samples": n}
+    "Record the held-out denoising loss of a step, on the same images for every run on these data."
+    start, attention = time.perf_counter(), ctx.attention_path()
+    exp = m.exp
+    n = min(exp.evaluation.loss_images, len(held_out(ctx.data)))
+    row, stats = {"metric": "heldout_loss", "value": None, "num_samples": n}, {}
     if n:
-        stats = loss_statistics(ctx, m, n, attention)
+        images, cond = heldout_inputs(exp, ctx.data, n)
+        stats = heldout_loss(
+            ctx.network(m, attention),
+            Diffusion(exp.diffusion),
+            images,
+            cond,
+            exp.evaluation.loss_levels,
+            device=ctx.device,
+            autocast=AUTOCAST[exp.train.precision],
+            part=(ctx.team.rank, ctx.team.size),
+        )
+        stats["loss"] = sum(ctx.team.gather(stats["loss"]))
         row["value"] = float(stats["loss"].mean())
     else:
-        row["why"] = f"{m.exp.data.dataset} has no held-out images: set holdout"
+        row["why"] = f"{exp.data.dataset} has no held-out images: set holdout"
     if ctx.team.rank:
         return {}
     entry = keep_statistics(ctx, m, {**stats, "n": np.int64(n)}, [row])

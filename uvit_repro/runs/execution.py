@@ -63,13 +63,9 @@ def set_attention(
             m.path = path
 
 
-def time_attention(
-    shape: tuple,  # (B, H, L, D/H)
-    device="cpu",
-    dtype=torch.float32,  # the type under autocast
-) -> dict:  # path -> seconds of one forward and backward pass, the fastest repetition
-    "Time the attention paths that this machine has, on shapes like the model's."
-    on_gpu = torch.device(device).type == "cuda"
+def time_attention(shape: tuple, device: torch.device, dtype: torch.dtype) -> dict:
+    "Seconds of a forward and backward pass, the fastest of several, by attention path."
+    on_gpu = device.type == "cuda"
     qkv = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
     seconds = {}
     for path in ATTENTION_PATHS if on_gpu else ("sdpa", "math"):

@@ -29,20 +29,14 @@ from uvit_repro.data.files import (
     sweep_unfinished,
     write_json,
 )
-from uvit_repro.data.images import Data, open_data, summary
+from uvit_repro.data.images import open_data, summary
 from uvit_repro.data.references import read_reference
 from uvit_repro.diffusion import Diffusion
 from uvit_repro.runs.certificate import cached_certificate
 from uvit_repro.runs.checkpoints import check_weights, weights_path, weights_sums
 from uvit_repro.runs.counting import least_memory
-from uvit_repro.runs.devices import check_memory, join_processes, pick_device, thread_count
-from uvit_repro.runs.evaluate import (
-    RunContext,
-    keep_picture,
-    measure,
-    measurements_of,
-    missing_measurements,
-)
+from uvit_repro.runs.devices import check_memory, join_processes, thread_count
+from uvit_repro.runs.evaluate import RunContext, keep_picture, measure, measurements_of
 from uvit_repro.runs.processes import run_together
 from uvit_repro.runs.records import conditions, load_results, read_info, runs_root
 from uvit_repro.runs.training import current_path, train
@@ -69,6 +63,12 @@ class Run:
         own = df[df.run_id == self.run_id]
         return own.drop(columns=["origin", "folder"]).reset_index(drop=True)
 
+    def log(self):
+        "Its loss while training, a DataFrame: step, loss, lr, seconds."
+        import pandas as pd
+
+        return pd.read_csv(self.folder / "log.csv")
+
     def first(self) -> dict:
         "Arrays of first.npz: images, labels, nearest training images."
         with np.load(self.folder / "first.npz") as arrays:
@@ -89,50 +89,19 @@ def with_reference(exp: Experiment) -> Experiment:
     return replace(exp, evaluation=replace(exp.evaluation, reference_sha256=found))
 
 
-def open_experiment(exp: Experiment) -> tuple[Experiment, Data]:
-    "The experiment with what only its files tell (checksums, classes), and its data."
-    exp, data = open_data(exp)
-    return with_reference(exp), data
-
-
-def chapter_parameters(exp: Experiment) -> dict:
-    "Parameters of chapter 05 that give an experiment: protocol, seed, and what differs from them."
+def repeat_command(exp: Experiment) -> str:
+    "The papermill command that repeats an experiment, ready for a shell."
     base, dataset = PROTOCOLS[exp.protocol], exp.data.dataset
     given = {"protocol": exp.protocol, "seed": exp.seed}
     if dataset != base.data.dataset:
-        base = experiment(exp.protocol, dataset=dataset)
-        given["dataset"] = dataset
-    for name, (section, _) in PARAMETERS.items():
-        if section == "execution" or name == "dataset" or name.endswith("_sha256"):
-            continue
-        value = getattr(getattr(exp, section), name)
-        if value != getattr(getattr(base, section), name):
+        base, given["dataset"] = experiment(exp.protocol, dataset=dataset), dataset
+    usual = base.flat()
+    for name, value in exp.flat().items():
+        here = PARAMETERS[name][0] == "execution" or name == "dataset" or name.endswith("_sha256")
+        if not here and value != usual[name]:
             given[name] = ",".join(map(str, value)) if isinstance(value, tuple) else value
-    return given
-
-
-def repeat_command(exp: Experiment) -> str:
-    "The papermill command that repeats an experiment, ready for a shell."
-    parameters = (f"-p {k} {shlex.quote(str(v))}" for k, v in chapter_parameters(exp).items())
+    parameters = (f"-p {name} {shlex.quote(str(value))}" for name, value in given.items())
     return " ".join(["papermill nbs/05_ablations.ipynb out.ipynb", *parameters])
-
-
-def run_folder(
-    exp: Experiment,  # any
-    out_dir=None,  # folder of runs; None: results/runs
-) -> Path:
-    "The folder of an experiment's run; opens its data, whose content is part of the name."
-    return runs_root(out_dir) / open_experiment(exp)[0].run_id
-
-
-def is_done(
-    exp: Experiment,  # any
-    out_dir=None,  # folder of runs; None: results/runs
-) -> bool:
-    "Whether this machine has the run, with all its measurements."
-    folder = run_folder(exp, out_dir)
-    info = read_info(folder)
-    return info.get("status") == "ok" and not missing_measurements(exp, folder, info)
 
 
 def root_of(exp: Experiment, out_dir=None) -> Path:
@@ -153,7 +122,8 @@ def run_experiment(
 ) -> Run:  # finished
     "From an experiment to recorded measurements; completed work is cached, failures are recorded."
     with thread_count(exp.execution.threads):
-        exp, data = open_experiment(exp)
+        exp, data = open_data(exp)
+        exp = with_reference(exp)
         for m in measurements_of(exp):
             s = m.exp.sampling
             check_sampler(s.sampler, s.nfe, Diffusion(exp.diffusion).process)
@@ -165,8 +135,7 @@ def run_experiment(
         where = {"chapter": chapter, "paper_ref": paper_ref}
         if exp.execution.processes > 1 and "WORLD_SIZE" not in os.environ:
             return share_run(exp, folder, say, where)
-        team = join_processes(exp.execution.processes, pick_device(exp.execution.device))
-        return perform(RunContext(exp, data, folder, say, team, where=where))
+        return perform(RunContext(exp, data, folder, say, where=where))
 
 
 def share_run(exp: Experiment, folder: Path, say, where: dict) -> Run:
@@ -184,17 +153,24 @@ def share_run(exp: Experiment, folder: Path, say, where: dict) -> Run:
 
 def perform(ctx: RunContext) -> Run:
     "Train if needed, measure what is missing, record both. A file lock protects the run."
-    lead = ctx.team.rank == 0
-    with run_lock(ctx.folder, ctx.say) if lead else contextlib.nullcontext():
-        info, todo = ctx.team.first(lambda: prepare(ctx))
-        finished = info.get("status") == "ok" and not ctx.again
+    team = join_processes(ctx.exp.execution.processes, ctx.device)
+    lead = team.rank == 0
+    ctx = replace(ctx, team=team, say=ctx.say if lead else lambda line: None)
+    writable = os.access(ctx.folder, os.W_OK) or not ctx.folder.exists()  # else it is only read
+    with run_lock(ctx.folder, ctx.say) if lead and writable else contextlib.nullcontext():
+        info, todo = team.first(lambda: prepare(ctx))
+        finished = info.get("status") == "ok"
         if finished and not todo:
             return Run(ctx.folder, ctx.exp, info, fresh=False)
         if not finished and ctx.load is None:
             check_memory(least_memory(ctx.exp), ctx.device)
         if lead and ctx.data.notes:
             summary(ctx.data.notes)
-        (add_measurements if finished else complete)(ctx, info)
+        if finished:  # another evaluation: what the record says about the run stays as it is
+            command = ctx.about.get("command") or repeat_command(ctx.exp)
+            evaluate(ctx, info, command=command, conditions=conditions(ctx.device))
+        else:
+            complete(ctx, info)
         return Run(ctx.folder, ctx.exp, info, fresh=True)
 
 
@@ -221,10 +197,8 @@ def keep_info(ctx: RunContext, info: dict) -> None:
 
 def about_run(ctx: RunContext) -> dict:
     "What a record says about a run before its results."
-    exp, data, about = ctx.exp, ctx.data, dict(ctx.about)
-    if ctx.load is None:
-        about["images_seen"] = exp.train.n_steps * exp.train.batch_size
-    return {
+    exp, data = ctx.exp, ctx.data
+    about = {
         "run_id": exp.run_id,
         "experiment": exp.to_dict(),
         "command": repeat_command(exp),
@@ -238,8 +212,10 @@ def about_run(ctx: RunContext) -> dict:
             "held_out": len(data.test_images),
             "notes": data.notes[:50],
         },
-        **about,
     }
+    if ctx.load is None:
+        about["images_seen"] = exp.train.n_steps * exp.train.batch_size
+    return {**about, **ctx.about}
 
 
 def complete(ctx: RunContext, info: dict) -> None:
@@ -251,10 +227,7 @@ def complete(ctx: RunContext, info: dict) -> None:
     start = time.perf_counter()
     try:
         info.update(about_run(ctx))
-        ctx = with_weights(ctx, info)
-        for m in ctx.team.first(lambda: ctx.missing(info)):
-            info["evaluations"][m.eval_id] = measure(ctx, m)
-            keep_info(ctx, info)
+        evaluate(ctx, info)
         if ctx.team.rank == 0:
             keep_picture(ctx)
         info.update(status="ok", error=None)
@@ -264,63 +237,40 @@ def complete(ctx: RunContext, info: dict) -> None:
         raise
     finally:
         # What a killed attempt took is known from its parts alone.
-        own = {m.eval_id for m in ctx.planned()}
-        parts = [e.get("seconds", 0) for i, e in info["evaluations"].items() if i in own]
-        known = info.get("training", {}).get("seconds", 0) + sum(parts)
+        parts = [info.get("training", {}), *info["evaluations"].values()]
+        known = sum(part.get("seconds", 0) for part in parts)
         spent = info.get("wall_seconds", 0) + time.perf_counter() - start
         info["wall_seconds"] = max(spent, known)
         keep_info(ctx, info)
 
 
-def add_measurements(ctx: RunContext, info: dict) -> None:
-    "Measure a finished run in another way; what its record says about the run stays as it is."
-    made = {"command": ctx.about.get("command") or repeat_command(ctx.exp)}
-    made["conditions"] = conditions(ctx.device)
-    failed = info.pop("failed_evaluations", {})
-    try:
-        ctx = with_weights(ctx, info)
-        for m in ctx.team.first(lambda: ctx.missing(info)):
-            info["evaluations"][m.eval_id] = {**measure(ctx, m), **made}
-            failed.pop(m.eval_id, None)
-            keep_info(ctx, info)
-    except Exception as e:
-        note = {"error": f"{type(e).__name__}: {e}", **made}
-        failed.update({m.eval_id: note for m in ctx.missing(info)})
-        raise
-    finally:
-        if failed:
-            info["failed_evaluations"] = failed
+def evaluate(
+    ctx: RunContext,
+    info: dict,  # the record, which is changed
+    **made,  # further fields of each new evaluation
+) -> None:
+    "Measure what is missing, after training where the weights are missing, too."
+    if ctx.load is None:
+        ctx = replace(ctx, attention=train_weights(ctx, info))
+    for m in ctx.team.first(lambda: ctx.missing(info)):
+        info["evaluations"][m.eval_id] = {**measure(ctx, m), **made}
         keep_info(ctx, info)
 
 
-def with_weights(ctx: RunContext, info: dict) -> RunContext:  # with the attention path of training
+def train_weights(ctx: RunContext, info: dict) -> str:  # the attention path of training
     "Train if the final weights are missing, and record that before anything is measured."
-    if ctx.load is not None:
-        return ctx
 
     def keep(training: dict) -> None:
         info["training"] = training
         keep_info(ctx, info)
 
-    trained = train(ctx.exp, ctx.data, ctx.folder, ctx.say, ctx.team, keep)["steps"] > 0
+    trained = train(ctx.exp, ctx.data, ctx.folder, ctx.say, ctx.team, keep)
     if ctx.team.rank == 0:
         known, found = info.get("weights_sha256", {}), weights_sums(ctx.folder)
-        if trained:
-            forget_other_weights(ctx.folder, info, found)
+        if trained and any(known.get(name, sha) != sha for name, sha in found.items()):
+            # Trained again to other bits, as on a GPU: what the old weights gave is void.
+            info["evaluations"] = {}
+            shutil.rmtree(ctx.folder / "samples", ignore_errors=True)
         info["weights_sha256"] = {**known, **found} if trained else {**found, **known}
         keep_info(ctx, info)
-    path = ctx.team.first(lambda: info.get("training", {}).get("attention", ""))
-    return replace(ctx, attention=current_path(path))
-
-
-def forget_other_weights(folder: Path, info: dict, found: dict) -> None:
-    "Drop what was measured with weights that a new training, as on a GPU, did not end at again."
-    known = info.get("weights_sha256", {})
-    changed = {stem for stem, sha in found.items() if known.get(stem, sha) != sha}
-    if changed:
-        info["evaluations"] = {
-            eid: entry
-            for eid, entry in info["evaluations"].items()
-            if weights_path(folder, entry["step"]).stem not in changed
-        }
-        shutil.rmtree(folder / "samples", ignore_errors=True)
+    return ctx.team.first(lambda: current_path(info.get("training", {}).get("attention", "")))

@@ -47,6 +47,7 @@ class MeasureOptions:
     patch_size: int = None  # of the network that made them; None: no seam energy
     mirror: bool = False  # training used flips: a mirrored copy is a copy
     reference: Path = None  # file of statistics in place of the training images'
+    made: dict = None  # features of the samples, where they are known
 
 
 class Measurement:
@@ -61,7 +62,7 @@ class Measurement:
 
     @cached_property
     def made(self) -> dict:  # features, logits and spatial features of the samples
-        return self.network.extract(self.images)
+        return self.options.made or self.network.extract(self.images)
 
     def moments(self, kind: str = "features") -> FeatureStatistics:
         name = "sFID" if kind == "spatial" else f"{self.network.spec.short} distance"

@@ -1,9 +1,8 @@
-"""Several processes on this machine that work on one run, started with torchrun."""
+"""Other processes: several that work on one run, started with torchrun, and their output."""
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,13 +11,11 @@ from uvit_repro.config import Experiment, ParameterError
 from uvit_repro.runs.devices import pick_device
 
 PROGRESS = ("step ", "sampled ", "resumed ", "read ", "encoded ", "another process ")
+FAILED = "failed: "  # begins the line in which `python -m uvit_repro.runs` says why it ended
 
 
 class ProcessesFailed(RuntimeError):
     "Processes that worked together stopped; the message is the first one's own."
-
-    def _render_traceback_(self):
-        return [f"{type(self).__name__}: {self}"]
 
 
 def default_workers() -> int:
@@ -26,49 +23,23 @@ def default_workers() -> int:
     return 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, 8)
 
 
-def worker_environment(exp: Experiment) -> dict:
-    "The environment of each process: one per GPU, or several that share the cores."
-    n, cpu = exp.execution.processes, pick_device(exp.execution.device).type == "cpu"
-    if not cpu and n > torch.cuda.device_count():
-        raise ParameterError(
-            f"processes = {n}: this machine has {torch.cuda.device_count()} GPUs, and each "
-            "process needs its own"
-        )
-    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    threads = exp.execution.threads
-    if cpu:
-        env["ACCELERATE_USE_CPU"] = "true"
-        threads = threads or max(1, (os.cpu_count() or 1) // n)
-    if threads:
-        env["OMP_NUM_THREADS"] = str(threads)
-    return env
-
-
-def stream_lines(
-    command: list,  # a command line
-    receive: Callable,  # called with each line of its output
-    **options,  # of subprocess.Popen
-) -> int:  # exit code
-    "Run a command, pass its output on line by line, and end it when this process is interrupted."
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        bufsize=1,
-        **options,
-    )
+def run_command(command: list, say, env: dict) -> tuple[int, str]:
+    "Run a command: its exit code, and why it failed or its last line of output."
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "bufsize": 1, "env": env}
+    text = {"text": True, "encoding": "utf-8", "errors": "replace"}
+    process, last = subprocess.Popen(list(map(str, command)), **pipes, **text), ""
     try:
-        for line in process.stdout:
-            receive(line)
+        for line in map(str.strip, process.stdout):
+            if line.startswith(PROGRESS):
+                say(line)
+            if line.startswith(FAILED) or (line and not last.startswith(FAILED)):
+                last = line
     except BaseException:
         process.terminate()
         raise
     finally:
         process.wait()
-    return process.returncode
+    return process.returncode, last.removeprefix(FAILED)
 
 
 def run_together(
@@ -77,17 +48,20 @@ def run_together(
     say=print,  # progress lines
 ) -> None:
     "Work on a run with N processes. Raises `ProcessesFailed` with the message of one."
-    n, last = exp.execution.processes, ""
+    n, threads = exp.execution.processes, exp.execution.threads
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if pick_device(exp.execution.device).type == "cpu":
+        env["ACCELERATE_USE_CPU"] = "true"
+        threads = threads or max(1, (os.cpu_count() or 1) // n)
+    elif n > torch.cuda.device_count():
+        raise ParameterError(
+            f"processes = {n}: this machine has {torch.cuda.device_count()} GPUs, and each "
+            "process needs its own"
+        )
+    if threads:
+        env["OMP_NUM_THREADS"] = str(threads)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc_per_node", str(n), "-m", "uvit_repro.runs", str(job)]
-
-    def receive(line: str) -> None:
-        nonlocal last
-        line = line.strip()
-        if line.startswith(PROGRESS):
-            say(line)
-        if line.startswith("failed: ") or (line and not last.startswith("failed: ")):
-            last = line
-
-    if stream_lines(command, receive, env=worker_environment(exp)):
-        raise ProcessesFailed(f"{n} processes: {last.removeprefix('failed: ')}")
+    command = [*torchrun, "--nproc_per_node", n, "-m", "uvit_repro.runs", job]
+    code, last = run_command(command, say, env)
+    if code:
+        raise ProcessesFailed(f"{n} processes: {last}")

@@ -30,50 +30,18 @@ from uvit_repro.data.files import (
 )
 
 COLUMNS = [
-    "run_id",
-    "eval_id",
-    "chapter",
-    "paper_ref",
-    "dataset",
-    "model",
-    "variant",
-    "protocol",
-    "seed",
-    "step",
-    "metric",
-    "value",
-    "num_samples",
-    "sampler",
-    "nfe",
-    "cfg_scale",
-    "weights",
-    "status",
-    "note",
+    *("run_id", "eval_id", "chapter", "paper_ref", "dataset", "model", "variant", "protocol"),
+    *("seed", "step", "metric", "value", "num_samples", "sampler", "nfe", "cfg_scale"),
+    *("weights", "status", "note"),
 ]
-PACKAGES = [
-    "uvit_repro",
-    "torch",
-    "torchvision",
-    "numpy",
-    "diffusers",
-    "torch-fidelity",
-    "accelerate",
-    "papermill",
-]
+PACKAGES = ("uvit_repro", "torch", "torchvision", "numpy", "diffusers", "torch-fidelity")
+PACKAGES += ("accelerate", "papermill")
 # Names of the first edition, as published measurements.csv files have them.
 RENAMED_METRICS = {"copies": "nn_close", "border_energy": "patch_seam_energy"}
 SEAL = "SHA256SUMS"  # checksums of a published run's files
 LIST = "RUNS.sha256"  # checksums of the seals of all published runs
-EVIDENCE = (
-    "run.json",
-    "measurements.csv",
-    "log.csv",
-    "samples.png",
-    "first.npz",
-    "prediction.json",
-    "look.png",
-    "centre.png",
-)
+EVIDENCE = ("run.json", "measurements.csv", "log.csv", "samples.png", "first.npz")
+EVIDENCE += ("prediction.json",)  # of `uvit_repro.campaign`
 
 
 def runs_root(
@@ -91,11 +59,10 @@ def published_root() -> Path:
 def git(*args: str) -> str:
     "The output of a git command in the project; empty where there is no git or no repository."
     command = ["git", "-C", str(project_root()), *args]
-    try:
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         out = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
         return out.stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+    return ""
 
 
 def cpu_name() -> str:
@@ -107,13 +74,6 @@ def cpu_name() -> str:
     return platform.processor()
 
 
-def package_version(name: str) -> str | None:
-    "The installed version of a package."
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return metadata.version(name)
-    return None
-
-
 def conditions(
     device="cpu",  # where the run computes
 ) -> dict:  # plain values, for run.json
@@ -121,12 +81,16 @@ def conditions(
     import torch
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "nbs", "uvit_repro")
+    versions = dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     about = {
         "commit": git("rev-parse", "HEAD") or os.environ.get("UVIT_REPRO_COMMIT", ""),
         "dirty": bool(changed),
         "python": platform.python_version(),
         "system": platform.system(),
-        "versions": {p: package_version(p) for p in PACKAGES},
+        "versions": versions,
         "device": str(device),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -304,27 +268,21 @@ def load_runs(origin: str = "all", out_dir=None) -> list[dict]:
             if path.parent.name in found:
                 continue
             try:
-                found[path.parent.name] = {**load_run(path.parent), "origin": name}
-                found[path.parent.name]["status"]  # every reader asks for it
+                run = load_run(path.parent)
+                found[path.parent.name] = {**run, "status": run["status"], "origin": name}
             except Exception as e:  # one damaged or foreign record never stops a reader
-                found.pop(path.parent.name, None)
                 left_out(path, e)
     return list(found.values())
 
 
 def read_info(folder: Path) -> dict:
     "run.json as it is, or nothing; a damaged one is set aside."
-    path = folder / "run.json"
-    try:
-        info = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        info = None
-    if isinstance(info, dict):
-        return info
-    set_aside(path)
-    return {}
+    path, info = folder / "run.json", None
+    with contextlib.suppress(ValueError):
+        info = json.loads(path.read_bytes()) if path.exists() else {}
+    if not isinstance(info, dict):
+        set_aside(path)
+    return info if isinstance(info, dict) else {}
 
 
 def seal(
@@ -332,14 +290,13 @@ def seal(
 ) -> Path:  # the file of checksums
     "Write the checksums of a run's files, in the form of `sha256sum`."
     folder = Path(folder)
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
     lines = [
         f"{sha256_file(p)}  {p.relative_to(folder).as_posix()}\n"
-        for p in files
-        if p.name not in (SEAL, ".lock") and not p.name.startswith(UNFINISHED)
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and not p.name.startswith((SEAL, ".lock", UNFINISHED))
     ]
     return write_atomic(
-        folder / SEAL, lambda p: p.write_text("".join(lines), encoding="utf-8", newline="\n")
+        folder / SEAL, lambda p: p.write_text("".join(lines), "utf-8", newline="\n")
     )
 
 
@@ -348,14 +305,6 @@ def read_list(root: Path) -> dict[str, str]:  # checksum of the seal by the run'
     path = root / LIST
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return {line[66:].removesuffix(f"/{SEAL}"): line[:64] for line in lines}
-
-
-def list_published(folder: Path) -> None:
-    "Enter a sealed run in the list of its root; the caller holds the root."
-    root = folder.parent
-    entries = {**read_list(root), folder.name: sha256_file(folder / SEAL)}
-    text = "".join(f"{entries[name]}  {name}/{SEAL}\n" for name in sorted(entries))
-    write_atomic(root / LIST, lambda p: p.write_text(text, encoding="utf-8", newline="\n"))
 
 
 def publish(
@@ -374,6 +323,7 @@ def publish(
         for name in (*EVIDENCE, *statistics):
             if (folder / name).exists() and not Path(name).name.startswith(UNFINISHED):
                 write_atomic(dest / name, lambda p, n=name: shutil.copyfile(folder / n, p))
-        seal(dest)
-        list_published(dest)
+        entries = {**read_list(root), folder.name: sha256_file(seal(dest))}
+        text = "".join(f"{entries[name]}  {name}/{SEAL}\n" for name in sorted(entries))
+        write_atomic(root / LIST, lambda p: p.write_text(text, "utf-8", newline="\n"))
     return dest

@@ -3,6 +3,7 @@ sampled and measured with its authors' settings."""
 
 import argparse
 import ast
+import contextlib
 import json
 import os
 import shlex
@@ -11,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from uvit_repro.config import (
     CONFIGS,
+    PARAMETERS,
     Experiment,
     ParameterError,
     data_root,
@@ -27,65 +28,47 @@ from uvit_repro.config import (
 from uvit_repro.data.autoencoder import load_autoencoder
 from uvit_repro.data.coco import TextStore
 from uvit_repro.data.files import CheckpointError, load_tensors, sha256_file
-from uvit_repro.data.folders import find_imagenet64, imagenet_files
 from uvit_repro.data.images import Data, open_data
+from uvit_repro.data.latent_sets import LatentDecoder
 from uvit_repro.diffusion import Diffusion
-from uvit_repro.runs.devices import join_processes, pick_device, thread_count
+from uvit_repro.runs.counting import meta_model
+from uvit_repro.runs.devices import pick_device, thread_count
 from uvit_repro.runs.evaluate import RunContext, measurements_of
 from uvit_repro.runs.experiment import Run, perform, with_reference
-from uvit_repro.runs.records import read_info, runs_root
+from uvit_repro.runs.records import runs_root
 from uvit_repro.sample import check_sampler
 from uvit_repro.uvit import load_official, official_shape
 
 SOURCE = "https://github.com/baofff/U-ViT#pretrained-models"
-FROM_MODEL = ("patch_size", "embed_dim", "depth", "mlp_ratio", "qkv_bias", "mlp_time_embed")
-NEEDED = (
-    "patch_embed.proj.weight",
-    "pos_embed",
-    "mid_block.attn.qkv.weight",
-    "decoder_pred.weight",
-)
 
 
-def shape_of(exp: Experiment) -> dict:
-    "The sizes that a U-ViT of this experiment leaves in its weights."
-    m, d = exp.model, exp.data
-    classes = d.num_classes + (exp.train.p_uncond > 0)
-    return {
-        "img_size": d.img_size,
-        "in_chans": d.in_chans,
-        **{k: getattr(m, k) for k in (*FROM_MODEL, "conv", "skip")},
-        "num_classes": classes if m.condition == "class" else None,
-        "text": (d.text_tokens, d.text_dim) if m.condition == "text" else None,
-    }
+def sizes(
+    sd: dict,  # state dictionary
+    text_tokens: int,  # of a text model
+) -> dict:
+    "The sizes that a U-ViT's weights show. Raises `CheckpointError` for other weights."
+    try:
+        width, chans, patch, _ = sd["patch_embed.proj.weight"].shape
+        own = {"in_chans": chans, "embed_dim": width, "patch_size": patch}
+        return {**official_shape(sd, text_tokens), **own}
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        why = f"{type(e).__name__}: {e}"[:200]
+        raise CheckpointError(f"not a U-ViT checkpoint ({why})") from None
 
 
-def shape_of_file(sd: dict, text_tokens: int = 77) -> dict:
-    "The sizes that weights show, as `shape_of`. Raises `CheckpointError` when not a U-ViT's."
-    if not isinstance(sd, dict):
-        raise CheckpointError(f"not a U-ViT checkpoint: it is a {type(sd).__name__}")
-    for name in NEEDED:
-        if not isinstance(sd.get(name), Tensor):
-            has = ", ".join(map(str, list(sd)[:4]))
-            raise CheckpointError(f"not a U-ViT checkpoint: it has no {name} (it has {has}, ...)")
-    width, chans, patch, _ = sd["patch_embed.proj.weight"].shape
-    s = official_shape(sd, text_tokens)
-    text = (s.pop("num_clip_token"), s.pop("clip_dim")) if "clip_dim" in s else None
-    return {**s, "in_chans": chans, "embed_dim": width, "patch_size": patch, "text": text}
-
-
-def differences(found: dict, wanted: dict) -> list[str]:
-    "What a file has instead of what an experiment needs."
-    other = (k for k in wanted if found[k] != wanted[k])
-    return [f"{k} = {found[k]} instead of {wanted[k]}" for k in other]
+def differences(sd: dict, exp: Experiment) -> list[str]:
+    "What weights have instead of what an experiment needs."
+    weights = sd, meta_model(exp).state_dict()
+    found, wanted = (sizes(w, exp.data.text_tokens) for w in weights)
+    other = [k for k in {**found, **wanted} if found.get(k) != wanted.get(k)]
+    return [f"{k} = {found.get(k)} instead of {wanted.get(k)}" for k in other]
 
 
 def identify(
     sd: dict,  # state dictionary of a released file
 ) -> str:  # its key in CONFIGS
     "Which of the ten released models these weights are. Raises `CheckpointError` when none."
-    found = shape_of_file(sd)
-    apart = {name: differences(found, shape_of(exp)) for name, exp in CONFIGS.items()}
+    apart = {name: differences(sd, exp) for name, exp in CONFIGS.items()}
     nearest = min(apart, key=lambda name: len(apart[name]))
     if apart[nearest]:
         raise CheckpointError(
@@ -115,8 +98,7 @@ def released_settings(
 ) -> Experiment:  # checked against the weights
     "The released settings of a file's kind, or those of a given experiment."
     exp = exp or CONFIGS[identify(sd)]
-    found = differences(shape_of_file(sd, exp.data.text_tokens), shape_of(exp))
-    if found:
+    if found := differences(sd, exp):
         raise CheckpointError(f"the file is not of this experiment: {', '.join(found)}")
     fixed = {"curve_steps": (), "loss_steps": (), "processes": int(os.environ.get("WORLD_SIZE", 1))}
     exp = with_overrides(exp, **{**overrides, **fixed})
@@ -126,8 +108,17 @@ def released_settings(
     return exp
 
 
-def open_decoder(exp: Experiment, autoencoder) -> tuple:  # function, shape of an image, checksum
-    "The decoder of a latent model. Raises when its weights are absent or of another geometry."
+def without_data(exp: Experiment, why: FileNotFoundError) -> Data:
+    "What a data set that is not here leaves: enough to sample, nothing to compare with."
+    d, none = exp.data, torch.zeros(0, dtype=torch.long)
+    names = [str(i) for i in range(d.num_classes)]
+    notes = [f"data set not open: {d.dataset} ({str(why).splitlines()[0].split('. ')[0]})"]
+    images = torch.empty((0, d.in_chans, d.img_size, d.img_size), dtype=torch.uint8)
+    return Data(d.dataset, None, none, images, none, d.num_classes, names, "", notes)
+
+
+def with_decoder(exp: Experiment, data: Data, autoencoder) -> tuple[Data, str]:
+    "The data with the decoder of a latent model, and the checksum of its weights."
     root, device = data_root(exp.execution.data_root), pick_device(exp.execution.device)
     ae = load_autoencoder(str(autoencoder or exp.sampling.decoder), root, device)
     if ae.latent_chans != exp.data.in_chans:
@@ -135,34 +126,10 @@ def open_decoder(exp: Experiment, autoencoder) -> tuple:  # function, shape of a
             f"autoencoder {ae.name}: its latents have {ae.latent_chans} channels, the model's "
             f"have {exp.data.in_chans}"
         )
-    side, scale = exp.data.img_size * ae.factor, exp.data.latent_scale
-
-    def decode(z: Tensor, decoder: str = "") -> Tensor:
-        return ae.decode(z.float() / scale)
-
-    return decode, (ae.image_chans, side, side), ae.sha256
-
-
-def class_counts(exp: Experiment) -> Tensor | None:
-    "Training images of each class of ImageNet 64x64; listed, not read."
-    if exp.sampling.labels != "frequency" or exp.data.dataset != "imagenet64":
-        return None
-    try:
-        folder = find_imagenet64(data_root(exp.execution.data_root))
-        files, names, _ = imagenet_files(folder, exp.data.num_classes)
-    except FileNotFoundError:
-        return None
-    number = {name: i for i, name in enumerate(names)}
-    return torch.tensor([number[c] for c, _ in files]).bincount(minlength=len(names))
-
-
-def stand_in(exp: Experiment, why: str, shape: tuple) -> Data:
-    "Replacement for a data set that is not here: enough to sample, nothing to compare with."
-    classes, counts = exp.data.num_classes, class_counts(exp)
-    none, images = torch.zeros(0, dtype=torch.long), torch.empty((0, *shape), dtype=torch.uint8)
-    labels = none if counts is None else torch.arange(len(counts)).repeat_interleave(counts)
-    names, note = [str(i) for i in range(classes)], f"data set not open: {exp.data.dataset} ({why})"
-    return Data(exp.data.dataset, None, labels, images, none, classes, names, "", [note])
+    shape = (ae.image_chans, *[exp.data.img_size * ae.factor] * 2)
+    if data.shape != shape:
+        data = replace(data, test_images=torch.empty((0, *shape), dtype=torch.uint8))
+    return replace(data, decode=LatentDecoder(lambda *_: ae, exp.data.latent_scale)), ae.sha256
 
 
 def open_released(
@@ -172,33 +139,19 @@ def open_released(
     contexts=None,  # folder of encoded prompts, or None: those of the data set
 ) -> tuple[ReleasedExperiment, Data]:
     "Everything besides the weights, checked before the first image."
-    exp, side = with_reference(exp), exp.data.img_size
-    decode, shape = None, (exp.data.in_chans, side, side)
-    if exp.sampling.decoder or autoencoder:
-        decode, shape, files["autoencoder"] = open_decoder(exp, autoencoder)
+    exp = with_reference(exp)
     try:
-        if exp.data.dataset == "imagenet64" and exp.execution.reference:
-            raise FileNotFoundError("the reference statistics stand for its images")
         exp, data = open_data(exp)
     except FileNotFoundError as e:
-        data = stand_in(exp, str(e).splitlines()[0].split(". ")[0], shape)
+        data = without_data(exp, e)
+    if exp.sampling.decoder or autoencoder:
+        data, files["autoencoder"] = with_decoder(exp, data, autoencoder)
     if exp.sampling.labels == "frequency" and len(data):
         counts = data.train_labels.bincount(minlength=exp.data.num_classes)
         files["class counts"] = digest(counts.tolist(), 64)
     elif exp.sampling.labels == "frequency":
         exp = with_overrides(exp, labels="uniform")
         data.notes.append("labels: uniform instead of by frequency (no images to count classes)")
-    if decode:
-        data = replace(data, decode=decode)
-        if data.shape != shape:
-            data = replace(data, test_images=torch.empty((0, *shape), dtype=torch.uint8))
-    data = with_texts(exp, data, files, contexts)
-    fields = {f: getattr(exp, f) for f in Experiment.__dataclass_fields__}
-    return ReleasedExperiment(**fields, files=tuple(sorted(files.items()))), data
-
-
-def with_texts(exp: Experiment, data: Data, files: dict, contexts) -> Data:
-    "The data with the prompts of a text model."
     if contexts:
         data = replace(data, texts=TextStore(contexts))
         files["contexts"] = sha256_file(Path(contexts) / "index.json")
@@ -209,7 +162,15 @@ def with_texts(exp: Experiment, data: Data, files: dict, contexts) -> Data:
         )
     if data.texts is not None:
         data.texts.prompts(exp.evaluation.num_samples)
-    return data
+    fields = {f: getattr(exp, f) for f in Experiment.__dataclass_fields__}
+    return ReleasedExperiment(**fields, files=tuple(sorted(files.items()))), data
+
+
+def repeat_command(path: Path, options: dict) -> str:
+    "The command that repeats an evaluation, ready for a shell."
+    given = {f"--{name.replace('_', '-')}": v for name, v in options.items() if v is not None}
+    words = [str(word) for pair in given.items() for word in pair]
+    return shlex.join(["python", "-m", "uvit_repro.runs.released", str(path), *words])
 
 
 def evaluate_released(
@@ -232,75 +193,49 @@ def evaluate_released(
     options = {"out_dir": out_dir, "autoencoder": autoencoder, "contexts": contexts, **overrides}
     if own_settings:  # the record itself holds them
         options["experiment"] = folder / "run.json"
-    words = [w for k, v in options.items() if v is not None for w in (flag(k), str(v))]
+    fixed = ("curve_steps", "loss_steps")
+    sha256 = exp.evaluation.reference_sha256
     about = {
-        "command": shlex.join(["python", "-m", "uvit_repro.runs.released", str(path), *words]),
-        "deviations": [
-            list(d) for d in deviations(exp) if d[0] not in ("curve_steps", "loss_steps")
-        ],
+        "command": repeat_command(path, options),
+        "deviations": [list(d) for d in deviations(exp) if d[0] not in fixed],
         "checkpoint": {"file": path.name, "bytes": path.stat().st_size},
         "files": dict(exp.files),
-        "reference": None,
+        "reference": {"file": Path(reference).name, "sha256": sha256} if reference else None,
     }
-    if reference:
-        sha256 = exp.evaluation.reference_sha256
-        about["reference"] = {"file": Path(reference).name, "sha256": sha256}
     tokens = exp.data.text_tokens if exp.model.condition == "text" else None
+
+    def load() -> torch.nn.Module:
+        return load_official(sd, exp.model.num_heads, tokens)
+
+    where = {"chapter": chapter, "paper_ref": paper_ref}
     with thread_count(exp.execution.threads):
-        ctx = RunContext(
-            exp,
-            data,
-            folder,
-            say,
-            join_processes(exp.execution.processes, pick_device(exp.execution.device)),
-            load=lambda: load_official(sd, exp.model.num_heads, tokens),
-            where={"chapter": chapter, "paper_ref": paper_ref},
-            about=about,
-            # Measured without its data set, which is here now.
-            again=read_info(folder).get("data", {}).get("held_out", 0) < len(data.test_images),
-        )
-        return perform(ctx)
+        return perform(RunContext(exp, data, folder, say, load=load, where=where, about=about))
 
 
-def flag(name: str) -> str:
-    "A setting as the command line writes it."
-    return f"--{name.replace('_', '-')}"
+def literal(text: str):
+    "A number, a tuple or a truth value as Python writes them; anything else is a text."
+    with contextlib.suppress(ValueError, SyntaxError):
+        return ast.literal_eval(text)
+    return text
 
 
-def parse(argv: list | None) -> tuple[str, dict]:  # the checkpoint; arguments of the evaluation
+def parse(argv: list | None) -> dict:  # arguments of `evaluate_released`
     "Read the command line: a file, and settings as --FIELD VALUE."
     parser = argparse.ArgumentParser(
         prog="python -m uvit_repro.runs.released",
         usage="%(prog)s CHECKPOINT [--FIELD VALUE ...]",
         description="Sample and measure a released U-ViT checkpoint; rerun to resume.",
-        epilog="Fields: autoencoder, contexts, experiment (run.json of your own file), out-dir, "
-        "and any field of the experiment, as reference, num-samples, data-root, nfe, device.",
+        argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("checkpoint", help=f"a released file ({SOURCE}) or one of its format")
-    args, rest = parser.parse_known_args(argv)
-    flags, values = rest[::2], rest[1::2]
-    if len(flags) != len(values) or not all(f.startswith("--") for f in flags):
-        raise ParameterError(f"{' '.join(rest)}: expected --FIELD VALUE")
-    given = dict(zip((f[2:].replace("-", "_") for f in flags), values, strict=True))
-    for name, value in given.items():
-        try:
-            given[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            continue
+    parser.add_argument("path", help=f"a released file ({SOURCE}) or one of its format")
+    parser.add_argument("--experiment", help="run.json of your own file")
+    for name in ("out_dir", "autoencoder", "contexts", *PARAMETERS):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=literal)
+    given = vars(parser.parse_args(argv))
     if "experiment" in given:
         record = json.loads(Path(given.pop("experiment")).read_text(encoding="utf-8"))
         given["exp"] = from_dict(record["experiment"])
-    return args.checkpoint, given
-
-
-def report_lines(run: Run) -> list[str]:
-    "What a person wants to see of an evaluation."
-    lines, table = [str(run.folder)], run.measurements()
-    table = table[table.eval_id == measurements_of(run.exp)[-1].eval_id]
-    for r in table.itertuples():
-        value = f"{r.value:.5g} ({r.num_samples:.0f} images)"
-        lines.append(f"{r.metric:28s} {value if r.status == 'ok' else f'not run: {r.note}'}")
-    return lines
+    return given
 
 
 def main(
@@ -308,19 +243,20 @@ def main(
 ) -> int:  # 0 done, 1 failed, 2 a request that can't be carried out
     "`python -m uvit_repro.runs.released PATH`."
     try:
-        path, given = parse(argv)
-        run = evaluate_released(path, say=lambda line: print(line, flush=True), **given)
-    except (ParameterError, FileNotFoundError, CheckpointError) as e:
-        print(f"uvit_repro.runs.released: {e}", file=sys.stderr)
-        return 2
+        run = evaluate_released(say=lambda line: print(line, flush=True), **parse(argv))
     except KeyboardInterrupt:
         print("interrupted; rerun to resume", file=sys.stderr)
         return 130
     except Exception as e:
-        print(f"failed: {type(e).__name__}: {e}", file=sys.stderr)
-        return 1
+        refused = isinstance(e, (ParameterError, FileNotFoundError, CheckpointError))
+        why = str(e) if refused else f"failed: {type(e).__name__}: {e}"
+        print(f"uvit_repro.runs.released: {why}", file=sys.stderr)
+        return 2 if refused else 1
     if int(os.environ.get("RANK", 0)) == 0:
-        print("\n".join(report_lines(run)))
+        table = run.measurements()
+        table = table[table.eval_id == measurements_of(run.exp)[-1].eval_id]
+        columns = ["metric", "value", "num_samples", "status", "note"]
+        print(run.folder, table[columns].to_string(index=False), sep="\n")
     return 0
 
 

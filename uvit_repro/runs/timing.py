@@ -1,11 +1,14 @@
 """The timer of the house: calls, contestants in turn, peak memory, a machine's ceiling."""
 
+import contextlib
 import gc
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -97,21 +100,18 @@ def process_memory(
     field: str,  # VmRSS (now) or VmHWM (the high-water mark)
 ) -> int | None:  # bytes; None where the system does not say
     "Memory of this process as Linux reports it."
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    sizes = [int(line.split()[1]) * 1024 for line in lines if line.startswith(field)]
-    return sizes[0] if sizes else None
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def memory_in_use(device="cpu") -> int | None:
     "Bytes in use now: of the allocator on a GPU, of the process on a CPU."
     gc.collect()
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-        return torch.cuda.memory_allocated(device)
-    return process_memory("VmRSS")
+    on_gpu = torch.device(device).type == "cuda"
+    return torch.cuda.memory_allocated(device) if on_gpu else process_memory("VmRSS")
 
 
 def peak_memory(
@@ -122,13 +122,10 @@ def peak_memory(
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         fn()
-        torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
-    except OSError:
-        fn()
+    if not os.access("/proc/self/clear_refs", os.W_OK):
         return None
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
     fn()
     return process_memory("VmHWM")
 
@@ -150,8 +147,7 @@ def matmul_rate(
     device = torch.device(device)
     rates = []
     for n in sizes or ((4096, 8192) if device.type == "cuda" else (512, 1024)):
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        out = torch.empty(n, n, device=device, dtype=dtype)
-        seconds = time_calls(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, repeats)
+        a, b, out = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
+        seconds = time_calls(partial(torch.mm, a, b, out=out), device, repeats)
         rates.append(2 * n**3 / statistics.median(seconds))
     return max(rates)
