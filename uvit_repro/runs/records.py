@@ -74,6 +74,13 @@ def cpu_name() -> str:
     return platform.processor()
 
 
+def package_version(name: str) -> str | None:
+    "The installed version of a package."
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(name)
+    return None
+
+
 def conditions(
     device="cpu",  # where the run computes
 ) -> dict:  # plain values, for run.json
@@ -81,16 +88,12 @@ def conditions(
     import torch
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "nbs", "uvit_repro")
-    versions = dict.fromkeys(PACKAGES)
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
     about = {
         "commit": git("rev-parse", "HEAD") or os.environ.get("UVIT_REPRO_COMMIT", ""),
         "dirty": bool(changed),
         "python": platform.python_version(),
         "system": platform.system(),
-        "versions": versions,
+        "versions": {p: package_version(p) for p in PACKAGES},
         "device": str(device),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
