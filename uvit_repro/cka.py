@@ -267,7 +267,7 @@ def settings_of(
     fields = {**SETTINGS, MATCHED: {"skip": "none", "mlp_ratio": ratio}}
     return {k: replace(base, model=replace(m, **v)) for k, v in fields.items()}
 
-
+# %% ../nbs/09_representations.ipynb #09-recorded
 def recorded(
     base: Experiment,  # a protocol
     out_dir=None,  # folder of runs; None: results/runs

@@ -69,7 +69,7 @@ def _interp(x: Tensor, xp: Tensor, fp: Tensor) -> Tensor:
     i = torch.searchsorted(xp, x.contiguous()).clamp(1, len(xp) - 1)
     return fp[i - 1] + (x - xp[i - 1]) * (fp[i] - fp[i - 1]) / (xp[i] - xp[i - 1])
 
-
+# %% ../nbs/01_background.ipynb #01-betas
 class Betas(Process):
     "Discrete process; network time first, first + 1, ..."
 

@@ -501,7 +501,7 @@ def batch_bounds(
     "Deal out n images in whole batches, so that each is computed as by one process."
     return [(a, min(a + batch, n)) for a in range(0, n, batch)][part[0] :: part[1]]
 
-
+# %% ../nbs/04a_sampling.ipynb #04a-sample-2
 def sample(
     model: nn.Module,
     diffusion: Diffusion,
