@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 from sizes import count_sizes
 
-from uvit_repro.config import ParameterError, eval_id, experiment
+from uvit_repro.campaign.verify import verify
+from uvit_repro.config import PROTOCOLS, ParameterError, eval_id, experiment
 from uvit_repro.paper.claims import arm_experiment, fixed_list
 from uvit_repro.report import appendix, chapters, pages
 from uvit_repro.report.evidence import (
@@ -22,6 +24,7 @@ from uvit_repro.report.evidence import (
     transferred,
 )
 from uvit_repro.runs import counting
+from uvit_repro.runs.records import published_root
 
 LOG_SNR = np.linspace(-11.9, 11.9, 21)
 HOSTILE = '<script>alert(1)</script>|`[x](javascript:y)\n"&'
@@ -235,6 +238,40 @@ def test_a_hostile_record_renders_inert(tmp_path):
     assert len(widths - {0}) <= 2  # one per table: no cell broke a row
 
 
+def leaves(tree, path=()):
+    "The paths of all values of a nested dict."
+    for name, value in tree.items():
+        yield from leaves(value, (*path, name)) if isinstance(value, dict) else [(*path, name)]
+
+
+def test_hostile_text_in_every_field_and_column_renders_inert(tmp_path):
+    shape = experiment("cpu").to_dict()
+    info = {"status": "ok", "experiment": shape, "command": "", "wall_seconds": 1, "started": ""}
+    info |= {"conditions": {"cpu": "", "gpu": "", "commit": "", "versions": {"torch": ""}}}
+    for i, path in enumerate(leaves(info)):
+        e = experiment("cpu", seed=100 + i)
+        text = json.loads(json.dumps(info | {"experiment": e.to_dict()}))
+        at = text
+        for name in path[:-1]:
+            at = at[name]
+        at[path[-1]] = HOSTILE
+        plant(tmp_path, e, {3000: levels("adopted", 20, 3000)}, **text)
+    for i, column in enumerate(("run_id", "eval_id", "metric", "step", "value", "weights")):
+        e = experiment("cpu", seed=300 + i)
+        plant(tmp_path, e, {3000: levels("adopted", 20, 3000)})
+        with open(tmp_path / e.run_id / TABLE, newline="", encoding="utf-8") as file:
+            [row] = csv.DictReader(file)
+        with open(tmp_path / e.run_id / TABLE, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([row, (row | {column: HOSTILE}).values()])
+        (tmp_path / e.run_id / "log.csv").write_text(HOSTILE, encoding="utf-8")
+    report = pages.Report(read_evidence("runs", tmp_path), tmp_path)
+    assert len(report.ev.records) > 6 and len(report.refused) > 50
+    page, markdown = (pages.render(report, f"report.{kind}.j2", []) for kind in ("html", "md"))
+    assert "script" not in Page(page).tags and "&lt;script" in page
+    assert not [link for link in Page(page).links if link.startswith("javascript")]
+    assert "<script" not in markdown and "](javascript" not in markdown
+
+
 # ---- Page ----
 
 
@@ -363,3 +400,120 @@ def test_recorded_counts_are_those_of_the_networks():
     sizes = counting.recorded_sizes()
     again = list(sizes)[::6]  # all of them: python tests/sizes.py
     assert count_sizes({k: v for k, v in sizes.items() if k not in again}) == sizes
+
+
+# ---- Planted errors ----
+
+
+def edit(path, old, new, count=1):
+    "Replace a pattern in a file that must have it."
+    text = path.read_text(encoding="utf-8")
+    changed = re.sub(old, new, text, count=count, flags=re.M)
+    assert changed != text
+    path.write_text(changed, encoding="utf-8")
+
+
+def edit_statistics(folder, change):
+    "Change the arrays of the last held-out loss."
+    path = folder / "stats" / f"{eval_id(PROTOCOLS['laptop'], 4000, 0)}.npz"
+    with np.load(path) as arrays:
+        content = dict(arrays)
+    change(content)
+    np.savez(path, **content)
+
+
+def flip_bit(folder):
+    path = sorted((folder / "stats").glob("*dpm*.npz"))[-1]
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def scale_loss(content):
+    content["loss"] = content["loss"] * 1.001
+
+
+def foreign_record(folder):
+    other = next(published_root().glob("digits-uvit-64x7-2-skip-none-s0*"))
+    (folder / "run.json").write_bytes((other / "run.json").read_bytes())
+
+
+def change_rows(folder, change):
+    "Change the rows of the last held-out loss."
+    path = folder / TABLE
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(change(x) if LAST in x else x for x in lines), encoding="utf-8")
+
+
+LAST = ",4000,heldout_loss,"
+TABLE = "measurements.csv"
+ERRORS = {  # a planted error and the words that name it
+    "changed value": (lambda f: edit(f / TABLE, rf"({LAST}0\.\d)\d", r"\g<1>0"), "heldout_loss"),
+    "changed statistic": (lambda f: edit_statistics(f, scale_loss), "sha256"),
+    "deleted row": (lambda f: change_rows(f, lambda row: ""), "metrics without a row"),
+    "another seed": (lambda f: edit(f / TABLE, r",laptop,0,", ",laptop,1,"), "columns of"),
+    "another name": (lambda f: edit(f / TABLE, LAST, ",4000,heldout,"), "heldout"),
+    "flipped bit": (flip_bit, "sha256"),
+    "changed step": (lambda f: edit(f / TABLE, LAST, ",3999,heldout_loss,"), "columns of"),
+    "repeated row": (lambda f: change_rows(f, lambda row: row * 2), "several rows"),
+    "not a number": (lambda f: edit(f / TABLE, rf"({LAST})[\d.]+", r"\1nan"), "heldout_loss"),
+    "foreign record": (foreign_record, "name of the folder"),
+    "changed experiment": (lambda f: edit(f / "run.json", r'("lr": )[\d.e-]+', r"\g<1>0.5"), ""),
+    "cut file": (lambda f: (f / "run.json").write_text("{"), "readable"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_a_planted_error_is_named_by_verify_and_changes_no_word(tmp_path, name):
+    source = published_root() / PROTOCOLS["laptop"].run_id
+    shutil.copytree(source, tmp_path / source.name, ignore=shutil.ignore_patterns("SHA256SUMS"))
+    assert [str(c) for c in verify(out_dir=tmp_path) if not c.ok] == []
+    before = read_evidence("runs", tmp_path).records[source.name].value("heldout_loss")
+    plant_error, named = ERRORS[name]
+    plant_error(tmp_path / source.name)
+    bad = [str(c) for c in verify(out_dir=tmp_path) if not c.ok]
+    assert any(named in line and source.name in line for line in bad), bad
+    ev = read_evidence("runs", tmp_path)
+    if source.name in ev.records and name != "changed value":
+        value = ev.records[source.name].value("heldout_loss")
+        assert value == before or np.isnan(value)
+    else:
+        assert name == "changed value" or [folder for folder, _ in ev.refused] == [source.name]
+
+
+# ---- Published numbers, with numpy alone ----
+
+
+def recorded(metric):
+    "The last recorded value of a metric of the published headline model, and its statistics."
+    folder = published_root() / PROTOCOLS["laptop"].run_id
+    with open(folder / TABLE, newline="", encoding="utf-8") as file:
+        row = [row for row in csv.DictReader(file) if row["metric"] == metric][-1]
+    with np.load(folder / "stats" / f"{row['eval_id']}.npz") as arrays:
+        return float(row["value"]), dict(arrays)
+
+
+def test_a_held_out_loss_is_the_mean_over_its_noise_levels():
+    value, arrays = recorded("heldout_loss")
+    assert value == pytest.approx(arrays["loss"].sum() / arrays["loss"].size, rel=1e-12)
+
+
+def test_a_frechet_distance_from_its_means_and_covariances():
+    value, arrays = recorded("fd_digits_cnn_test")
+    (m1, c1), (m2, c2) = (
+        (arrays[f"{side}_mean"], arrays[f"{side}_cov"]) for side in ("sample", "test")
+    )
+    eigenvalues = np.linalg.eigvals(c1 @ c2).real.clip(min=0)
+    distance = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2) - 2 * np.sqrt(eigenvalues).sum()
+    assert value == pytest.approx(distance, rel=1e-6)
+
+
+def test_an_entropy_of_classes_from_its_counts():
+    value, arrays = recorded("class_entropy")
+    share = arrays["classes"] / arrays["classes"].sum()
+    assert value == pytest.approx(-(share[share > 0] * np.log(share[share > 0])).sum(), rel=1e-12)
+
+
+def test_a_median_distance_to_the_nearest_training_image():
+    value, arrays = recorded("nn_train_median")
+    assert value == pytest.approx(np.sort(arrays["nn_sample"])[[499, 500]].mean(), rel=1e-12)

@@ -172,8 +172,10 @@ def check_rows(folder: Path, name: str, evaluation: tuple, rows: list) -> Iterat
         given = float(row["value"]) if row["value"] else None
         yield compare(metric, where, given, value, tolerance)
         yield compare(f"columns of {metric}", where, {k: row[k] for k in wanted}, wanted)
-    missing = sorted(set(values) - {row["metric"] for row in rows})
-    yield compare("metrics without a row", where, [], missing)
+    names = [row["metric"] for row in rows]
+    yield compare("metrics without a row", where, [], sorted(set(values) - set(names)))
+    repeated = sorted({metric for metric in names if names.count(metric) > 1})
+    yield compare("metrics with several rows", where, [], repeated)
 
 
 def check_local_files(folder: Path) -> Iterator[Check]:

@@ -47,18 +47,12 @@ class Record:
     info: dict  # run.json
     experiment: Experiment
     measurements: tuple[dict, ...]  # rows of measurements.csv that hold a number
+    machine: str = ""  # that computed the run
 
     @property
     def run_id(self) -> str:
         "Name of the run and of its folder."
         return self.folder.name
-
-    @property
-    def machine(self) -> str:
-        "What computed the run."
-        c = self.info.get("conditions", {})
-        name = c.get("gpu") or c.get("cpu") or "unknown machine"
-        return f"{name}, torch {c.get('versions', {}).get('torch', '?')}"
 
     def value(
         self,
@@ -93,7 +87,8 @@ class Record:
     def training_log(self) -> pd.DataFrame:
         "The training loss, columns step and loss; empty without a log."
         path = self.folder / "log.csv"
-        return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["step", "loss"])
+        columns = ["step", "loss"]
+        return pd.read_csv(path)[columns] if path.is_file() else pd.DataFrame(columns=columns)
 
 
 def read_record(folder: Path, origin: str) -> Record | None:  # None: unfinished, or of smoke
@@ -104,13 +99,28 @@ def read_record(folder: Path, origin: str) -> Record | None:  # None: unfinished
     e = from_dict(info["experiment"])
     if not folder.name == info["run_id"] == e.run_id:
         raise ValueError(f"the folder holds another run: {e.run_id}")
+    if e.protocol not in SCALES:
+        raise ValueError(f"protocol = {e.protocol!r}: allowed are {', '.join(SCALES)}")
     text = (folder / "measurements.csv").read_text(encoding="utf-8")
     rows = [row for row in csv.DictReader(io.StringIO(text)) if row["status"] == "ok"]
     for row in rows:
-        if row["run_id"] != e.run_id or not np.isfinite(float(row["value"])):
+        if row["run_id"] != e.run_id or not np.isfinite(float(row["value"]) + int(row["step"])):
             raise ValueError("measurements.csv holds another run or a value that is no number")
         row["metric"] = current_metric_name(row["metric"])
-    return Record(folder, origin, info, e, tuple(rows))
+    if len({(row["metric"], row["eval_id"]) for row in rows}) < len(rows):
+        raise ValueError("measurements.csv holds a measurement twice")
+    for check in info.get("certificate") or ():
+        check["equal"] = float(check["difference"]) < float(check["tolerance"])
+    info["wall_seconds"] = float(info.get("wall_seconds", "nan"))
+    record = Record(folder, origin, info, e, tuple(rows))
+    record.training_log().astype(float)
+    return replace(record, machine=machine_name(info.get("conditions", {})))
+
+
+def machine_name(conditions: dict) -> str:
+    "What computed a run."
+    name = conditions.get("gpu") or conditions.get("cpu") or "unknown machine"
+    return f"{name}, torch {conditions.get('versions', {}).get('torch', '?')}"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -224,6 +225,14 @@ def draw_figure3(ev: Evidence) -> list[Figure]:
 # ---- Representations and samples ----
 
 
+def readable(read: Callable, record: Record):
+    "What a file of a record holds; None where it is damaged, which `verify` names."
+    try:
+        return read(record)
+    except Exception:
+        return None
+
+
 def cka_matrix(record: Record) -> np.ndarray | None:
     "The similarity of all tokens over all noise levels that chapter 09 kept; None without one."
     for path in sorted((record.folder / "stats").glob("cka-*.npz")):
@@ -243,7 +252,7 @@ def draw_figure7(ev: Evidence) -> list[Figure]:
     for r in (r for protocol in ev.protocols for r in ev.at(protocol)):
         e = r.experiment
         alike = trained_alike(r, PROTOCOLS[e.protocol]) and label_of(r) in names
-        if alike and (matrix := cka_matrix(r)) is not None:
+        if alike and (matrix := readable(cka_matrix, r)) is not None:
             rows.setdefault(f"{SCALES[e.protocol]}, seed {e.seed}", {})[names[label_of(r)]] = matrix
     fig, axes = subplots(len(rows), 3, (2.7, 2.7))
     fig.subplots_adjust(right=0.87, wspace=0.3)
@@ -282,10 +291,10 @@ def draw_samples(ev: Evidence, protocol: str) -> list[Figure]:
     for r in sorted(ev.at(protocol), key=lambda r: (r.experiment.seed, label_of(r))):
         label = label_of(r)
         wanted = trained_alike(r, base) and label in shown
-        if not wanted or not (r.folder / "first.npz").is_file():
+        images = readable(first_images, r) if wanted else None
+        if not images:
             continue
         shown.remove(label)
-        images = first_images(r)
         rows[label or "adopted"] = images["images"]
         if not label and "nearest" in images:
             rows["nearest training image"] = images["nearest"]
