@@ -20,12 +20,11 @@ from uvit_repro.diffit import (
     DiffiTBlock,
     DiffiTImage,
     LatentDiffiT,
+    ResidualCell,
     diffit_positions,
-    from_windows,
     load_released,
     published_run,
     relative_index,
-    to_windows,
 )
 from uvit_repro.runs.counting import count_macs, meta_model
 from uvit_repro.runs.execution import set_attention
@@ -93,13 +92,13 @@ def test_time_in_the_bias_by_its_table_and_none_for_tokens_in_front():
     assert not bias[:, :, :2].any() and not bias[..., :2].any()
 
 
-def test_windows_by_hand_and_their_inverse():
-    x = torch.randn(2, 5, 6, 6)
-    for w in (1, 2, 3, 6):
-        tokens, n = to_windows(x, w), 6 // w
-        assert torch.equal(from_windows(tokens, w, 6), x)
-        row = tokens[n * n + 4 // w * n + 3 // w, 4 % w * w + 3 % w]
-        assert torch.equal(row, x[1, :, 4, 3])
+def test_a_residual_cell_puts_its_windows_back():
+    "Without attention's and the MLP's last layers a cell adds its convolution, place by place."
+    cell, x, temb = shaken(ResidualCell(8, 2, 3)), torch.randn(2, 8, 6, 6), torch.randn(2, 8)
+    for last in (cell.block.attn.proj, cell.block.mlp.fc2):
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+    assert torch.equal(cell(x, temb), x + cell.conv(F.silu(cell.norm(x))))
 
 
 def test_windows_get_the_time_of_their_own_image():

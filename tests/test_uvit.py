@@ -262,7 +262,6 @@ def test_the_head_is_a_linear_layer_on_patches():
         ({"num_heads": 5}, "num_heads"),
         ({"skip": "cat"}, "'concat'"),
         ({"time": "film"}, "'token'"),
-        ({"num_classes": 3, "clip_dim": 8}, "not both"),
         ({"pos_embed": "sincos2d", "embed_dim": 30, "num_heads": 2}, "multiple of 4"),
     ],
 )

@@ -306,29 +306,6 @@ def load_released(
     return file.fill(net)
 
 # %% ../nbs/12_diffit.ipynb #12-residualcell
-def to_windows(
-    x: Tensor,  # maps (B, C, H, W)
-    window: int,  # side w, dividing H and W
-) -> Tensor:  # (B * windows, w*w, C), the windows of an image row by row
-    "Cut maps into windows of tokens."
-    return rearrange(x, "b c (h p) (v q) -> (b h v) (p q) c", p=window, q=window)
-
-
-def from_windows(
-    x: Tensor,  # (B * windows, w*w, C)
-    window: int,  # side w
-    side: int,  # of the map
-) -> Tensor:  # (B, C, side, side)
-    "The inverse of `to_windows`."
-    n, w = side // window, window
-    return rearrange(x, "(b h v) (p q) c -> b c (h p) (v q)", h=n, v=n, p=w, q=w)
-
-
-def group_norm(dim: int) -> nn.GroupNorm:
-    "Group normalisation with as many groups as divide the width, at most 32."
-    return nn.GroupNorm(math.gcd(32, dim), dim)
-
-
 class ResidualCell(nn.Module):
     "A convolution and a DiffiT block on windows, with a skip around both (Eq. 9, 10)."
 
@@ -338,7 +315,8 @@ class ResidualCell(nn.Module):
         self, dim, num_heads, window, mlp_ratio=4.0, time="tmsa", time_dim=None
     ):
         super().__init__()
-        self.window, self.norm = window, group_norm(dim)
+        self.window = window
+        self.norm = nn.GroupNorm(math.gcd(32, dim), dim)
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
         self.block = DiffiTBlock(dim, num_heads, window, mlp_ratio, time, time_dim)
         self.block.is_block = False  # the cell is compiled as a whole
@@ -347,8 +325,12 @@ class ResidualCell(nn.Module):
         return run_block(self, x, temb)
 
     def body(self, x: Tensor, temb: Tensor) -> Tensor:
-        h = to_windows(self.conv(F.silu(self.norm(x))), self.window)
-        return x + from_windows(self.block(h, temb), self.window, x.shape[-1])
+        w, n = self.window, x.shape[-1] // self.window
+        h = self.conv(F.silu(self.norm(x)))
+        h = rearrange(h, "b c (h p) (v q) -> (b h v) (p q) c", p=w, q=w)
+        h = self.block(h, temb)
+        h = rearrange(h, "(b h v) (p q) c -> b c (h p) (v q)", h=n, v=n, p=w)
+        return x + h
 
 # %% ../nbs/12_diffit.ipynb #12-image_levels
 def image_levels(
@@ -434,7 +416,7 @@ class DiffiTImage(nn.Module):
         self.up = nn.ModuleList(nn.Conv2d(b, a, 3, padding=1) for a, b in steps)
         self.merge = nn.ModuleList(nn.Conv2d(2 * a, a, 1) for a, _ in steps)
         self.decoder = nn.ModuleList(residual_cells(*s, **kind) for s in sizes[:-1])
-        self.head_norm = group_norm(embed_dim)
+        self.head_norm = nn.GroupNorm(math.gcd(32, embed_dim), embed_dim)
         self.head = nn.Conv2d(embed_dim, in_chans * (1 + learn_sigma), 3, padding=1)
         init_weights(self)
         set_checkpoint(self, use_checkpoint)
@@ -540,9 +522,8 @@ RUNS = {  # published runs: what differs from U-ViT's run of protocol paper
 
 def published_run(
     name: str,  # a key of RUNS
-    **overrides,  # any field of an experiment, by its flat name
 ) -> Experiment:
     "A run of one of DiffiT's tables, as an experiment."
     if name not in RUNS:
         raise ParameterError(f"name = {name!r}: known are {', '.join(RUNS)}")
-    return experiment("paper", **{"seed": 0, **RUNS[name], **overrides})
+    return experiment("paper", seed=0, **RUNS[name])
