@@ -11,6 +11,7 @@ from uvit_repro.campaign.predict import Machine
 from uvit_repro.campaign.verify import Check
 from uvit_repro.config import PROTOCOLS
 from uvit_repro.paper.registry import select
+from uvit_repro.report.__main__ import main as make_report
 
 
 def refused(capsys, *argv):
@@ -47,6 +48,12 @@ def refused(capsys, *argv):
 )
 def test_bad_requests_are_refused_in_one_line(capsys, argv, part):
     assert part in refused(capsys, *argv.split())
+
+
+@pytest.mark.parametrize("words", (["--seeds", "x"], ["--budget", "soon"]))
+def test_make_report_refuses_in_one_line(capsys, words):
+    assert make_report([*words, "--protocol", "smoke"]) == 2
+    assert "stopped: " in capsys.readouterr().out
 
 
 def test_json_is_printed_on_failure_too(capsys):

@@ -219,6 +219,11 @@ def test_a_damaged_list_is_one_failure(listed):
     (listed.parent / LIST).write_bytes(b"\xff" + (listed.parent / LIST).read_bytes())
     (bad,) = failures(listed)
     assert LIST in bad
+    (listed.parent / LIST).write_bytes(b"")
+    for folder in list(listed.parent.glob("*/")):
+        shutil.rmtree(folder)
+    (bad,) = failures(listed)
+    assert LIST in bad
 
 
 def test_published_runs_need_their_list(listed, monkeypatch):
@@ -230,7 +235,8 @@ def test_published_runs_need_their_list(listed, monkeypatch):
 def test_a_record_that_can_not_be_read_is_one_failure(record):
     (record / "run.json").write_text('{"run_id": ', "utf-8")
     assert len(failures(record)) == 1
-    assert verify(out_dir=record.parent / "empty") == []
+    with pytest.raises(FileNotFoundError, match="empty: no such folder"):
+        verify(out_dir=record.parent / "empty")
     with pytest.raises(ParameterError, match="allowed are"):
         verify("elsewhere")
 

@@ -236,11 +236,13 @@ def verify(
     root = Path(out_dir or (published_root() if origin == "published" else runs_root()))
     files = ("run.json", "measurements.csv", SEAL)
     names = {path.parent.name for file in files for path in root.glob(f"*/{file}")}
+    if out_dir and not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
     checks = []
-    if (root / LIST).exists():
+    if (root / LIST).is_file() and (root / LIST).stat().st_size:
         checks += attempt(LIST, check_list, root, names)
-    elif root == published_root():
-        checks.append(compare("list of runs", LIST, "there", "missing"))
+    elif root == published_root() or (root / LIST).exists():
+        checks.append(compare("list of runs", LIST, "there", "missing or empty"))
     for name in sorted(names):
         checks += check_run(root / name, origin == "runs")
     if say:

@@ -7,7 +7,7 @@ import time
 
 from uvit_repro.campaign.jobs import jobs
 from uvit_repro.campaign.run import run
-from uvit_repro.config import PROTOCOLS, ParameterError, default_protocol
+from uvit_repro.config import PROTOCOLS, ParameterError, coerce, default_protocol
 from uvit_repro.config.durations import format_duration, parse_duration
 from uvit_repro.report.chapters import execute_chapters
 from uvit_repro.report.evidence import read_evidence
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:  # exit code
     protocol = args.protocol or default_protocol()
     failed = []
     try:
-        seeds = tuple(int(seed) for seed in args.seeds.split(","))
+        seeds = coerce("seeds", args.seeds, tuple[int, ...])
         wanted = {job.exp.run_id for job in jobs("fig2", protocol, seeds)}
         here = read_evidence("runs").records
         found = [here[run_id] for run_id in sorted(wanted & set(here))]
