@@ -98,10 +98,8 @@ ARGUMENTS = {  # of all commands
     "--precision": {"type": words, "help": "of ours: any of fp32,bf16,fp16"},
     "--device": {"help": "auto, cpu, cuda, cuda:1"},
     "--repeats": {"type": count, "help": "timed repetitions (default: 10)"},
-    "--compile": {"help": "the blocks: auto (as training decides), on, off"},
     "--peer": {**DIR, "help": "a checkout of the released U-ViT"},
-    "--ablate": {**FLAG, "help": "turn each optimisation off, one at a time"},
-    "--targets": {**FLAG, "help": "what the targets of this machine need"},
+    "--ablate": {**FLAG, "help": "change each option of training, one at a time"},
     "--quick": {**FLAG, "help": "a tiny model: its numbers mean nothing"},
     "--publish": {**FLAG, "help": "copy the record to results/published"},
     "--gpu-session": {**FLAG, "help": "first: all that one GPU must show; see its --help"},
@@ -199,8 +197,8 @@ ELSEWHERE = {  # first words: a command with a parser of its own
 }
 JOBS = "what --protocol --seeds --out-dir"
 BENCH = (
-    "--what --models --batch --images --nfe --precision --device --repeats --compile --peer "
-    "--ablate --targets --quick --budget --out-dir --publish --gpu-session"
+    "--what --models --batch --images --nfe --precision --device --repeats --peer "
+    "--ablate --quick --budget --out-dir --publish --gpu-session"
 )
 
 
@@ -235,7 +233,7 @@ def make_parser() -> Parser:
     add(report_command, "--only", "report --only fig2")
     add(verify_command, "--origin --out-dir", "verify --origin runs")
     add(doctor_command, "--no-self-test --out-dir", "doctor --json")
-    add(bench_command, BENCH, "bench --quick", "bench --peer ~/U-ViT --targets --budget 9m")
+    add(bench_command, BENCH, "bench --quick", "bench --peer ~/U-ViT --budget 9m")
     add_encode_arguments(add(encode_command, "", "encode images --help"))
     return parser
 
