@@ -371,7 +371,7 @@ def test_a_session_is_rehearsed(tmp_path, checkout, capsys):
     out = tmp_path / "session"
     assert gpu_session.main(["--rehearse", "--out", str(out), "--peer", str(checkout)]) == 0
     done = json.loads((out / "session.json").read_text(encoding="utf-8"))
-    assert list(done) == list(gpu_session.STEPS)
+    assert set(done) == set(gpu_session.STEPS)
     found = done["compare_s2"]["found"]
     assert all(any("attention" in n for n in names) for names in found["kernels"].values())
     assert {"outputs", "train", "sample"} <= {row["what"] for row in found["rows"]}

@@ -50,11 +50,11 @@ def initial_network(model: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class Options:
-    "How our contestants train and sample."
+    "How our contestants train and sample; None: as training chooses on the device."
 
     precision: str = "fp32"  # fp32 | bf16 | fp16
-    attention: str = "sdpa"  # one of ATTENTION_PATHS
-    compile: bool = False  # torch.compile of the blocks
+    attention: str | None = None  # one of ATTENTION_PATHS
+    compile: bool | None = None  # torch.compile of the blocks
     residual: str = "float32"  # float32 | bfloat16
     checkpoint: bool = False  # training: activations recomputed
     budget: float = 0.0  # with checkpoint: kept activations per block, in (B, L, D) tensors
@@ -72,12 +72,17 @@ class Contestant:
 
     def __init__(self, model: str, batch: int, options: Options, device: torch.device):
         exp = bench_experiment(model, batch)
-        self.exp = replace(exp, train=replace(exp.train, precision=options.precision))
-        self.model, self.batch, self.options, self.device = model, batch, options, device
+        exp = replace(exp, train=replace(exp.train, precision=options.precision))
+        attention = options.attention or execution.choose_attention(exp, device)
+        compiled = options.compile
+        if compiled is None:
+            compiled = execution.wants_compile("auto", device, exp.train.n_steps)
+        self.options = replace(options, attention=attention, compile=compiled)
+        self.model, self.batch, self.exp, self.device = model, batch, exp, device
         self.shape = (exp.data.in_chans, exp.data.img_size, exp.data.img_size)
         self.columns = {"what": self.what, "model": model, "batch": batch, "impl": "ours"}
-        self.columns.update(precision=options.precision, attention=options.attention)
-        self.columns.update(compile="on" if options.compile else "off", option="", note="")
+        self.columns.update(precision=options.precision, attention=attention)
+        self.columns.update(compile="on" if compiled else "off", option="", note="")
 
     def prepare(self) -> None:
         "Build what is timed."

@@ -34,7 +34,8 @@ class Peer:
     def __init__(self, folder):
         self.folder = Path(folder).expanduser().resolve()
         absl = types.SimpleNamespace(logging=logging)  # all that the released code uses of it
-        sys.modules.setdefault("absl", absl)
+        if "absl" not in sys.modules:
+            sys.modules["absl"] = absl
         sys.path.insert(0, str(self.folder))
         try:
             with contextlib.redirect_stdout(io.StringIO()):
@@ -46,6 +47,8 @@ class Peer:
             ) from None
         finally:
             sys.path.remove(str(self.folder))
+            if sys.modules["absl"] is absl:
+                del sys.modules["absl"]
         self.uvit, self.sde, self.utils, self.solver = modules
         self.version = f"sha256 of libs/uvit.py {sha256_file(self.folder / 'libs' / 'uvit.py')}"
         self.attention = getattr(self.uvit, "ATTENTION_MODE", "unknown")

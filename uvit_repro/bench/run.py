@@ -9,19 +9,26 @@ import numpy as np
 import pandas as pd
 import torch
 
-from uvit_repro.bench import contestants
-from uvit_repro.bench.contestants import Contestant, Sampling, Start, Training
+from uvit_repro.bench.contestants import (
+    S2,
+    Contestant,
+    Options,
+    Sampling,
+    Start,
+    Training,
+    bench_experiment,
+)
 from uvit_repro.bench.peer import OutputsDiffer, Peer, PeerSampling, PeerTraining, check_outputs
 from uvit_repro.bench.results import NUMBERS, TEXTS, bench_row
 from uvit_repro.config import ParameterError
 from uvit_repro.data.files import write_atomic, write_json
 from uvit_repro.runs import timing
 from uvit_repro.runs.devices import pick_device
-from uvit_repro.runs.execution import AUTOCAST, choose_attention, wants_compile
+from uvit_repro.runs.execution import AUTOCAST
 from uvit_repro.runs.records import conditions, runs_root
 
 CHOICES = {"what": ("train", "sample", "checkpointing", "start"), "precision": tuple(AUTOCAST)}
-ABLATIONS = {  # name: fields of contestants.Options
+ABLATIONS = {  # name: fields of Options
     "checkpointing, all recomputed": {"checkpoint": True},
     "checkpointing, 2 widths kept": {"checkpoint": True, "budget": 2.0},
     "float32": {"precision": "fp32"},
@@ -37,7 +44,7 @@ class Settings:
     "What a benchmark is asked to do; zero and empty mean: by the device."
 
     what: tuple = ("train", "sample")  # of CHOICES
-    models: tuple = (contestants.S2,)
+    models: tuple = (S2,)
     batch: tuple = ()  # of training; empty: 8 on a CPU, 8 and 128 on a GPU
     images: int = 0  # of a set of samples; 0: 8 on a CPU, 500 on a GPU
     nfe: int = 0  # network evaluations per image; 0: 10 on a CPU, 50 on a GPU
@@ -58,7 +65,7 @@ def check_settings(s: Settings, device: torch.device) -> Settings:
         if wrong := set(getattr(s, name)) - set(allowed):
             raise ParameterError(f"{name} = {min(wrong)!r}: allowed are {', '.join(allowed)}")
     for model in s.models:
-        contestants.bench_experiment(model)
+        bench_experiment(model)
     batch, images, nfe = ((8, 128), 500, 50) if device.type == "cuda" else ((8,), 8, 10)
     return replace(s, batch=s.batch or batch, images=s.images or images, nfe=s.nfe or nfe)
 
@@ -103,19 +110,15 @@ class Bench:
         "Whether the budget is spent."
         return 0 < self.settings.budget < time.perf_counter() - self.begin
 
-    def ours(self, kind: type, model: str, batch: int, precision="", **change) -> Contestant:
-        "One of our contestants; what is not changed is as training chooses on this device."
-        exp = contestants.bench_experiment(model, batch)
-        precision = precision or self.settings.precision[-1]
-        exp = replace(exp, train=replace(exp.train, precision=precision))
-        compiled = wants_compile("auto", self.device, exp.train.n_steps)
-        how = (precision, choose_attention(exp, self.device), compiled)
-        options = contestants.Options(*how, nfe=self.settings.nfe)
+    def ours(self, kind: type, model: str, batch: int, **change) -> Contestant:
+        "One of our contestants, with changed options."
+        options = Options(self.settings.precision[-1], nfe=self.settings.nfe)
         return kind(model, batch, replace(options, **change), self.device)
 
     def versus(self, kind: type, released: type, model: str, batch: int) -> dict:
         "A job: ours in each precision, and the released code."
-        job = {p: self.ours(kind, model, batch, p) for p in self.settings.precision}
+        precisions = self.settings.precision
+        job = {p: self.ours(kind, model, batch, precision=p) for p in precisions}
         if self.peer:
             job["released"] = released(self.peer, next(iter(job.values())))
         return job
