@@ -73,7 +73,7 @@ class Contestant:
     def __init__(self, model: str, batch: int, options: Options, device: torch.device):
         exp = bench_experiment(model, batch)
         exp = replace(exp, train=replace(exp.train, precision=options.precision))
-        attention = options.attention or execution.choose_attention(exp, device)
+        attention = options.attention or execution.attention_choice(exp, device)["path"]
         compiled = options.compile
         if compiled is None:
             compiled = execution.wants_compile("auto", device, exp.train.n_steps)
