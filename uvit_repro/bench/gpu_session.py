@@ -43,7 +43,9 @@ def attention_kernels(contestant) -> list:
     with torch.profiler.profile() as profile:
         contestant.call()
         contestant.loss.item()  # waits for the device
-    found = [e for e in profile.key_averages() if re.search("attention|flash|fmha|sdpa", e.key)]
+    found = [
+        e for e in profile.key_averages() if re.search("attention|flash|fmha|sdpa|softmax", e.key)
+    ]
     found.sort(key=lambda e: -(e.self_device_time_total or e.self_cpu_time_total))
     return [e.key for e in found[:8]]
 
