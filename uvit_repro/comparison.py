@@ -37,9 +37,9 @@ CONTENDERS = {  # name -> settings that differ from U-ViT's
 
 def short(protocol: str, n_steps: int = None) -> Experiment:
     "The protocol's U-ViT, measured once, at its end; 500 updates at `laptop`."
-    sizes = {}
-    if protocol == "smoke":  # a U-Net has no size as small as smoke's
-        sizes = {"embed_dim": 64, "depth": 7, "num_heads": 4}
+    # a U-Net has no size as small as smoke's
+    small = {"embed_dim": 64, "depth": 7, "num_heads": 4}
+    sizes = small if protocol == "smoke" else {}
     n_steps = n_steps or {"laptop": 500, "smoke": 6}.get(protocol)
     return experiment(
         protocol, seed=0, n_steps=n_steps, curve_steps=(), loss_steps=(), **sizes
@@ -110,8 +110,9 @@ def contenders(
         settings = {**settings, **shape}
         heads = settings.get("num_heads", base.model.num_heads)
         grid = math.lcm(4, heads) * (1 if side < 32 else 2)
-        widths = range(2 * grid, 2049, grid)
-        found[name] = match_experiment(base, measure, widths, budget, **settings)
+        found[name] = match_experiment(
+            base, measure, range(2 * grid, 2049, grid), budget, **settings
+        )
     return found
 
 # %% ../nbs/14_comparison.ipynb #14-contender-table
@@ -164,10 +165,11 @@ def comparison(
     if arms == "backbones":
         return contenders(protocol, measure, n_steps)
     others = {"time": time_arms, "conditioning": conditioning_arms}
-    others.update(splits=split_arms, switches=switch_arms)
+    others |= {"splits": split_arms, "switches": switch_arms}
     if arms not in others:
-        allowed = f"backbones, {', '.join(others)}"
-        raise ParameterError(f"arms = {arms!r}: allowed are {allowed}")
+        raise ParameterError(
+            f"arms = {arms!r}: allowed are backbones, {', '.join(others)}"
+        )
     return others[arms](protocol, n_steps=n_steps)
 
 # %% ../nbs/14_comparison.ipynb #14-collect
@@ -212,12 +214,11 @@ def plot_comparison(
     )
     fig, axes = plt.subplots(1, 4, figsize=size, sharey=True, layout="constrained")
     for ax, (column, name) in zip(axes, names.items(), strict=True):
-        unit = costs.get(column, 1.0)
         for i, backbone in enumerate(order):
-            values = rows[rows.backbone == backbone][column] / unit
+            values = rows[rows.backbone == backbone][column] / costs.get(column, 1.0)
             ax.plot(values, [i] * len(values), "o", ms=8, alpha=0.75, color=colours[i])
         ax.set_xlabel(name)
-        if column != "value":
+        if column in costs:
             ax.set_xlabel(f"{name}\n({base} = 1)")
             ax.axvline(1, color="0.6", lw=1, zorder=0)
     axes[0].set(xscale="log", ylim=(len(order) - 0.5, -0.5))

@@ -25,10 +25,9 @@ from .uvit import check_input, condition_fields, init_parameter
 # %% ../nbs/10_unets.ipynb #10-check_unet
 def fitting_levels(img_size: int, mult: tuple) -> tuple:
     "As many of the factors as an image has even halvings, down to a side of 2."
-    n = 1
-    while n < len(mult) and img_size % 2**n == 0 and img_size >= 2 * 2**n:
-        n += 1
-    return tuple(mult[:n])
+    halvings = [2**n for n in range(1, len(mult))]
+    fits = [f for f in halvings if img_size % f == 0 and img_size >= 2 * f]
+    return tuple(mult[: 1 + len(fits)])
 
 
 def check_unet(img_size: int, channels: int, mult: tuple, attention: tuple):
@@ -37,8 +36,9 @@ def check_unet(img_size: int, channels: int, mult: tuple, attention: tuple):
         raise ParameterError(f"channels = {channels}: must be even; try {channels + 1}")
     fits = fitting_levels(img_size, mult)
     if not mult or fits != tuple(mult) or min(mult) < 1:
-        reason = f"{img_size} pixels allow mult = {fits or (1,)}"
-        raise ParameterError(f"mult = {tuple(mult)}: {reason}")
+        raise ParameterError(
+            f"mult = {tuple(mult)}: {img_size} pixels allow mult = {fits or (1,)}"
+        )
     offered = [2**i for i in range(len(mult))]
     if not set(attention) <= set(offered):
         raise ParameterError(f"attention = {tuple(attention)}: allowed are {offered}")
@@ -247,8 +247,9 @@ def adm_from_config(
 ) -> ADMUNet:
     "The ADM U-Net of an experiment, likewise; it takes no text."
     if model.condition == "text":
-        reason = "ADM has no cross-attention; try model = 'UNet-latent'"
-        raise ParameterError(f"condition = 'text': {reason}")
+        raise ParameterError(
+            "condition = 'text': ADM has no cross-attention; try model = 'UNet-latent'"
+        )
     classes = condition_fields(model, data, p_uncond).get("num_classes")
     sizes = sizes_of(model, data, ADMUNet.paper)
     return ADMUNet(num_classes=classes, use_checkpoint=use_checkpoint, **sizes)
