@@ -406,6 +406,13 @@ def test_a_run_that_can_not_be_started_is_one_failure(faked, monkeypatch):
     assert all("No space left" in why for why in found["reasons"].values())
 
 
+def test_a_detached_command_goes_on_alone_and_writes_a_log(tmp_path):
+    found = run.detach(["plan", "nothing", "--protocol", "smoke"], tmp_path)
+    _, status = os.waitpid(found["process"], 0)
+    assert os.waitstatus_to_exitcode(status) == 2
+    assert "nothing" in Path(found["log"]).read_text("utf-8")
+
+
 # ---- carrying records
 
 

@@ -135,7 +135,7 @@ def test_one_run_from_its_start_to_another_machine(tmp_path, capsys, monkeypatch
     runs, there = str(tmp_path / "runs"), str(tmp_path / "carried")
     cell = select("fig2a").cell.iloc[0]
     name = [cell, "--protocol", "smoke", "--out-dir", runs]
-    assert cli.main(["run", *name, "--workers", "1"]) == 0, capsys.readouterr()
+    assert cli.main(["run", *name, "--workers", "8"]) == 0, capsys.readouterr()
     assert cli.main(["plan", *name, "--json"]) == 0
     found = json.loads(capsys.readouterr().out.partition("\n{")[2].join("{ "))
     assert found["states"] == {"done": 1}

@@ -166,6 +166,7 @@ def plan_lines(
         lines.append(f"blocked, {n} of them: {why}")
     states = ", ".join(f"{n} {name}" for name, n in found["states"].items())
     lines.append(f"{len(runs)} runs of protocol {protocol}: {states or 'none'}")
+    lines.append("the command of each run: add --json")
     if runs and protocol in LARGE:
         lines.append(f"left: {found['gpu_hours']:.4g} GPU-hours")
     elif runs:
