@@ -99,7 +99,7 @@ def draw_paper(ax, panel: str, colours: list) -> None:
     ax.legend(frameon=False, loc="upper right")
     log_ticks(ax.yaxis, (1, 1.5, 2, 3, 4, 6, 8))
 
-
+# %% ../nbs/05_ablations.ipynb #05-draw-ends
 def draw_ends(ax, results: pd.DataFrame, metric: str, labels: list, colours: list):
     "One row per variant, every seed a dot; a line marks the adopted model."
     rows = results[results.metric == metric]
