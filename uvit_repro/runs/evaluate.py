@@ -297,22 +297,17 @@ def measure_samples(ctx: RunContext, m: Evaluation) -> dict:  # an entry for run
     }
 
 
-def held_out(data: Data) -> Tensor:
-    "Held-out images as the network sees them: pixels or latents."
-    return data.test_images if data.test_inputs is None else data.test_inputs
-
-
 def heldout_inputs(
     exp: Experiment,  # whose network will see them
     data: Data,  # its data
     n: int,  # at most this many
 ) -> tuple[Tensor, dict]:  # pixels or latents (n, C, H, W), conditions by name
     "Held-out images and conditions in a fixed order, the same for every run on these data."
-    held, cond = held_out(data), {}
+    held, cond = data.test_images if data.test_inputs is None else data.test_inputs, {}
     pick = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))[:n]
     if exp.model.condition == "class":
         cond["y"] = data.test_labels[pick]
-    if exp.model.condition == "text":
+    if exp.model.condition == "text" and len(pick):
         cond["context"] = data.texts.test(pick).float()
     return held[pick], cond
 
@@ -321,10 +316,10 @@ def measure_loss(ctx: RunContext, m: Evaluation) -> dict:  # an entry for run.js
     "Record the held-out denoising loss of a step, on the same images for every run on these data."
     start, attention = time.perf_counter(), ctx.attention_path()
     exp = m.exp
-    n = min(exp.evaluation.loss_images, len(held_out(ctx.data)))
-    row, stats = {"metric": "heldout_loss", "value": None, "num_samples": n}, {}
+    images, cond = heldout_inputs(exp, ctx.data, exp.evaluation.loss_images)
+    n, stats = len(images), {}
+    row = {"metric": "heldout_loss", "value": None, "num_samples": n}
     if n:
-        images, cond = heldout_inputs(exp, ctx.data, n)
         stats = heldout_loss(
             ctx.network(m, attention),
             Diffusion(exp.diffusion),

@@ -244,12 +244,8 @@ def complete(ctx: RunContext, info: dict) -> None:
         keep_info(ctx, info)
 
 
-def evaluate(
-    ctx: RunContext,
-    info: dict,  # the record, which is changed
-    **made,  # further fields of each new evaluation
-) -> None:
-    "Measure what is missing, after training where the weights are missing, too."
+def evaluate(ctx: RunContext, info: dict, **made) -> None:
+    "Measure what is missing, after training where it is needed; `made` joins each new entry."
     if ctx.load is None:
         ctx = replace(ctx, attention=train_weights(ctx, info))
     for m in ctx.team.first(lambda: ctx.missing(info)):

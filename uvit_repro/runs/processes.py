@@ -42,12 +42,8 @@ def run_command(command: list, say, env: dict) -> tuple[int, str]:
     return process.returncode, last.removeprefix(FAILED)
 
 
-def run_together(
-    exp: Experiment,  # whose processes to start
-    job: Path,  # what they do, for `python -m uvit_repro.runs`
-    say=print,  # progress lines
-) -> None:
-    "Work on a run with N processes. Raises `ProcessesFailed` with the message of one."
+def run_together(exp: Experiment, job: Path, say=print) -> None:
+    "Do a job, see `uvit_repro.runs.__main__`, with the experiment's number of processes."
     n, threads = exp.execution.processes, exp.execution.threads
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if pick_device(exp.execution.device).type == "cpu":

@@ -132,13 +132,8 @@ def with_decoder(exp: Experiment, data: Data, autoencoder) -> tuple[Data, str]:
     return replace(data, decode=LatentDecoder(lambda *_: ae, exp.data.latent_scale)), ae.sha256
 
 
-def open_released(
-    exp: Experiment,  # settings
-    files: dict,  # checksums of the files so far, by what they are
-    autoencoder=None,  # path, or None: as the configuration's `decoder` names it
-    contexts=None,  # folder of encoded prompts, or None: those of the data set
-) -> tuple[ReleasedExperiment, Data]:
-    "Everything besides the weights, checked before the first image."
+def open_released(exp: Experiment, files: dict, autoencoder=None, contexts=None) -> tuple:
+    "The `ReleasedExperiment` and its data; `files` receives the checksums of what else is read."
     exp = with_reference(exp)
     try:
         exp, data = open_data(exp)

@@ -1,11 +1,9 @@
 """Measure a trained network again with other sampling."""
 
-from dataclasses import replace
-
 import pandas as pd
 
-from uvit_repro.config import eval_id
-from uvit_repro.runs.evaluate import samples_folder
+from uvit_repro.config import with_overrides
+from uvit_repro.runs.evaluate import measurements_of, samples_folder
 from uvit_repro.runs.experiment import Run, run_experiment
 
 
@@ -18,19 +16,17 @@ def remeasure(
     paper_ref="",  # noted beside the measurements
 ) -> pd.DataFrame:  # a row per variation: its fields, folder of samples, eval_id, every metric
     "Measure a network with other sampling. Nothing is trained; what is recorded is not repeated."
-    step, rows = run.exp.train.n_steps, []
+    about, once = (
+        {"chapter": chapter, "paper_ref": paper_ref},
+        {"curve_steps": (), "loss_steps": ()},
+    )
+    rows = []
     for fields in variations:
-        evaluation = replace(
-            run.exp.evaluation, num_samples=num_samples, curve_steps=(), loss_steps=()
-        )
-        sampling = replace(run.exp.sampling, **fields)
-        exp = replace(run.exp, sampling=sampling, evaluation=evaluation)
-        exp = run_experiment(exp, run.folder.parent, say, chapter=chapter, paper_ref=paper_ref).exp
-        samples = samples_folder(exp, run.folder, step, num_samples)
-        rows.append({**fields, "samples": samples, "eval_id": eval_id(exp, step, num_samples)})
-    found = run.measurements()
-    found = found[found.status == "ok"]
-    for row in rows:
-        own = found[found.eval_id == row["eval_id"]]
-        row.update(own.set_index("metric").value.to_dict())
+        exp = with_overrides(run.exp, num_samples=num_samples, **once, **fields)
+        again = run_experiment(exp, run.folder.parent, say, **about)
+        m, found = measurements_of(again.exp)[-1], again.measurements()
+        own = found[(found.eval_id == m.eval_id) & (found.status == "ok")]
+        samples = samples_folder(m.exp, run.folder, m.step, num_samples)
+        values = own.set_index("metric").value.to_dict()
+        rows.append({**fields, "samples": samples, "eval_id": m.eval_id, **values})
     return pd.DataFrame(rows)
