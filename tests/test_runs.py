@@ -237,7 +237,7 @@ def test_threads_are_restored_after_an_exception(tmp_path, monkeypatch):
         assert torch.get_num_threads() == 2
         raise RuntimeError
 
-    monkeypatch.setattr(experiment_module, "open_experiment", fail)
+    monkeypatch.setattr(experiment_module, "open_data", fail)
     before = torch.get_num_threads()
     with pytest.raises(RuntimeError):
         run_experiment(with_overrides(SMOKE, threads=2), tmp_path, quiet)

@@ -41,7 +41,6 @@ RENAMED_METRICS = {"copies": "nn_close", "border_energy": "patch_seam_energy"}
 SEAL = "SHA256SUMS"  # checksums of a published run's files
 LIST = "RUNS.sha256"  # checksums of the seals of all published runs
 EVIDENCE = ("run.json", "measurements.csv", "log.csv", "samples.png", "first.npz")
-EVIDENCE += ("prediction.json",)  # of `uvit_repro.campaign`
 
 
 def runs_root(
