@@ -24,10 +24,12 @@ def test_a_parameter_reaches_the_convolution_in_seven_steps(tmp_path, monkeypatc
     )  # steps one and two: the cell and `experiment`
 
     def arrive(self, patch_size, in_chans, embed_dim, *args):
-        if embed_dim != exp.model.embed_dim:  # a network of the equivalence certificate
-            return original(self, patch_size, in_chans, embed_dim, *args)
         frames = traceback.extract_stack()
-        seen["calls"] = [f.name for f in frames if Path(f.filename).is_relative_to(LIBRARY)]
+        calls = [f.name for f in frames if Path(f.filename).is_relative_to(LIBRARY)]
+        if embed_dim != exp.model.embed_dim or "least_memory" in calls:
+            # A network of the equivalence certificate, or one that only counts its bytes.
+            return original(self, patch_size, in_chans, embed_dim, *args)
+        seen["calls"] = calls
         seen["patch_size"] = patch_size
         raise Arrived
 

@@ -168,7 +168,8 @@ def perform(ctx: RunContext) -> Run:
             summary(ctx.data.notes)
         if finished:  # another evaluation: what the record says about the run stays as it is
             command = ctx.about.get("command") or repeat_command(ctx.exp)
-            evaluate(ctx, info, command=command, conditions=conditions(ctx.device))
+            about = {"command": command, "conditions": conditions(ctx.device)}
+            evaluate(train_weights(ctx, info), info, **about)
         else:
             complete(ctx, info)
         return Run(ctx.folder, ctx.exp, info, fresh=True)
@@ -227,7 +228,7 @@ def complete(ctx: RunContext, info: dict) -> None:
     start = time.perf_counter()
     try:
         info.update(about_run(ctx))
-        evaluate(ctx, info)
+        evaluate(train_weights(ctx, info), info)
         if ctx.team.rank == 0:
             keep_picture(ctx)
         info.update(status="ok", error=None)
@@ -244,17 +245,10 @@ def complete(ctx: RunContext, info: dict) -> None:
         keep_info(ctx, info)
 
 
-def evaluate(ctx: RunContext, info: dict, **made) -> None:
-    "Measure what is missing, after training where it is needed; `made` joins each new entry."
-    if ctx.load is None:
-        ctx = replace(ctx, attention=train_weights(ctx, info))
-    for m in ctx.team.first(lambda: ctx.missing(info)):
-        info["evaluations"][m.eval_id] = {**measure(ctx, m), **made}
-        keep_info(ctx, info)
-
-
-def train_weights(ctx: RunContext, info: dict) -> str:  # the attention path of training
+def train_weights(ctx: RunContext, info: dict) -> RunContext:  # with the attention path of training
     "Train if the final weights are missing, and record that before anything is measured."
+    if ctx.load is not None:
+        return ctx
 
     def keep(training: dict) -> None:
         info["training"] = training
@@ -269,4 +263,12 @@ def train_weights(ctx: RunContext, info: dict) -> str:  # the attention path of 
             shutil.rmtree(ctx.folder / "samples", ignore_errors=True)
         info["weights_sha256"] = {**known, **found} if trained else {**found, **known}
         keep_info(ctx, info)
-    return ctx.team.first(lambda: current_path(info.get("training", {}).get("attention", "")))
+    path = ctx.team.first(lambda: info.get("training", {}).get("attention", ""))
+    return replace(ctx, attention=current_path(path))
+
+
+def evaluate(ctx: RunContext, info: dict, **made) -> None:
+    "Measure what is missing; `made` joins each new entry of the record."
+    for m in ctx.team.first(lambda: ctx.missing(info)):
+        info["evaluations"][m.eval_id] = {**measure(ctx, m), **made}
+        keep_info(ctx, info)
