@@ -313,6 +313,21 @@ def test_surprises_come_from_records(report):
     assert "held-out loss against the paper" in digits and "Fréchet distance with it" in digits
 
 
+def test_a_run_at_the_papers_scale_stands_beside_its_printed_number(tmp_path):
+    e = PROTOCOLS["paper"]
+    plant(tmp_path, e, {e.train.n_steps: levels("adopted", 20, 3000)})
+    eid = eval_id(e, e.train.n_steps, e.evaluation.num_samples)
+    row = {"run_id": e.run_id, "eval_id": eid, "metric": "fid", "step": e.train.n_steps}
+    row |= {"value": 3.21, "seed": e.seed, "status": "ok"}
+    with open(tmp_path / e.run_id / TABLE, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, row)
+        writer.writeheader()
+        writer.writerow(row)
+    numbers = appendix.paper_numbers(read_evidence("runs", tmp_path))
+    found = numbers[numbers.runs.map(len) > 0]
+    assert set(found.ours) == {"3.21"} and "Table 1" in set(found.place)
+
+
 def test_arithmetic_claims_hold(report):
     status = appendix.arithmetic(report.numbers)
     assert set(status) == set(appendix.ARITHMETIC)

@@ -6,12 +6,10 @@ All that the report takes from `campaign` is taken here.
 from __future__ import annotations
 
 import functools
-import math
 import re
 
 import pandas as pd
 
-from uvit_repro.bench.results import load_bench, newest, speed_table
 from uvit_repro.campaign.cells import chosen, computed, measured
 from uvit_repro.campaign.jobs import jobs
 from uvit_repro.campaign.predict import paper_gpu, predict
@@ -21,14 +19,8 @@ from uvit_repro.paper.numbers import read_table
 from uvit_repro.paper.registry import registry
 from uvit_repro.report.evidence import SCALES, Evidence, has_list
 from uvit_repro.runs.counting import params_of
+from uvit_repro.runs.records import COLUMNS
 
-PRINTED = (
-    "reproducible",
-    "statement",
-    "computed",
-    "setting",
-    "other model",
-)  # by the papers' authors
 ARITHMETIC = ("U36", "U37", "D12", "D13")  # claims about counts
 SEEN_IN = {  # first word of a row's provenance: where the number was seen
     "seed": "paper",
@@ -67,12 +59,9 @@ def same_digits(
 
 def paper_numbers(ev: Evidence) -> pd.DataFrame:
     "Every number of the papers with ours: run at protocol paper, counted, or as configured."
-    rows = [
-        dict(row, run_id=r.run_id, folder=str(r.folder), origin=r.origin)
-        for r in ev.at("paper")
-        for row in r.measurements
-    ]
-    table = pd.DataFrame([row for row in rows if row["status"] == "ok"])
+    rows = [row for r in ev.at("paper") for row in r.measurements]
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    table = table.astype({"seed": int, "step": int, "value": float})
     out = []
     for c in registry().itertuples():
         ours, runs = "", ()
@@ -116,13 +105,10 @@ def time_parameters(way: str) -> float:  # in units of width^2 and block
 def arithmetic(numbers: pd.DataFrame) -> dict[str, str]:  # claim -> status in words
     "The claims about counts, which hold or do not hold without any training."
     at = numbers[numbers.kind == "computed"]
+    flops = at[at.quantity == "gflops"]
     cells = {
         "U36": at[(at.place == "Table 2") & (at.quantity == "params_M")],
-        "U37": at[
-            (at.place == "Appendix E")
-            & (at.row.str.contains("U-ViT-H/2"))
-            & (at.quantity == "gflops")
-        ],
+        "U37": flops[(flops.place == "Appendix E") & flops.row.str.contains("U-ViT-H/2")],
         "D12": at[(at.paper == "DiffiT") & (at.place == "Table 9")],
     }
     out = {}
@@ -146,9 +132,8 @@ def certificate(ev: Evidence) -> list[dict]:  # what, file, tolerance, differenc
         for r in ev.records.values()
         for check in r.info.get("certificate") or ()
     ]
-    if not checks:
-        return []
-    groups = pd.DataFrame(checks).groupby(["what", "file", "tolerance"], sort=False)
+    columns = ["what", "file", "tolerance", "difference", "machine"]
+    groups = pd.DataFrame(checks, columns=columns).groupby(columns[:3], sort=False)
     found = groups.agg(difference=("difference", "max"), machines=("machine", "nunique"))
     found = found.reset_index()
     return found.assign(equal=found.difference < found.tolerance).to_dict("records")
@@ -177,7 +162,7 @@ def cost_rows(ev: Evidence) -> list[dict]:  # what, protocol, runs, hours, machi
     rows = []
     for protocol in (p for p in SCALES if has_list(p)):
         left = sum(e.run_id not in ev.records for e in queued_experiments(protocol))
-        spent = [r.info.get("wall_seconds", 0) / 3600 for r in ev.at(protocol)]
+        spent = [r.info["wall_seconds"] / 3600 for r in ev.at(protocol)]
         hours = left * pd.Series(spent, dtype=float).median()
         row = {"what": "the rest of the fixed list", "protocol": protocol, "runs": left}
         row |= {"hours": hours, "machine": "one core, as recorded"}
@@ -200,12 +185,7 @@ def run_rows(ev: Evidence, protocol: str) -> list[dict]:
         e, c = r.experiment, r.info.get("conditions", {})
         row = {"run": r.run_id, "data": e.data.dataset, "seed": e.seed, "steps": e.train.n_steps}
         row |= {"held-out loss": r.value("heldout_loss"), main_metric(e): r.value(main_metric(e))}
-        row |= {"minutes": r.info.get("wall_seconds", math.nan) / 60, "machine": r.machine}
+        row |= {"minutes": r.info["wall_seconds"] / 60, "machine": r.machine}
         row |= {"code": str(c.get("commit") or "")[:8] + ("+changes" if c.get("dirty") else "")}
         rows.append(row | {"origin": r.origin, "command": r.info.get("command", "")})
     return rows
-
-
-def speed_rows() -> list[dict]:
-    "Speed beside the released code, timed in turn in one process, from the benchmarks' records."
-    return speed_table(newest(load_bench())).to_dict("records")

@@ -22,10 +22,7 @@ from uvit_repro.config import (
     from_dict,
     main_metric,
 )
-from uvit_repro.paper.claims import (
-    arm_experiment,
-    fixed_list,
-)
+from uvit_repro.paper.claims import arm_experiment, fixed_list
 from uvit_repro.report.statistics import Claim, Comparison, Effect, Verdict, judge
 from uvit_repro.runs.records import current_metric_name, published_root, runs_root
 
@@ -110,7 +107,7 @@ def read_record(folder: Path, origin: str) -> Record | None:  # None: unfinished
     if len({(row["metric"], row["eval_id"]) for row in rows}) < len(rows):
         raise ValueError("measurements.csv holds a measurement twice")
     for check in info.get("certificate") or ():
-        check["equal"] = float(check["difference"]) < float(check["tolerance"])
+        check |= {name: float(check[name]) for name in ("difference", "tolerance")}
     info["wall_seconds"] = float(info.get("wall_seconds", "nan"))
     record = Record(folder, origin, info, e, tuple(rows))
     record.training_log().astype(float)

@@ -265,6 +265,8 @@ def draw_figure7(ev: Evidence) -> list[Figure]:
                 ax.set(xticks=[], yticks=[])
                 ax.text(0.5, 0.5, "not run", ha="center", color=GREY, transform=ax.transAxes)
                 continue
+            layers = range(0, len(matrices[setting]), 3)
+            ax.set(xticks=layers, yticks=layers)
             image = ax.imshow(matrices[setting], vmin=0, vmax=1, origin="lower", cmap="magma")
             frame = pd.DataFrame(matrices[setting]).stack().rename("cka").reset_index()
             data.append(frame.assign(scale=scale, setting=setting))

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup, escape
 
+from uvit_repro.bench.results import load_bench, newest, speed_table
 from uvit_repro.config import PROTOCOLS, ParameterError, deviations, project_root
 from uvit_repro.data.files import source_sum, write_atomic
 from uvit_repro.paper.claims import arm_experiment, fixed_list, load_claims, queued_experiments
@@ -335,11 +336,12 @@ class Report:
         words = {v.id: f"{v.word} at protocol {p}" for p, v in verdicts}
         disagreements = read_table("disagreements.csv").to_dict("records")
         protocols = dict.fromkeys([*self.listed, *self.ev.protocols])
+        speeds = speed_table(newest(load_bench())).to_dict("records")
         tables = [
             Table("certificate", "Equivalence with the released code", self.certificate),
             Table("claims", "All claims", appendix.claim_rows(self.numbers, words)),
             *(table for p in protocols for table in self.protocol_tables(p)),
-            Table("speed", "Speed beside the released code", appendix.speed_rows()),
+            Table("speed", "Speed beside the released code", speeds),
             Table("disagreements", "Where the sources disagree", disagreements),
         ]
         return [table for table in tables if table.rows]
