@@ -73,13 +73,7 @@ def check_settings(s: Settings, device: torch.device) -> Settings:
 class Bench:
     "One benchmark and its record, which is complete on disk up to the last repetition."
 
-    def __init__(
-        self,
-        s: Settings,
-        out_dir=None,  # folder of runs; None: results/runs
-        command: str = "",  # for the record
-        say=print,  # progress
-    ):
+    def __init__(self, s: Settings, out_dir=None, command: str = "", say=print):
         self.device, self.begin, self.say = pick_device(s.device), time.perf_counter(), say
         self.settings = check_settings(s, self.device)
         self.peer = Peer(s.peer) if s.peer else None
