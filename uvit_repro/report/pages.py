@@ -168,6 +168,11 @@ class Report:
             "entry": entry,
         }
 
+    def on_scale(self, protocol: str) -> int:
+        "How many runs of a protocol have its own data; a few others stand in the appendix."
+        data = PROTOCOLS[protocol].data.dataset
+        return sum(r.experiment.data.dataset == data for r in self.ev.at(protocol))
+
     @property
     def trained(self) -> tuple[int, int]:
         "How many printed numbers that need training have a run of ours, and how many there are."
