@@ -1,4 +1,4 @@
-"""What is timed: every contestant has `prepare()` to build it and `call()` to do it once."""
+"""The operations that a benchmark times: `prepare()` builds one and `call()` runs it once."""
 
 import copy
 import functools
@@ -85,7 +85,7 @@ class Contestant:
         self.columns.update(compile="on" if compiled else "off", option="", note="")
 
     def prepare(self) -> None:
-        "Build what is timed."
+        "Build the operation that is timed."
 
     def call(self) -> None:
         "Do it once."

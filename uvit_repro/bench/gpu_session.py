@@ -20,7 +20,7 @@ from uvit_repro.runs.experiment import run_experiment
 
 
 def certify(args: argparse.Namespace, seconds: float) -> dict:
-    "Outputs, updates and samples beside the released code's, and the tests that need a GPU."
+    "Compare outputs, updates and samples with the released code's, then run the GPU tests."
     import pytest
 
     tests = project_root() / "tests" / "test_speed.py"
@@ -29,7 +29,7 @@ def certify(args: argparse.Namespace, seconds: float) -> dict:
 
 
 def benchmark(args: argparse.Namespace, seconds: float, **settings) -> dict:
-    "A benchmark in bf16 beside the released code; its record lies in a folder of its own."
+    "Time bf16 training or sampling against the released code; each record has its own folder."
     sizes = {"quick": True, "repeats": 1} if args.rehearse else {"batch": (128,), "repeats": 6}
     settings.update(sizes, device=args.device, peer=args.peer, precision=("bf16",))
     bench = run_bench(Settings(budget=seconds, **settings), args.out)
@@ -51,7 +51,7 @@ def attention_kernels(contestant) -> list:
 
 
 def compare_s2(args: argparse.Namespace, seconds: float) -> dict:
-    "S/2 beside the released code, and the attention kernels of both."
+    "Compare S/2 with the released code, including the attention kernels of both."
     result = benchmark(args, seconds - 30, models=(S2,), what=("train", "sample"))
     size = ("tiny", 4) if args.rehearse else (S2, 128)
     ours = Training(*size, Options("bf16"), pick_device(args.device))

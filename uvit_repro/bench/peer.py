@@ -1,4 +1,4 @@
-"""The released code beside ours: loaded from a checkout, given our weights, compared, timed."""
+"""The released code, loaded from a checkout with our weights, compared with ours and timed."""
 
 import contextlib
 import copy

@@ -60,7 +60,7 @@ def read_table(name: str) -> pd.DataFrame:
 
 
 def damaged_table(name: str, error: Exception) -> ValueError:
-    "What to say of a file of paper/tables that can't be read."
+    "The error for a file of paper/tables that cannot be read."
     what = f"{type(error).__name__}: {error}"[:200]
     return ValueError(f"paper/tables/{name} can't be read ({what}): reinstall uvit_repro")
 
