@@ -129,7 +129,7 @@ def test_the_fixed_list_becomes_claims():
     assert skip["add"].seeds == (20, 21)
     assert "adaln" in claims["U01"].figure
     at_steps, in_time = claims["U44"].comparisons
-    assert (at_steps.kind, at_steps.margin, at_steps.steps) == ("at_least", 0.01, ())
+    assert (at_steps.margin, at_steps.steps) == (0.01, ())
     assert dict(in_time.steps) == {"adopted": 3000, "U-Net": 900}
 
 

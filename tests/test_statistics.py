@@ -83,15 +83,15 @@ def word_rates(
 
 def table(
     values,  # arm -> {seed: value}
-    **columns,  # constant columns: protocol, measure, step
+    step=3000,  # of training
 ):
     "Measurements as a DataFrame."
     rows = [
-        {"arm": arm, "seed": seed, "value": value, **columns}
+        {"arm": arm, "seed": seed, "step": step, "value": value}
         for arm, by_seed in values.items()
         for seed, value in by_seed.items()
     ]
-    return pd.DataFrame(rows, columns=["arm", "seed", "value", *columns])
+    return pd.DataFrame(rows, columns=["arm", "seed", "step", "value"])
 
 
 def table_of_logs(
@@ -104,7 +104,8 @@ def table_of_logs(
 
 def make_claim(comparisons, seeds=(10, 11, 12), **fields):
     "A claim at protocol cpu over arms a0 to a5."
-    defaults = {"id": "U", "protocol": "cpu", "figure": [f"a{i}" for i in range(N_ARMS)]}
+    figure = tuple(f"a{i}" for i in range(N_ARMS))
+    defaults = {"id": "U", "protocol": "cpu", "figure": figure, "step": 3000}
     return st.Claim(comparisons=comparisons, seeds=seeds, **{**defaults, **fields})
 
 
@@ -124,8 +125,8 @@ def judge_effects(effects, comparisons, n_seeds=N_SEEDS, seed=0, **fields):
 # Claims whose truth lies exactly at a threshold: name -> (effects of the arms, comparisons).
 AT_THRESHOLD = {
     "direction": ([0, 0, 0.1, 0.2, 0, 0], best_of("a0", ["a1"])),
-    "no_gain": ([0, -MARGIN, 0, 0, 0, 0], [st.Comparison("a0", "a1", "no_gain", MARGIN)]),
-    "at_least": ([MARGIN, 0, 0, 0, 0, 0], [st.Comparison("a0", "a1", "at_least", MARGIN)]),
+    "no_gain": ([0, -MARGIN, 0, 0, 0, 0], [st.Comparison("a0", "a1", MARGIN)]),
+    "at_least": ([MARGIN, 0, 0, 0, 0, 0], [st.Comparison("a0", "a1", MARGIN)]),
     "best_of": ([0, 0, 1, 1, 1, 1], best_of("a0", ["a1", "a2", "a3", "a4", "a5"])),
     "best_of, all equal": ([0] * 6, best_of("a0", ["a1", "a2", "a3", "a4", "a5"])),
     "order": ([0, 1, 1, 2, 3, 4], order(["a0", "a1", "a2", "a3", "a4", "a5"])),
@@ -160,8 +161,8 @@ FAMILY = [
     make_claim(best_of("a0", ["a1"]), id="direction"),
     make_claim(best_of("a0", ["a1", "a2"]), id="best of"),
     make_claim(order(["a2", "a1", "a0"]), id="order"),
-    make_claim([st.Comparison("a0", "a3", "no_gain", MARGIN)], id="no gain"),
-    make_claim([st.Comparison("a4", "a0", "at_least", MARGIN)], id="at least"),
+    make_claim([st.Comparison("a0", "a3", MARGIN)], id="no gain"),
+    make_claim([st.Comparison("a4", "a0", MARGIN)], id="at least"),
     make_claim(best_of("a5", ["a0"]), id="another direction"),
 ]
 
@@ -210,7 +211,7 @@ def test_interval_covers_the_truth_in_95_percent():
     logs[:, 5, :2] = np.nan
     sd, df = st.residual_sd(logs)
     effect = (logs[:, 1] - logs[:, 0]).mean(axis=-1)
-    low, high = st.t_interval(effect, sd * np.sqrt(2 / N_SEEDS), df)
+    low, high = stats.t.interval(0.95, df, effect, sd * np.sqrt(2 / N_SEEDS))
     coverage = np.mean((low < truth) & (truth < high))
     assert df == 15 - 6 - 2
     assert coverage == pytest.approx(0.95, abs=three_standard_errors(0.05))
@@ -228,7 +229,7 @@ def test_power_agrees_with_simulation():
 
 
 def test_power_of_no_gain_is_that_of_the_distance_from_the_margin():
-    comparison = st.Comparison("a0", "a1", "no_gain", MARGIN)
+    comparison = st.Comparison("a0", "a1", MARGIN)
     agrees, _ = word_rates(sample_logs([0] * N_ARMS), [comparison])
     expected = st.power(MARGIN, SD, N_SEEDS, df=(N_ARMS - 1) * (N_SEEDS - 1))
     assert agrees == pytest.approx(expected, abs=three_standard_errors(0.5))
@@ -236,7 +237,7 @@ def test_power_of_no_gain_is_that_of_the_distance_from_the_margin():
 
 def test_a_small_case_by_hand():
     values = {"a": {10: 2.0, 11: 2.2}, "b": {10: 2.5, 11: 2.6}, "c": {10: 3.0, 11: 3.6}}
-    claim = st.Claim("U", "cpu", ("a", "b", "c"), best_of("a", ["b"]), (10, 11))
+    claim = st.Claim("U", "cpu", ("a", "b", "c"), best_of("a", ["b"]), (10, 11), 3000)
     [effect] = judge_one(claim, table(values)).effects
 
     x = np.log([[2.0, 2.2], [2.5, 2.6], [3.0, 3.6]])
@@ -256,7 +257,7 @@ def test_a_small_case_by_hand():
 
 def test_two_arms_alone_give_the_paired_t_test():
     logs = sample_logs([0, 0.03], repetitions=1, n_seeds=5)[0]
-    claim = make_claim(best_of("a0", ["a1"]), range(10, 15), figure=None)
+    claim = make_claim(best_of("a0", ["a1"]), tuple(range(10, 15)), figure=())
     [effect] = judge_one(claim, table_of_logs(logs)).effects
     expected = stats.ttest_rel(logs[1], logs[0])
     assert effect.p == pytest.approx(expected.pvalue)
@@ -266,72 +267,36 @@ def test_two_arms_alone_give_the_paired_t_test():
 # ---- Errors of the first edition ----
 
 
-@pytest.mark.parametrize("missing", [None, np.nan, pd.NA])
-def test_missing_optional_fields_may_be_none_or_nan(missing):
-    fields = {"figure": missing, "measure": missing, "step": missing, "floor": missing}
-    verdict = judge_effects([0, 0.2], best_of("a0", ["a1"]), **fields)
-    assert verdict.word == st.AGREES
-    assert st.Comparison("a0", "a1", margin=missing) == st.Comparison("a0", "a1")
-
-
-def test_claims_survive_a_data_frame():
-    records = [
-        {"id": "U1", "measure": "loss", "step": 3000, "floor": None, "margin": None},
-        {"id": "U2", "measure": None, "step": None, "floor": 0.5, "margin": None},
-    ]
-    measurements = table(
-        {"a0": {10: 1.0, 11: 1.1}, "a1": {10: 1.5, 11: 1.8}}, measure="loss", step=3000.0
-    )
-    measurements.loc[len(measurements)] = {"arm": "a0", "seed": 12, "value": None, "measure": None}
-    for record in pd.DataFrame(records).to_dict("records"):
-        comparison = st.Comparison("a0", "a1", margin=record.pop("margin"))
-        claim = make_claim([comparison], seeds=(10.0, 11.0), **record)
-        [effect] = judge_one(claim, measurements).effects
-        assert effect.n_seeds == 2
-        assert effect.df == 1
-        assert np.isfinite(effect.p)
-
-
-def test_other_protocols_measures_and_steps_do_not_count():
-    right = table({"a0": {10: 1.0, 11: 1.1}}, protocol="cpu", measure="loss", step=3000)
-    wrong = [right.assign(**change) for change in ({"protocol": "gpu"}, {"measure": "fid"})]
-    wrong += [right.assign(step=1000), right.assign(protocol=None), right.assign(step=np.nan)]
-    wrong = pd.concat(wrong).assign(value=99.0)
-    claim = make_claim(best_of("a0", ["a1"]), measure="loss", step=3000)
-    rows = st.claim_rows(claim, pd.concat([right, wrong]))
-    assert sorted(rows["value"]) == [1.0, 1.1]
-
-
 def test_no_gain_agrees_when_nothing_is_gained():
-    verdict = judge_effects([0, 0], [st.Comparison("a0", "a1", "no_gain", MARGIN)], n_seeds=10)
+    verdict = judge_effects([0, 0], [st.Comparison("a0", "a1", MARGIN)], n_seeds=10)
     assert verdict.word == st.AGREES
 
 
 def test_no_gain_is_open_without_enough_seeds():
-    comparison = st.Comparison("a0", "a1", "no_gain", MARGIN)
+    comparison = st.Comparison("a0", "a1", MARGIN)
     assert judge_effects([0, 0], [comparison], n_seeds=1).word == st.OPEN
     assert judge_effects([0, 0], [comparison], n_seeds=2, seed=4).word == st.OPEN
 
 
 def test_no_gain_agrees_when_17_layers_are_much_worse():
-    verdict = judge_effects([0, 1.0], [st.Comparison("a0", "a1", "no_gain", MARGIN)])
+    verdict = judge_effects([0, 1.0], [st.Comparison("a0", "a1", MARGIN)])
     assert verdict.word == st.AGREES
 
 
 def test_no_gain_disagrees_when_the_gain_is_large():
-    verdict = judge_effects([0, -0.5], [st.Comparison("a0", "a1", "no_gain", MARGIN)])
+    verdict = judge_effects([0, -0.5], [st.Comparison("a0", "a1", MARGIN)])
     assert verdict.word == st.DISAGREES
 
 
 def test_a_gain_within_the_margin_never_disagrees():
-    verdict = judge_effects([0, -0.02], [st.Comparison("a0", "a1", "no_gain", MARGIN)], n_seeds=40)
+    verdict = judge_effects([0, -0.02], [st.Comparison("a0", "a1", MARGIN)], n_seeds=40)
     assert verdict.effects[0].high < 0
     assert verdict.word == st.AGREES
 
 
 @pytest.mark.parametrize(("effect", "word"), [(-1.0, "agrees"), (0.5, "disagrees")])
 def test_at_least_agrees_with_a_better_result(effect, word):
-    verdict = judge_effects([effect, 0], [st.Comparison("a0", "a1", "at_least", MARGIN)])
+    verdict = judge_effects([effect, 0], [st.Comparison("a0", "a1", MARGIN)])
     assert verdict.word == word
 
 
@@ -392,7 +357,7 @@ def test_one_of_two_comparisons_not_run_is_open():
         make_claim(best_of("a0", ["a1", "a2"])),
         table_of_logs(sample_logs([0, 1], repetitions=1)[0]),
     )
-    assert [effect.word for effect in verdict.effects] == [st.AGREES, st.NOT_RUN]
+    assert verdict.effects[1].differences == {}
     assert verdict.word == st.OPEN
     assert verdict.missing == {"a2": (10, 11, 12)}
 
@@ -407,24 +372,6 @@ def test_without_degrees_of_freedom_the_effect_has_no_interval():
     assert np.isnan([effect.low, effect.high, effect.sd]).all()
 
 
-def test_values_are_compared_above_the_floor():
-    measurements = table({"a0": {10: 3.0, 11: 3.1}, "a1": {10: 4.0, 11: 4.2}})
-    claim = make_claim(best_of("a0", ["a1"]), seeds=(10, 11), floor=2.0)
-    [effect] = judge_one(claim, measurements).effects
-    assert effect.differences == pytest.approx({10: np.log(2.0), 11: np.log(2.0)})
-
-
-@pytest.mark.parametrize("value", [2.0, 1.0, 0.0, -1.0])
-def test_values_at_or_below_the_floor_are_not_comparable(value):
-    measurements = table({"a0": {10: value, 11: 3.1}, "a1": {10: 4.0, 11: 4.2}})
-    claim = make_claim(best_of("a0", ["a1"]), seeds=(10, 11), floor=2.0)
-    verdict = judge_one(claim, measurements)
-    assert verdict.word == st.NOT_COMPARABLE
-    assert verdict.p_holm == 1
-    assert verdict.missing == {}
-    assert "floor" in verdict.reason
-
-
 def test_a_word_that_does_not_survive_holm_is_open_and_says_so():
     measurements = table_of_logs([[0, 0, 0], [0.04, 0.05, 0.07], [1, 1, 1.001]])
     claim = make_claim(best_of("a0", ["a1"]))
@@ -436,8 +383,6 @@ def test_a_word_that_does_not_survive_holm_is_open_and_says_so():
     assert first.p_holm == pytest.approx(41 * alone.p)
     assert first.effects == alone.effects
     assert "Holm" in first.reason
-    other = [make_claim(best_of("a7", ["a8"]), protocol="gpu") for i in range(40)]
-    assert st.judge([claim, *other], measurements)[0] == alone
 
 
 def test_identical_values_are_open():
@@ -447,31 +392,18 @@ def test_identical_values_are_open():
 
 
 def test_diverged_and_failed_runs_are_missing():
-    measurements = table({"a0": {10: 1.0, 11: 1.1}, "a1": {10: np.inf, 11: None}})
-    verdict = judge_one(make_claim(best_of("a0", ["a1"]), seeds=(10, 11)), measurements)
+    measurements = table(
+        {"a0": {10: 1.0, 11: 1.1, 12: 1.0}, "a1": {10: np.inf, 11: None, 12: -1.0}}
+    )
+    verdict = judge_one(make_claim(best_of("a0", ["a1"])), measurements)
     assert verdict.word == st.NOT_RUN
-    assert verdict.missing == {"a1": (10, 11)}
+    assert verdict.missing == {"a1": (10, 11, 12)}
 
 
 def test_conflicting_values_are_refused():
-    twice = pd.concat([table({"a0": {10: 1.0}}), table({"a0": {10: 1.0}})])
-    claim = make_claim(best_of("a0", ["a1"]), seeds=(10,))
-    assert len(st.claim_rows(claim, twice)) == 1
-    with pytest.raises(ValueError, match="several values"):
-        st.claim_rows(claim, pd.concat([twice, table({"a0": {10: 1.2}})]))
-
-
-def test_invalid_claims_are_refused():
-    with pytest.raises(ValueError, match="kind"):
-        st.Comparison("a", "b", kind="better")
-    with pytest.raises(ValueError, match="margin"):
-        st.Comparison("a", "b", margin=0.1)
-    with pytest.raises(ValueError, match="distinct seeds"):
-        make_claim(best_of("a0", ["a1"]), seeds=(10, 10))
-    with pytest.raises(ValueError, match="at least one comparison"):
-        make_claim(())
-    with pytest.raises(ValueError, match="list the arms"):
-        make_claim(best_of("a0", ["a1"]), figure="Figure 2")
+    twice = pd.concat([table({"a0": {10: 1.0}}), table({"a0": {10: 1.2}})])
+    with pytest.raises(ValueError, match="duplicate"):
+        st.log_table(make_claim(best_of("a0", ["a1"])), twice)
 
 
 def test_comparisons_may_have_seeds_and_steps_of_their_own():

@@ -41,24 +41,19 @@ def finding(what: str, ok, detail: str, cure: str = "", otherwise: str = "proble
 def check_devices() -> list[Finding]:
     "Versions, GPUs, cores and threads."
     versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}"
-    gpus = []
-    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        memory = torch.cuda.get_device_properties(i).total_memory / 2**30
-        gpus.append(f"{torch.cuda.get_device_name(i)} ({memory:.0f} GiB)")
-    none, cure = (
-        "none; protocols gpu and paper need one",
-        "without one, use --protocol cpu or laptop",
-    )
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    names = ", ".join(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in gpus)
+    detail = names or "none; protocols gpu and paper need one"
+    cure = "without one, use --protocol cpu or laptop"
     cpu = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads of PyTorch"
-    gpu = finding("GPU", gpus, ", ".join(gpus) or none, cure, "missing")
+    gpu = finding("GPU", gpus, detail, cure, "missing")
     return [finding("versions", True, versions), gpu, finding("CPU", True, cpu)]
 
 
 def check_data() -> list[Finding]:
     "Data sets and feature networks."
-    found = []
-    for name in (name for name in DATASET_DEFAULTS if name not in PATHS):
-        found.append(finding(f"data {name}", *data_status(name), "missing"))
+    names = [name for name in DATASET_DEFAULTS if name not in PATHS]
+    found = [finding(f"data {name}", *data_status(name), "missing") for name in names]
     for name in FEATURE_EXTRACTORS:
         there, message = feature_status(name)
         first, _, cure = message.partition(": ")[2].partition("\n")
@@ -93,9 +88,8 @@ def check_certificate() -> Finding:
     except Exception as error:
         return finding("self-test", False, f"{type(error).__name__}: {error}", "reinstall")
     bad = ", ".join(row["file"] for row in rows if not row["ok"])
-    detail = f"equal to the released code in {len(rows)} checks"
-    if bad:
-        detail = f"differs from the released code in {bad}"
+    good = f"equal to the released code in {len(rows)} checks"
+    detail = f"differs from the released code in {bad}" if bad else good
     return finding("self-test", not bad, detail, "report it with the output of this command")
 
 
@@ -108,8 +102,8 @@ def doctor(
     found = [*check_devices(), *check_data(), *check_folders(out_dir)]
     found += [check_certificate()] if self_test else []
     if say:
-        states = [found_one.state for found_one in found]
-        for line in found:
-            say(str(line))
+        states = [one.state for one in found]
+        for one in found:
+            say(str(one))
         say(f"{states.count('problem')} problems, {states.count('missing')} missing")
     return found

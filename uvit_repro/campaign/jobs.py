@@ -2,7 +2,7 @@
 
 import functools
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from uvit_repro.config import (
     CONFIGS,
@@ -24,19 +24,9 @@ from uvit_repro.uvit import matched_none
 CIFAR = "CIFAR10 U-ViT-S/2"  # the configuration that the smaller protocols are made from
 SAVED_EVERY = 50_000  # iterations between the checkpoints of the released script
 PANEL = re.compile(r"Figure 2[a-e]")
-ORDER = (  # variants of Figure 2 as a short budget should do them
-    "adopted",
-    "skip=none",
-    "time=adaln",
-    "skip=add",
-    "conv=none",
-    "pos_embed=sincos2d",
-    "skip=linear_add",
-    "skip=add_linear",
-    "patch_embed=conv",
-    "conv=before",
-    "pos_embed=none",
-)
+# Variants of Figure 2 as a short budget should do them.
+ORDER = ("adopted", "skip=none", "time=adaln", "skip=add", "conv=none", "pos_embed=sincos2d")
+ORDER += ("skip=linear_add", "skip=add_linear", "patch_embed=conv", "conv=before")
 
 
 def our_variants(
@@ -44,9 +34,9 @@ def our_variants(
 ) -> list:  # (panel, label, fields of the model)
     "Variants that the paper does not have and a comparison needs."
     m = base.model
-    wide = matched_none(m.embed_dim, m.depth, m.mlp_ratio)
+    wide = {"skip": "none", "mlp_ratio": matched_none(m.embed_dim, m.depth, m.mlp_ratio)}
     return [
-        ("a", "No long skip, as many parameters", {"skip": "none", "mlp_ratio": wide}),
+        ("a", "No long skip, as many parameters", wide),
         ("a", "(h_m + h_s)/sqrt 2", {"skip": "add_scaled"}),
         ("b", "AdaLN, literal start", {"time": "adaln_literal"}),
         ("b", "AdaLN-Zero", {"time": "adaln_zero"}),
@@ -77,16 +67,9 @@ def paper_experiment(cell, fields: dict, seed: int) -> Experiment:
     saved = tuple(range(SAVED_EVERY, exp.train.n_steps, SAVED_EVERY))
     curve = saved if cell.curve == "all" else tuple(cell.curve or ())
     n = cell.num_samples or exp.evaluation.num_samples
-    evaluation = replace(
-        exp.evaluation,
-        num_samples=n,
-        curve_steps=curve,
-        curve_samples=n,
-        curve_sampler="",
-        curve_nfe=0,
-        loss_steps=tuple(step for step in saved if step not in curve),
-    )
-    return replace(exp, sampling=replace(exp.sampling, **cell.sampling), evaluation=evaluation)
+    settings = {"num_samples": n, "curve_steps": curve, "curve_samples": n}
+    settings |= {"curve_sampler": "", "curve_nfe": 0, **cell.sampling}
+    return with_overrides(exp, loss_steps=tuple(s for s in saved if s not in curve), **settings)
 
 
 def smaller_experiment(protocol: str, fields: dict, seed: int) -> Experiment:
@@ -167,10 +150,9 @@ def jobs_of_cells(cells, panels: set, protocol: str, seed: int) -> list[Job]:
     first = next((c for c in cells.itertuples() if PANEL.fullmatch(c.place)), None)
     named = [(panel, *v) for panel, (_, variants) in FIGURE2.items() for v in variants]
     for panel, _, fields in (*named, *our_variants(PROTOCOLS[protocol])):
-        if panel in panels and protocol == "paper":
-            found.setdefault(paper_experiment(first, fields, seed), {})
-        elif panel in panels:
-            found.setdefault(smaller_experiment(protocol, fields, seed), {})
+        if panel in panels:
+            (exp,) = experiments_of(first._replace(fields=[fields]), protocol, seed)
+            found.setdefault(exp, {})
     runs = cells[cells.kind.isin(("reproducible", "statement"))]
     figure = panels and all(PANEL.fullmatch(place) for place in runs.place)
     order = sorted(found, key=importance) if figure else found

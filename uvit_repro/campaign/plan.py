@@ -44,9 +44,9 @@ def obstacle(exp: Experiment) -> str:
     kind = exp.data.dataset.partition(":")[0]
     if exp.model.model not in MODELS:
         return f"no backbone {exp.model.model!r} in this version"
-    if kind in PATHS:
-        return ""
-    found, detail, _ = data_status(kind, exp.execution.data_root)
+    found, detail = True, ""
+    if kind not in PATHS:
+        found, detail, _ = data_status(kind, exp.execution.data_root)
     return "" if found else f"{kind}: {detail}; uvit-repro doctor says how to get it"
 
 
@@ -110,8 +110,8 @@ def plan(
 ) -> dict:  # plain values: runs, states, seconds, gpu_hours
     "Every run behind some published numbers or claims: its state, its cost, its command."
     protocol, machine = protocol or default_protocol(), machine or this_machine()
-    todo, trained, rows = jobs(what, protocol, seeds), set(), []
-    for job in todo:
+    trained, rows = set(), []
+    for job in jobs(what, protocol, seeds):
         rows.append(plan_row(job, machine, job.exp.run_id in trained))
         trained.add(job.exp.run_id)  # other evaluations need not train again
     return {
@@ -134,42 +134,31 @@ def plan_row(job: Job, machine: Machine, trained: bool) -> dict:
         seconds = machine.expected(exp, done)
         rate = machine.rate(exp) if machine.device.type == "cuda" else paper_gpu()[1]
         hours = predict(exp, rate, done) / 3600
-    return {
-        "run_id": exp.run_id,
-        "state": what,
-        "why": why,
-        "protocol": exp.protocol,
-        "seed": exp.seed,
-        "sampler": f"{exp.sampling.sampler} {exp.sampling.nfe}",
-        "places": list(job.places),
-        "seconds": seconds,
-        "gpu_hours": hours,
-        "command": repeat_command(exp),
-    }
+    row = {"run_id": exp.run_id, "state": what, "why": why, "protocol": exp.protocol}
+    row |= {"seed": exp.seed, "sampler": f"{exp.sampling.sampler} {exp.sampling.nfe}"}
+    row |= {"places": list(job.places), "seconds": seconds, "gpu_hours": hours}
+    return row | {"command": repeat_command(exp)}
 
 
 def plan_lines(
     found: dict,  # of `plan`
 ) -> list[str]:
     "A plan for a terminal: a line for each run, and the sums."
-    runs, lines, protocol = found["runs"], [], found["protocol"]
+    runs, lines, large = found["runs"], [], found["protocol"] in LARGE
     width = max((len(row["run_id"]) for row in runs), default=0)
     for row in runs:
-        cost = f"{row['gpu_hours']:.3g} GPU-h"
-        if protocol not in LARGE:
-            cost = format_duration(row["seconds"])
-        why = f"  ({row['why']})" if row["state"] in ("running", "failed", "stopped") else ""
+        cost = f"{row['gpu_hours']:.3g} GPU-h" if large else format_duration(row["seconds"])
         cost = "" if row["state"] == "done" else cost
+        why = f"  ({row['why']})" if row["state"] in ("running", "failed", "stopped") else ""
         text = f"{row['run_id']:{width}s}  {row['state']:9s}  {cost:>11s}  {row['sampler']}"
         lines.append(text + why)
     for why, n in Counter(row["why"] for row in runs if row["state"] == "blocked").items():
         lines.append(f"blocked, {n} of them: {why}")
     states = ", ".join(f"{n} {name}" for name, n in found["states"].items())
-    lines.append(f"{len(runs)} runs of protocol {protocol}: {states or 'none'}")
-    lines.append("the command of each run: add --json")
-    if runs and protocol in LARGE:
-        lines.append(f"left: {found['gpu_hours']:.4g} GPU-hours")
-    elif runs:
-        time = format_duration(math.ceil(found["seconds"] / found["workers"]))
-        lines.append(f"left: about {time} here, {found['workers']} at a time")
+    lines.append(f"{len(runs)} runs of protocol {found['protocol']}: {states or 'none'}")
+    time = format_duration(math.ceil(found["seconds"] / found["workers"]))
+    left = f"left: about {time} here, {found['workers']} at a time"
+    if large:
+        left = f"left: {found['gpu_hours']:.4g} GPU-hours"
+    lines += ["the command of each run: add --json", left]
     return lines

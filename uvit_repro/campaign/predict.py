@@ -49,8 +49,8 @@ def rate_name(exp: Experiment, device: torch.device, threads: int) -> str:
         machine = torch.cuda.get_device_name(device)
     compiled = wants_compile(exp.execution.compile, device, exp.train.n_steps)
     mode = f"{exp.train.precision}, {'compiled' if compiled else 'not compiled'}"
-    version = package_version("torch")
-    return f"{machine}, torch {version}, {mode}, protocol {exp.protocol}, {exp.model.model}"
+    mode = f"torch {package_version('torch')}, {mode}"
+    return f"{machine}, {mode}, protocol {exp.protocol}, {exp.model.model}"
 
 
 def timed_updates(
@@ -59,10 +59,10 @@ def timed_updates(
     seconds: float,  # at least one update, whatever it takes
 ) -> float:  # operations per second
     "Time updates of training, compiled where the run will be, after three that are not timed."
-    net, diffusion = build_model(exp), Diffusion(exp.diffusion)
+    net, diffusion, batch = build_model(exp), Diffusion(exp.diffusion), exp.train.batch_size
     set_attention(net, attention_choice(exp, device)["path"])
-    execution, batch = exp.execution, exp.train.batch_size
-    compiled = wants_compile(execution.compile, device, exp.train.n_steps) and execution.compile
+    choice = exp.execution.compile
+    compiled = wants_compile(choice, device, exp.train.n_steps) and choice
     trainer = Trainer(net, diffusion, exp.train, device, compiled)
     x, _, cond = model_inputs(net, batch, device)
     x.normal_()
@@ -92,10 +92,10 @@ def measured_rate(
 ) -> float:  # operations per second
     "The rate at which this machine trains a network: measured once, then read."
     cache = cache or project_root() / "results" / "cache" / "throughput.json"
-    name, known = rate_name(exp, device, threads), read_json(cache)
-    if isinstance(known.get(name), float) and known[name] > 0:
-        return known[name]
-    keep = device.type == "cuda" or not busy()
+    name, keep = rate_name(exp, device, threads), device.type == "cuda" or not busy()
+    rate = read_json(cache).get(name)
+    if isinstance(rate, float) and rate > 0:
+        return rate
     with thread_count(threads):
         rate = timed_updates(exp, device, seconds)
     if keep:  # what a busy CPU gave is used once
@@ -107,9 +107,9 @@ def measured_rate(
 @functools.cache
 def paper_gpu() -> tuple[str, float]:  # its name, operations per second
     "The rate at which the authors trained H/2 on one A100 (README: batch 128, mixed precision)."
-    ending, cells = "mixed precision + xformers", registry()
-    speeds = cells[(cells.column == "steps_per_second") & cells.condition.str.endswith(ending)]
-    speed = next(speeds.itertuples())
+    cells = registry()
+    ending = cells.condition.str.endswith("mixed precision + xformers")
+    speed = next(cells[(cells.column == "steps_per_second") & ending].itertuples())
     flops = training_flops(macs_of(CONFIGS[speed.base])) * 128 * speed.number
     return "A100, at the rate of the paper's README", flops
 

@@ -54,6 +54,13 @@ def run_command(job_file: Path) -> list[str]:
     return [sys.executable, "-m", "uvit_repro.runs", str(job_file)]
 
 
+def background(command: list[str], out, log, **environment) -> subprocess.Popen:
+    "Start a process in a session of its own: an interrupt of this one does not reach it."
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
+    streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": log}
+    return subprocess.Popen(command, **streams, env=environment, start_new_session=True)
+
+
 def start_process(job: Job, machine: Machine) -> tuple[subprocess.Popen, TextIO]:
     "Start the process of a run; its progress goes to a file that is read here, errors to a log."
     threads = machine.threads(job.exp)
@@ -65,18 +72,9 @@ def start_process(job: Job, machine: Machine) -> tuple[subprocess.Popen, TextIO]
         "where": {"chapter": "campaign", "paper_ref": job.places[0] if job.places else ""},
     }
     write_json(path, content)
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
-    if threads:
-        environment["OMP_NUM_THREADS"] = str(threads)
+    environment = {"OMP_NUM_THREADS": str(threads)} if threads else {}
     with open(path.with_suffix(".out"), "wb") as out, open(path.with_suffix(".log"), "wb") as log:
-        process = subprocess.Popen(
-            run_command(path),
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=log,
-            env=environment,
-            start_new_session=True,  # an interrupt is for the campaign, which passes it on
-        )
+        process = background(run_command(path), out, log, PYTHONIOENCODING="utf-8", **environment)
     return process, open(path.with_suffix(".out"), encoding="utf-8", errors="replace")
 
 
@@ -134,11 +132,11 @@ class Campaign:
                 break
             if self.end < math.inf and self.expected(job) > self.end - time.monotonic():
                 continue
-            lock = acquire_run(job.exp.run_id, self.machine.out_dir)
-            others |= lock is None
-            if lock:
+            if lock := acquire_run(job.exp.run_id, self.machine.out_dir):
                 self.todo.remove(job)
                 self.start(job, lock)
+            else:
+                others = True
         return others
 
     def start(self, job: Job, lock: FileLock):
@@ -171,10 +169,9 @@ class Campaign:
         self.active.remove(run)
         if code and self.stopped_at is None:
             log = campaign_folder(self.machine.out_dir) / f"{run.job.exp.run_id}.log"
-            why = f"exit status {code}; the end of {log} says more"
-            if code == -9:
-                why = "killed, as a rule for want of memory: try fewer --workers"
-            self.failed(run.job, run.why or why)
+            why = "killed, as a rule for want of memory: try fewer --workers" if code == -9 else ""
+            why = run.why or why or f"exit status {code}; the end of {log} says more"
+            self.failed(run.job, why)
         else:
             self.result["left" if code else "ran"].append(run.job)
             took = format_duration(time.monotonic() - run.begin)
@@ -230,19 +227,16 @@ def run_jobs(
     states = [(job, *state(job.exp, machine.out_dir)) for job in todo]
     for why in dict.fromkeys(why for _, what, why in states if what == "blocked"):
         say(f"blocked: {why}")
-    result = {
-        "done": [job for job, what, _ in states if what == "done"],
-        "blocked": [job for job, what, _ in states if what == "blocked"],
-    }
     campaign = Campaign([j for j, what, _ in states if what in OPEN], machine, budget, say)
     if campaign.todo:
         say(f"{len(campaign.todo)} runs to do, up to {machine.workers} at a time")
-    for name, found in campaign.run().items():
-        result[name] = result.get(name, []) + found
-    if result["left"]:
+    found = campaign.run()
+    for name in ("done", "blocked"):
+        found[name] = [j for j, what, _ in states if what == name] + found.get(name, [])
+    if found["left"]:
         say("the same command goes on")
-    ids = {name: [job.exp.run_id for job in found] for name, found in result.items()}
-    say(", ".join(f"{len(found)} {name}" for name, found in ids.items()))
+    ids = {name: [job.exp.run_id for job in those] for name, those in found.items()}
+    say(", ".join(f"{len(names)} {name}" for name, names in ids.items()))
     more = {"reasons": campaign.reasons, "interrupted": campaign.interrupted}
     return {**ids, **more, "seconds": time.monotonic() - begin}
 
@@ -276,12 +270,5 @@ def detach(
     log = campaign_folder(out_dir) / "latest.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "uvit_repro.cli", *argv],
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
-        )
+        process = background([sys.executable, "-m", "uvit_repro.cli", *argv], out, out)
     return {"process": process.pid, "log": str(log)}

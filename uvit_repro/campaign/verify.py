@@ -4,7 +4,7 @@ import csv
 import json
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from uvit_repro.config import (
     content_name,
     eval_id,
     from_dict,
+    with_overrides,
 )
 from uvit_repro.data.files import printable, sha256_file
 from uvit_repro.runs.checkpoints import check_weights
@@ -55,9 +56,8 @@ class Check:
 
 def compare(what: str, where, recorded, found, tolerance: float = 0.0) -> Check:
     "A check; numbers may differ by `tolerance`."
-    ok = recorded == found
-    if not ok and tolerance and all(isinstance(v, int | float) for v in (recorded, found)):
-        ok = abs(recorded - found) <= tolerance
+    numbers = tolerance and all(isinstance(v, int | float) for v in (recorded, found))
+    ok = abs(recorded - found) <= tolerance if numbers else recorded == found
     return Check(what, str(where), recorded, found, bool(ok))
 
 
@@ -107,28 +107,6 @@ def check_record(folder: Path, info: dict, exp: Experiment) -> Iterator[Check]:
         yield compare(what, f"{folder.name}/run.json", recorded, found)
 
 
-def evaluations(info: dict, exp: Experiment) -> dict:
-    "The evaluations of a record, as (experiment, step, images) by name."
-    found = {}
-    for name, entry in info["evaluations"].items():
-        at = exp
-        if entry["num_samples"]:
-            evaluation = replace(exp.evaluation, features=entry["features"])
-            sampling = replace(exp.sampling, **entry["sampling"])
-            at = replace(exp, evaluation=evaluation, sampling=sampling)
-        found[name] = at, entry["step"], entry["num_samples"]
-    return found
-
-
-def check_evaluations(folder: Path, info: dict, exp: Experiment) -> Iterator[Check]:
-    "Compare the names of a record's evaluations and the checksums of their statistics."
-    for name, evaluation in evaluations(info, exp).items():
-        recorded, file = info["evaluations"][name]["stats_sha256"], f"stats/{name}.npz"
-        where = f"{folder.name}/run.json"
-        yield compare("name of the evaluation", where, name, eval_id(*evaluation))
-        yield compare("sha256", f"{folder.name}/{file}", recorded, file_sum(folder / file))
-
-
 def statistics_values(path: Path) -> dict:
     "Every metric that a file of statistics gives."
     with zipfile.ZipFile(path) as archive:
@@ -146,24 +124,30 @@ def check_measurements(folder: Path, info: dict, exp: Experiment) -> Iterator[Ch
     "Compute measurements.csv again, evaluation by evaluation."
     with open(folder / "measurements.csv", newline="", encoding="utf-8") as lines:
         table = [{**r, "metric": current_metric_name(r["metric"])} for r in csv.DictReader(lines)]
-    known = evaluations(info, exp)
     for row in table:
-        if row["eval_id"] not in known:
-            where = f"{folder.name}/measurements.csv, {row['eval_id']}"
-            yield compare(
-                f"evaluation of {row['metric']}", where, "in the table", "not in run.json"
-            )
-    for name, evaluation in known.items():
+        if row["eval_id"] not in info["evaluations"]:
+            what, where = f"evaluation of {row['metric']}", f"{folder.name}/measurements.csv"
+            yield compare(what, where, row["eval_id"], "not in run.json")
+    for name, entry in info["evaluations"].items():
         rows = [row for row in table if row["eval_id"] == name]
         where = f"{folder.name}/stats/{name}.npz"
-        yield from attempt(where, check_rows, folder, name, evaluation, rows)
+        yield from attempt(where, check_evaluation, folder, exp, name, entry, rows)
 
 
-def check_rows(folder: Path, name: str, evaluation: tuple, rows: list) -> Iterator[Check]:
-    "Compute the rows of one evaluation again, and compare their columns with it."
+def check_evaluation(
+    folder: Path, exp: Experiment, name: str, entry: dict, rows: list
+) -> Iterator[Check]:
+    "Compute one evaluation again: its name, the checksum of its statistics, its rows."
+    step, images, file = entry["step"], entry["num_samples"], f"stats/{name}.npz"
+    if images:
+        exp = with_overrides(exp, features=entry["features"], **entry["sampling"])
+    yield compare(
+        "name of the evaluation", f"{folder.name}/run.json", name, eval_id(exp, step, images)
+    )
+    yield compare("sha256", f"{folder.name}/{file}", entry["stats_sha256"], file_sum(folder / file))
     where = f"{folder.name}/measurements.csv, {name}"
-    wanted = {k: str(v) for k, v in identifying_columns(*evaluation).items()}
-    values = statistics_values(folder / "stats" / f"{name}.npz")
+    wanted = {k: str(v) for k, v in identifying_columns(exp, step, images).items()}
+    values = statistics_values(folder / file)
     for row in rows:
         metric = row["metric"]
         value, tolerance = values.get(metric, "not in the statistics"), 1e-12
@@ -178,20 +162,35 @@ def check_rows(folder: Path, name: str, evaluation: tuple, rows: list) -> Iterat
     yield compare("metrics with several rows", where, [], repeated)
 
 
+def check_readable(read: Callable, path: Path) -> tuple:
+    "No check, or the exception of a file that can't be read."
+    read(path)
+    return ()
+
+
 def check_local_files(folder: Path) -> Iterator[Check]:
     "Compare this machine's weights, samples and pictures with their checksums."
-
-    def read(work: Callable, path: Path):
-        work(path)
-
-    for pattern, work in (
+    for pattern, read in (
         ("weights-*.safetensors", check_weights),
         ("samples/*/[0-9]*.npz", read_shard),
         ("*.png", lambda path: Image.open(path).verify()),
         ("*.npz", lambda path: dict(np.load(path))),
     ):
         for path in sorted(folder.glob(pattern)):
-            yield from attempt(path.relative_to(folder.parent).as_posix(), read, work, path)
+            where = path.relative_to(folder.parent).as_posix()
+            yield from attempt(where, check_readable, read, path)
+
+
+def check_content(folder: Path, local: bool) -> Iterator[Check]:
+    "The checks of a run's record, numbers and, if `local`, other files."
+    info = json.loads((folder / "run.json").read_bytes())
+    exp = from_dict(info["experiment"])
+    if local and info.get("status") != "ok":
+        return
+    if "images_seen" in info:  # trained here; a released network was not
+        yield from attempt(f"{folder.name}/run.json", check_record, folder, info, exp)
+    yield from attempt(f"{folder.name}/measurements.csv", check_measurements, folder, info, exp)
+    yield from check_local_files(folder) if local else ()
 
 
 def check_run(
@@ -199,22 +198,9 @@ def check_run(
     local: bool = False,  # with weights, samples and pictures; what is not finished is left out
 ) -> list[Check]:
     "Every check of one run."
-    name, checks = folder.name, []
-    if (folder / SEAL).exists():
-        checks += attempt(f"{name}/{SEAL}", check_seal, folder)
-    try:
-        info = json.loads((folder / "run.json").read_bytes())
-        exp = from_dict(info["experiment"])
-    except Exception as error:
-        found = f"{type(error).__name__}: {str(error)[:300]}"
-        return [*checks, compare("file", f"{name}/run.json", "readable", found)]
-    if local and info.get("status") != "ok":
-        return checks
-    if "images_seen" in info:  # trained here; a released network was not
-        checks += attempt(f"{name}/run.json", check_record, folder, info, exp)
-    checks += attempt(f"{name}/run.json", check_evaluations, folder, info, exp)
-    checks += attempt(f"{name}/measurements.csv", check_measurements, folder, info, exp)
-    return checks + (list(check_local_files(folder)) if local else [])
+    sealed = (folder / SEAL).exists()
+    checks = list(attempt(f"{folder.name}/{SEAL}", check_seal, folder)) if sealed else []
+    return [*checks, *attempt(f"{folder.name}/run.json", check_content, folder, local)]
 
 
 def check_list(root: Path, names: set) -> Iterator[Check]:
@@ -231,17 +217,17 @@ def verify(
     say=None,  # called with what does not hold, and a summary
 ) -> list[Check]:
     "Recompute every recorded number of every run, and compare every file that is listed or sealed."
-    if origin not in ("published", "runs"):
-        raise ParameterError(f"origin = {origin!r}: allowed are published, runs")
-    root = Path(out_dir or (published_root() if origin == "published" else runs_root()))
-    files = ("run.json", "measurements.csv", SEAL)
-    names = {path.parent.name for file in files for path in root.glob(f"*/{file}")}
+    known = {"published": published_root(), "runs": runs_root()}
+    if origin not in known:
+        raise ParameterError(f"origin = {origin!r}: allowed are {', '.join(known)}")
+    root = Path(out_dir or known[origin])
     if out_dir and not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
-    checks = []
+    files, checks = ("run.json", "measurements.csv", SEAL), []
+    names = {path.parent.name for file in files for path in root.glob(f"*/{file}")}
     if (root / LIST).is_file() and (root / LIST).stat().st_size:
         checks += attempt(LIST, check_list, root, names)
-    elif root == published_root() or (root / LIST).exists():
+    elif root == known["published"] or (root / LIST).exists():
         checks.append(compare("list of runs", LIST, "there", "missing or empty"))
     for name in sorted(names):
         checks += check_run(root / name, origin == "runs")

@@ -44,12 +44,17 @@ class Record:
     info: dict  # run.json
     experiment: Experiment
     measurements: tuple[dict, ...]  # rows of measurements.csv that hold a number
-    machine: str = ""  # that computed the run
+    machine: str  # that computed the run
 
     @property
     def run_id(self) -> str:
         "Name of the run and of its folder."
         return self.folder.name
+
+    @property
+    def label(self) -> str:
+        "What distinguishes the model from the adopted one of its protocol; empty for that one."
+        return variant_label(self.experiment.model, PROTOCOLS[self.experiment.protocol].model)
 
     def value(
         self,
@@ -59,18 +64,14 @@ class Record:
         "The value of the evaluation that the run's own experiment names."
         e = self.experiment
         step = e.train.n_steps if step is None else step
-        loss = metric == "heldout_loss"
-        wanted = eval_id(e, step, 0 if loss else e.evaluation.num_samples)
-        for row in self.measurements:
-            if (row["metric"], row["eval_id"]) == (metric, wanted) and int(row["step"]) == step:
-                return float(row["value"])
-        return np.nan
+        wanted = eval_id(e, step, 0 if metric == "heldout_loss" else e.evaluation.num_samples)
+        rows = [r for r in self.measurements if (r["metric"], r["eval_id"]) == (metric, wanted)]
+        return next((r["value"] for r in rows if r["step"] == step), np.nan)
 
     @property
     def loss_steps(self) -> list[int]:
         "The steps at which the held-out loss was measured."
-        rows = [row for row in self.measurements if row["metric"] == "heldout_loss"]
-        return sorted({int(row["step"]) for row in rows})
+        return sorted({r["step"] for r in self.measurements if r["metric"] == "heldout_loss"})
 
     def loss_by_level(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         "Log-SNR and held-out loss of each noise level; `ValueError` if they contradict the value."
@@ -83,8 +84,7 @@ class Record:
 
     def training_log(self) -> pd.DataFrame:
         "The training loss, columns step and loss; empty without a log."
-        path = self.folder / "log.csv"
-        columns = ["step", "loss"]
+        path, columns = self.folder / "log.csv", ["step", "loss"]
         return pd.read_csv(path)[columns] if path.is_file() else pd.DataFrame(columns=columns)
 
 
@@ -101,7 +101,8 @@ def read_record(folder: Path, origin: str) -> Record | None:  # None: unfinished
     text = (folder / "measurements.csv").read_text(encoding="utf-8")
     rows = [row for row in csv.DictReader(io.StringIO(text)) if row["status"] == "ok"]
     for row in rows:
-        if row["run_id"] != e.run_id or not np.isfinite(float(row["value"]) + int(row["step"])):
+        row |= {"step": int(row["step"]), "value": float(row["value"])}
+        if row["run_id"] != e.run_id or not np.isfinite(row["value"]):
             raise ValueError("measurements.csv holds another run or a value that is no number")
         row["metric"] = current_metric_name(row["metric"])
     if len({(row["metric"], row["eval_id"]) for row in rows}) < len(rows):
@@ -109,15 +110,12 @@ def read_record(folder: Path, origin: str) -> Record | None:  # None: unfinished
     for check in info.get("certificate") or ():
         check |= {name: float(check[name]) for name in ("difference", "tolerance")}
     info["wall_seconds"] = float(info.get("wall_seconds", "nan"))
-    record = Record(folder, origin, info, e, tuple(rows))
-    record.training_log().astype(float)
-    return replace(record, machine=machine_name(info.get("conditions", {})))
-
-
-def machine_name(conditions: dict) -> str:
-    "What computed a run."
-    name = conditions.get("gpu") or conditions.get("cpu") or "unknown machine"
-    return f"{name}, torch {conditions.get('versions', {}).get('torch', '?')}"
+    made = info.get("conditions", {})
+    machine = made.get("gpu") or made.get("cpu") or "unknown machine"
+    machine = f"{machine}, torch {made.get('versions', {}).get('torch', '?')}"
+    record = Record(folder, origin, info, e, tuple(rows), machine)
+    record.training_log().astype(float)  # can it be read?
+    return record
 
 
 @dataclass(frozen=True)
@@ -139,8 +137,23 @@ class Evidence:
 
     @cached_property
     def differences(self) -> pd.DataFrame:
-        "Every run against the adopted model that was trained alike (see `against_adopted`)."
-        return against_adopted(self.records)
+        "The log ratio of each run to the adopted model with the same data, training and seed."
+        rows = []
+        for r in self.records.values():
+            e = r.experiment
+            try:
+                adopted = self.records.get(replace(e, model=PROTOCOLS[e.protocol].model).run_id)
+            except ParameterError:  # these data do not fit the adopted model
+                continue
+            for measure in ("heldout_loss", main_metric(e)) if adopted and r.label else ():
+                value, reference = r.value(measure), adopted.value(measure)
+                if value > 0 and reference > 0:
+                    row = {"protocol": e.protocol, "variant": r.label, "steps": e.train.n_steps}
+                    row |= {"seed": e.seed, "measure": measure, "run_id": r.run_id}
+                    difference = np.log(value / reference)
+                    rows.append(row | {"difference": difference, "adopted_id": adopted.run_id})
+        columns = ["protocol", "variant", "steps", "seed", "measure", "difference", "run_id"]
+        return pd.DataFrame(rows, columns=[*columns, "adopted_id"])
 
 
 def read_evidence(
@@ -191,10 +204,9 @@ def listed_claims(protocol: str) -> list[Claim]:
         return entry["seeds"].get(arm, entry["seeds"]["default"])
 
     def comparisons(claim):
-        kind = "direction" if claim["kind"] == "best_of" else claim["kind"]
         for better, worse in pairs_of(claim):
             common = tuple(s for s in seeds(better) if s in seeds(worse))
-            c = Comparison(better, worse, kind, claim.get("margin", 0.0), common)
+            c = Comparison(better, worse, claim.get("margin", 0.0), common)
             yield c
             if "equal_time" in claim:
                 yield replace(c, steps=tuple(claim["equal_time"].items()))
@@ -210,7 +222,6 @@ def listed_claims(protocol: str) -> list[Claim]:
             tuple(dict.fromkeys(figures[claim["figure"]])),
             tuple(comparisons(claim)),
             tuple(sorted({s for pair in pairs_of(claim) for arm in pair for s in seeds(arm)})),
-            entry["measure"],
             entry["step"],
         )
         for claim in entry["claims"]
@@ -220,29 +231,26 @@ def listed_claims(protocol: str) -> list[Claim]:
 def arm_values(ev: Evidence, protocol: str) -> pd.DataFrame:
     """The held-out loss of every arm of the fixed list at every seed and measured step.
 
-    Columns arm, seed, step, measure, value, run_id and one per band; `.attrs["problems"]` names
-    the records whose statistics contradict their value.
+    Columns arm, seed, step, value and one per band of noise; `.attrs["problems"]` names the
+    records whose statistics contradict their value.
     """
-    entry = fixed_list(protocol)
+    entry, measure = fixed_list(protocol), fixed_list(protocol)["measure"]
     seeds = sorted({r.experiment.seed for r in ev.at(protocol)})
     bands = {f"log-SNR {low:g} to {high:g}": (low, high) for low, high in entry["log_snr_bands"]}
     rows, problems = [], []
     for arm, seed in ((arm, seed) for arm in entry["arms"] for seed in seeds):
         record = ev.records.get(arm_experiment(protocol, arm, seed).run_id)
         for step in record.loss_steps if record else ():
-            value = record.value(entry["measure"], step)
-            row = {"arm": arm, "seed": seed, "step": step, "measure": entry["measure"]}
-            row |= {"value": value, "run_id": record.run_id}
             try:
                 log_snr, loss = record.loss_by_level(step)
             except (OSError, ValueError, KeyError) as error:
                 problems.append((record.run_id, f"left out: {error}"[:300]))
                 continue
+            row = {"arm": arm, "seed": seed, "step": step, "value": record.value(measure, step)}
             for name, (low, high) in bands.items():
                 row[name] = loss[(low <= log_snr) & (log_snr < high)].mean()
             rows.append(row)
-    columns = ["arm", "seed", "step", "measure", "value", "run_id", *bands]
-    frame = pd.DataFrame(rows, columns=columns)
+    frame = pd.DataFrame(rows, columns=["arm", "seed", "step", "value", *bands])
     frame.attrs["problems"] = problems
     return frame
 
@@ -251,16 +259,14 @@ def band_differences(
     effect: Effect, values: pd.DataFrame, step: int
 ) -> dict[str, dict[int, float]]:
     "The same comparison in each band of noise: band -> seed -> log(worse / better)."
-    steps = dict(effect.comparison.steps)
-    out = {}
-    for band in (c for c in values.columns if c.startswith("log-SNR")):
-        arms = []
-        for arm in (effect.comparison.better, effect.comparison.worse):
-            rows = values[(values.arm == arm) & (values.step == steps.get(arm, step))]
-            arms.append(np.log(rows.set_index("seed")[band]))
-        found = (arms[1] - arms[0]).reindex(list(effect.differences)).dropna()
-        out[band] = found.to_dict()
-    return out
+    c, steps = effect.comparison, dict(effect.comparison.steps)
+    worse, better = (
+        values[(values.arm == arm) & (values.step == steps.get(arm, step))].set_index("seed")
+        for arm in (c.worse, c.better)
+    )
+    bands = [name for name in values if name.startswith("log-SNR")]
+    found = np.log(worse[bands] / better[bands]).reindex(list(effect.differences)).dropna()
+    return found.to_dict()
 
 
 def judged(ev: Evidence, protocol: str) -> tuple[list[Verdict], pd.DataFrame]:
@@ -310,30 +316,6 @@ def variant_label(model: ModelConfig, base: ModelConfig) -> str:
     return ", ".join(
         f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in changed.items()
     )
-
-
-def against_adopted(records: dict[str, Record]) -> pd.DataFrame:
-    "The log ratio of each run to the adopted model with the same data, training and seed."
-    rows = []
-    for r in records.values():
-        e = r.experiment
-        base = PROTOCOLS[e.protocol].model
-        try:
-            adopted = records.get(replace(e, model=base).run_id)
-        except ParameterError:  # these data do not fit the adopted model
-            continue
-        label = variant_label(e.model, base)
-        if adopted is None or not label:
-            continue
-        for measure in ("heldout_loss", main_metric(e)):
-            value, reference = r.value(measure), adopted.value(measure)
-            if value > 0 and reference > 0:
-                row = {"protocol": e.protocol, "variant": label, "steps": e.train.n_steps}
-                row |= {"seed": e.seed, "measure": measure, "value": value, "run_id": r.run_id}
-                row |= {"difference": np.log(value / reference), "adopted_id": adopted.run_id}
-                rows.append(row)
-    columns = ("protocol", "variant", "steps", "seed", "measure", "difference", "value")
-    return pd.DataFrame(rows, columns=[*columns, "run_id", "adopted_id"])
 
 
 def transferred(arm: str, protocol: str) -> str:  # as `variant_label`

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from uvit_repro.config import PROTOCOLS, Experiment, experiment, main_metric
-from uvit_repro.paper.claims import fixed_list
+from uvit_repro.config import PROTOCOLS, experiment, main_metric
 from uvit_repro.paper.numbers import FIGURE2, figure2, figure7, load_paper
 from uvit_repro.report.evidence import SCALES, Evidence, Record, has_list, variant_label
 from uvit_repro.report.statistics import paired_difference
@@ -93,26 +92,22 @@ def plain_log(axis) -> None:
 # ---- The paper's panel beside ours ----
 
 
-def label_of(record: Record) -> str:
-    "What distinguishes a run's model from the adopted one; empty for that one."
-    return variant_label(record.experiment.model, PROTOCOLS[record.experiment.protocol].model)
-
-
 def variant_at(protocol: str, change: dict) -> str:
     "The label of a change at a protocol."
     return variant_label(experiment(protocol, **change).model, PROTOCOLS[protocol].model)
 
 
-def trained_alike(record: Record, base: Experiment) -> bool:
-    "Whether a run has the data and the training of a protocol."
-    e = record.experiment
-    return (e.train, e.data.dataset) == (base.train, base.data.dataset)
+def trained_alike(ev: Evidence, protocol: str) -> list[Record]:
+    "The runs that have the data and the training of a protocol."
+    base = PROTOCOLS[protocol]
+    found = [(r, r.experiment) for r in ev.at(protocol)]
+    alike = (base.train, base.data.dataset)
+    return [r for r, e in found if (e.train, e.data.dataset) == alike]
 
 
 def measure_of(protocol: str) -> str:
     "What is compared at a protocol: the measure of its fixed list, else its distance."
-    listed = has_list(protocol)
-    return fixed_list(protocol)["measure"] if listed else main_metric(PROTOCOLS[protocol])
+    return "heldout_loss" if has_list(protocol) else main_metric(PROTOCOLS[protocol])
 
 
 def measure_words(metric: str) -> str:
@@ -124,9 +119,8 @@ def measure_words(metric: str) -> str:
 def endpoints(ev: Evidence, protocol: str) -> pd.DataFrame:  # variant, seed, value, run_id
     "The last measurement of every run that has the protocol's length and data."
     rows = [
-        (label_of(r), r.experiment.seed, r.value(measure_of(protocol)), r.run_id)
-        for r in ev.at(protocol)
-        if trained_alike(r, PROTOCOLS[protocol])
+        (r.label, r.experiment.seed, r.value(measure_of(protocol)), r.run_id)
+        for r in trained_alike(ev, protocol)
     ]
     frame = pd.DataFrame(rows, columns=["variant", "seed", "value", "run_id"])
     return frame.dropna().sort_values("seed", ignore_index=True)
@@ -249,11 +243,10 @@ def draw_figure7(ev: Evidence) -> list[Figure]:
     "Figure 7: similarity of representations, a row for the paper and one for each scale and seed."
     rows = {"the paper": {name: figure7(name).to_numpy() for name in SETTINGS}}
     names = {variant: name for name, variant in SETTINGS.items()}
-    for r in (r for protocol in ev.protocols for r in ev.at(protocol)):
-        e = r.experiment
-        alike = trained_alike(r, PROTOCOLS[e.protocol]) and label_of(r) in names
-        if alike and (matrix := readable(cka_matrix, r)) is not None:
-            rows.setdefault(f"{SCALES[e.protocol]}, seed {e.seed}", {})[names[label_of(r)]] = matrix
+    for r in (r for protocol in ev.protocols for r in trained_alike(ev, protocol)):
+        if r.label in names and (matrix := readable(cka_matrix, r)) is not None:
+            e = r.experiment
+            rows.setdefault(f"{SCALES[e.protocol]}, seed {e.seed}", {})[names[r.label]] = matrix
     fig, axes = subplots(len(rows), 3, (2.7, 2.7))
     fig.subplots_adjust(right=0.87, wspace=0.3)
     data = []
@@ -287,20 +280,15 @@ def first_images(record: Record) -> dict[str, np.ndarray]:  # images, and neares
 
 def draw_samples(ev: Evidence, protocol: str) -> list[Figure]:
     "Samples of the same noise, one row per variant, and the nearest training images."
-    base = PROTOCOLS[protocol]
     shown = {variant_at(protocol, c) for _, variants in FIGURE2.values() for _, c in variants}
     rows, runs = {}, []
-    for r in sorted(ev.at(protocol), key=lambda r: (r.experiment.seed, label_of(r))):
-        label = label_of(r)
-        wanted = trained_alike(r, base) and label in shown
-        images = readable(first_images, r) if wanted else None
-        if not images:
-            continue
-        shown.remove(label)
-        rows[label or "adopted"] = images["images"]
-        if not label and "nearest" in images:
-            rows["nearest training image"] = images["nearest"]
-        runs.append((label or "adopted", r.experiment.seed, r.run_id))
+    for r in sorted(trained_alike(ev, protocol), key=lambda r: (r.experiment.seed, r.label)):
+        name = r.label or "adopted"
+        if r.label in shown and name not in rows and (images := readable(first_images, r)):
+            rows[name] = images["images"]
+            if not r.label and "nearest" in images:
+                rows["nearest training image"] = images["nearest"]
+            runs.append((name, r.experiment.seed, r.run_id))
     if not rows:
         return []
     fig, axes = subplots(len(rows), 1, (8, 0.8), left=1.9)
@@ -311,8 +299,8 @@ def draw_samples(ev: Evidence, protocol: str) -> list[Figure]:
         ax.grid(False)
         ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     caption = (
-        f"Samples after {base.train.n_steps:,} steps, {SCALES[protocol]}: the same noise in every "
-        "row; below the adopted model's, the training image nearest to each."
+        f"Samples after {PROTOCOLS[protocol].train.n_steps:,} steps, {SCALES[protocol]}: the same "
+        "noise in every row; below the adopted model's, the training image nearest to each."
     )
     data = pd.DataFrame(runs, columns=["variant", "seed", "run_id"])
     return [Figure(f"samples_{protocol}", caption, fig, data)]
@@ -352,23 +340,18 @@ def draw_effects(protocol: str, effects: pd.DataFrame) -> list[Figure]:
     return [Figure(f"effects_{protocol}", caption, fig, effects)]
 
 
-def running_differences(ev: Evidence, runs: pd.DataFrame, steps: int) -> pd.DataFrame:
-    "The running difference of training loss to the adopted model, of every run, in percent."
-    frames = []
-    for r in runs.drop_duplicates("run_id").itertuples():
-        logs = (ev.records[run_id].training_log() for run_id in (r.run_id, r.adopted_id))
-        curve = paired_difference(*logs, window=max(250, steps // 20))
-        curve = curve[curve.step >= steps // 6].assign(variant=r.variant, seed=r.seed)
-        frames.append(curve.assign(percent=100 * curve.difference, error=196 * curve.se))
-    return pd.concat(frames, ignore_index=True)
-
-
 def draw_running(ev: Evidence, protocol: str) -> list[Figure]:
     "The running difference of paired training losses, one figure per length of training."
     found = ev.differences[ev.differences.protocol == protocol].sort_values(["variant", "seed"])
     figures = []
-    for steps, group in found.groupby("steps"):
-        data = running_differences(ev, group, steps)
+    for steps, group in found.drop_duplicates("run_id").groupby("steps"):
+        curves = []
+        for r in group.itertuples():
+            logs = (ev.records[run_id].training_log() for run_id in (r.run_id, r.adopted_id))
+            curve = paired_difference(*logs, window=max(250, steps // 20))
+            curve = curve[curve.step >= steps // 6].assign(variant=r.variant, seed=r.seed)
+            curves.append(curve.assign(percent=100 * curve.difference, error=196 * curve.se))
+        data = pd.concat(curves, ignore_index=True)
         variants = list(dict.fromkeys(data.variant))
         fig, axes = subplots(-(-len(variants) // 4), min(4, len(variants)), (3.1, 2.4))
         for ax in axes.flat[len(variants) :]:

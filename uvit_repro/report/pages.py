@@ -217,25 +217,23 @@ class Report:
         claims = fixed_list(protocol)["claims"]
         for claim, verdict in zip(claims, self.verdicts[protocol], strict=True):
             said, effects = self.claim_words.loc[verdict.id], verdict.effects
-            pairs = sum(e.n_seeds for e in effects), sum(len(e.comparison.seeds) for e in effects)
+            done = sum(len(e.differences) for e in effects)
+            planned = sum(len(e.comparison.seeds) for e in effects)
             row = {"id": verdict.id, "claim": said.claim, "note": claim.get("note", "")}
             row |= {"paper": said.paper_numbers, "source": said.source, "word": verdict.word}
-            row |= {"pairs": f"{pairs[0]} of {pairs[1]} pairs", "reason": verdict.reason}
+            row |= {"pairs": f"{done} of {planned} pairs", "reason": verdict.reason}
             row |= {"effects": [e for e in effects if e.differences]}
             rows.append(row | {"seen": {p: self.seen_lines(claim, p) for p in self.unlisted}})
         return rows
 
     def headline_table(self, protocol: str) -> Table:
         "The headline claims of a protocol as a table, without what was only seen."
-        names = ("id", "claim", "note", "paper", "source", "word", "pairs", "reason")
-        rows = [
-            {name: row[name] for name in names}
-            | {
-                comparison_name(e): [percent(e.effect), *self.seed_links(e, protocol)]
-                for e in row["effects"]
-            }
-            for row in self.headline(protocol)
-        ]
+        rows = []
+        for row in self.headline(protocol):
+            plain = {k: v for k, v in row.items() if k not in ("effects", "seen")}
+            for e in row["effects"]:
+                plain[comparison_name(e)] = [percent(e.effect), *self.seed_links(e, protocol)]
+            rows.append(plain)
         return Table(f"headline_{protocol}", f"Headline claims, {SCALES[protocol]}", rows)
 
     # ---- Surprises ----

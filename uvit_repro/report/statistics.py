@@ -19,8 +19,6 @@ AGREES = "agrees"
 DISAGREES = "disagrees"
 OPEN = "open"
 NOT_RUN = "not run"
-NOT_COMPARABLE = "not comparable"  # a value at or below its floor has no logarithm
-KINDS = ("direction", "no_gain", "at_least")
 LEVEL = 0.05  # of each test and, after Holm, of the whole list of claims
 
 
@@ -28,19 +26,11 @@ LEVEL = 0.05  # of each test and, after Holm, of the whole list of claims
 class Comparison:
     "Two arms and the side on which the paper expects their difference."
 
-    better: str  # arm that the paper says is lower or comparable; for no_gain: before the change
-    worse: str  # the other arm; for no_gain: after the change
-    kind: str = "direction"  # one of KINDS
+    better: str  # arm that the paper says is lower or comparable; for no gain: before the change
+    worse: str  # the other arm; for no gain: after the change
     margin: float = 0.0  # difference that still counts as none, in log units; 0 for a direction
     seeds: tuple[int, ...] = ()  # at which both arms are compared; empty: those of the claim
     steps: tuple[tuple[str, int], ...] = ()  # (arm, step) where an arm is read at another step
-
-    def __post_init__(self):
-        object.__setattr__(self, "margin", float(given(self.margin, 0.0)))
-        if self.kind not in KINDS:
-            raise ValueError(f"kind = {self.kind!r}: allowed are {', '.join(KINDS)}")
-        if self.margin < 0 or (self.kind == "direction" and self.margin):
-            raise ValueError(f"margin = {self.margin}: must be 0 for a direction, else at least 0")
 
     @property
     def threshold(self) -> float:
@@ -57,32 +47,13 @@ class Claim:
     figure: tuple[str, ...]  # arms that share the residual standard deviation
     comparisons: tuple[Comparison, ...]  # all must hold
     seeds: tuple[int, ...]  # all must be measured before a comparison is tested
-    measure: str | None = None  # the primary measure; None: the table holds only one
-    step: int | None = None  # of training; None: the table holds only one
-    floor: float | None = None  # subtracted before the logarithm; None: 0
-
-    def __post_init__(self):
-        defaults = {"figure": (), "measure": None, "step": None, "floor": 0.0}
-        for name, default in defaults.items():
-            object.__setattr__(self, name, given(getattr(self, name), default))
-        if isinstance(self.figure, str):
-            raise ValueError(f"{self.id}: figure = {self.figure!r}: must list the arms")
-        object.__setattr__(self, "figure", tuple(self.figure))
-        object.__setattr__(self, "comparisons", tuple(self.comparisons))
-        object.__setattr__(self, "seeds", tuple(int(seed) for seed in self.seeds))
-        if not self.comparisons or not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"{self.id}: needs at least one comparison and distinct seeds")
+    step: int  # of training
 
     @property
     def arms(self) -> list[str]:
         "The compared arms and the rest of the figure."
         compared = [arm for c in self.comparisons for arm in (c.better, c.worse)]
         return list(dict.fromkeys([*compared, *self.figure]))
-
-
-def given(value, default):
-    "A field, or its default where it is None, NaN or NA (pandas turns None into NaN)."
-    return default if pd.api.types.is_scalar(value) and pd.isna(value) else value
 
 
 @dataclass(frozen=True)
@@ -98,28 +69,11 @@ class Effect:
     df: int  # its degrees of freedom
     p: float  # two-sided, of the threshold; 1 while it can't be tested
     missing: dict[str, tuple[int, ...]]  # arm -> named seeds without a measurement
-    below_floor: bool  # whether a value at a named seed is at or below the floor
-
-    @property
-    def n_seeds(self) -> int:
-        "The number of named seeds at which both arms were measured."
-        return len(self.differences)
 
     @property
     def favourable(self) -> bool:
         "Whether the effect is on the paper's side of the threshold."
         return self.effect > self.comparison.threshold
-
-    @property
-    def word(self) -> str:
-        "The word for this comparison alone, before any correction."
-        if self.below_floor:
-            return NOT_COMPARABLE
-        if not self.differences:
-            return NOT_RUN
-        if self.p >= LEVEL:
-            return OPEN
-        return AGREES if self.favourable else DISAGREES
 
 
 @dataclass(frozen=True)
@@ -135,12 +89,9 @@ class Verdict:
     @property
     def word(self) -> str:
         "The word that the reader sees: after Holm, with all comparisons."
-        words = {effect.word for effect in self.effects}
         if self.p_holm < LEVEL:
             return AGREES if all(effect.favourable for effect in self.effects) else DISAGREES
-        if NOT_COMPARABLE in words:
-            return NOT_COMPARABLE
-        return NOT_RUN if words == {NOT_RUN} else OPEN
+        return OPEN if any(effect.differences for effect in self.effects) else NOT_RUN
 
     @property
     def missing(self) -> dict[str, tuple[int, ...]]:
@@ -155,8 +106,6 @@ class Verdict:
         "Why a claim is not decided; empty where it is."
         if self.word in (AGREES, DISAGREES):
             return ""
-        if self.word == NOT_COMPARABLE:
-            return "a value is at or below its floor"
         if self.missing:
             runs = [f"{arm} at seed {', '.join(map(str, s))}" for arm, s in self.missing.items()]
             return f"needs {' and '.join(runs)}"
@@ -180,12 +129,6 @@ def residual_sd(
     if df < 1:
         return np.full(residuals.shape[:-1], np.nan)[()], 0
     return np.sqrt((residuals**2).sum(axis=-1) / df), df
-
-
-def t_interval(effect: float, se: float, df: int) -> tuple[float, float]:
-    "The 95 % interval of an estimate with a standard error; NaN without degrees of freedom."
-    half_width = stats.t.ppf(1 - LEVEL / 2, df) * se
-    return effect - half_width, effect + half_width
 
 
 def p_value(effect: float, se: float, df: int, threshold: float = 0.0) -> float:
@@ -212,40 +155,18 @@ def holm(
     return multipletests(np.nan_to_num(np.asarray(p, float), nan=1.0), method="holm")[1]
 
 
-def claim_rows(
-    claim: Claim,
-    measurements: pd.DataFrame,  # columns arm, seed, value; protocol, measure, step if they vary
-    steps: Sequence[tuple[str, int]] = (),  # arms that are read at another step than the claim's
-) -> pd.DataFrame:  # arm, seed, value, at any seed
-    "Select the finite measurements of the claim's arms."
-    keep = measurements["arm"].isin(claim.arms)
-    for name in ("protocol", "measure", "step"):
-        wanted = getattr(claim, name)
-        if name == "step" and steps:
-            wanted = measurements["arm"].map(dict(steps)).fillna(wanted)
-        if name in measurements and wanted is not None:
-            keep &= measurements[name].eq(wanted)
-    rows = measurements.loc[keep, ["arm", "seed", "value"]]
-    for name in ("seed", "value"):
-        numbers = pd.to_numeric(rows[name], errors="coerce").astype(float)
-        rows = rows.assign(**{name: numbers.where(np.isfinite(numbers))})
-    rows = rows.dropna().astype({"seed": int}).drop_duplicates()
-    if rows.duplicated(["arm", "seed"]).any():
-        raise ValueError(f"{claim.id}: an arm has several values at one seed; keep one")
-    return rows
-
-
 def log_table(
     claim: Claim,
-    measurements: pd.DataFrame,  # as for `claim_rows`
-    steps: Sequence[tuple[str, int]] = (),  # as for `claim_rows`
-) -> pd.DataFrame:  # arms x named seeds; NaN where nothing was measured, -inf at or below the floor
-    "The logarithm of each value above the floor."
-    rows = claim_rows(claim, measurements, steps)
-    values = rows.pivot(index="arm", columns="seed", values="value")
-    values = values.reindex(index=claim.arms, columns=list(claim.seeds))
-    with np.errstate(divide="ignore"):
-        return np.log((values - claim.floor).clip(lower=0))
+    measurements: pd.DataFrame,  # columns arm, seed, step, value
+    steps: Sequence[tuple[str, int]] = (),  # arms that are read at another step than the claim's
+) -> pd.DataFrame:  # arms x named seeds; NaN where nothing usable was measured
+    "The logarithm of each measurement; an arm with several values at one seed is a `ValueError`."
+    wanted = measurements["arm"].map(dict(steps)).fillna(claim.step)
+    values = measurements[measurements["step"] == wanted].pivot(
+        index="arm", columns="seed", values="value"
+    )
+    values = values.reindex(index=claim.arms, columns=list(claim.seeds)).astype(float)
+    return np.log(values.where((values > 0) & (values < np.inf)))
 
 
 def compare(
@@ -253,28 +174,25 @@ def compare(
     logs: pd.DataFrame,  # of `log_table`
 ) -> Effect:
     "Estimate one comparison, and test it once all its named seeds are measured."
-    pair = logs.loc[[comparison.better, comparison.worse]]
-    pair = pair[list(comparison.seeds)] if comparison.seeds else pair
+    pair = logs.loc[[comparison.better, comparison.worse], list(comparison.seeds or logs)]
     missing = {arm: tuple(row.index[row.isna()]) for arm, row in pair.iterrows()}
     missing = {arm: seeds for arm, seeds in missing.items() if seeds}
-    below_floor = bool(np.isneginf(pair).to_numpy().any())
-    common = pair.iloc[:, :0] if below_floor else pair.dropna(axis="columns")
-    differences = common.loc[comparison.worse] - common.loc[comparison.better]
+    differences = (pair.loc[comparison.worse] - pair.loc[comparison.better]).dropna()
     sd, df = residual_sd(logs.to_numpy())
     effect = differences.mean()
     se = sd * np.sqrt(2 / max(len(differences), 1))
-    low, high = t_interval(effect, se, df)
+    low, high = stats.t.interval(1 - LEVEL, df, effect, se)
     # a test before the last named seed would be a second look at the data
     p = 1.0 if missing else p_value(effect, se, df, comparison.threshold)
     numbers = [float(x) for x in (effect, low, high, sd)]
-    return Effect(comparison, differences.to_dict(), *numbers, df, float(p), missing, below_floor)
+    return Effect(comparison, differences.to_dict(), *numbers, df, float(p), missing)
 
 
 def judge(
     claims: Sequence[Claim],  # the whole fixed list, whether or not its runs exist
-    measurements: pd.DataFrame,  # as for `claim_rows`
+    measurements: pd.DataFrame,  # as for `log_table`, of one protocol
 ) -> list[Verdict]:  # in the order of the claims
-    "Judge a fixed list of claims, with one Holm correction per protocol."
+    "Judge the fixed list of a protocol, with one Holm correction."
     verdicts = []
     for claim in claims:
         effects = tuple(
@@ -283,9 +201,8 @@ def judge(
         )
         p = float(claim_p([e.favourable for e in effects], [e.p for e in effects]))
         verdicts.append(Verdict(claim.id, claim.protocol, effects, p, p_holm=p))
-    p_holm = pd.Series([v.p for v in verdicts], dtype=float)
-    p_holm = p_holm.groupby([v.protocol for v in verdicts]).transform(holm)
-    return [replace(v, p_holm=float(p)) for v, p in zip(verdicts, p_holm, strict=True)]
+    corrected = holm([v.p for v in verdicts])
+    return [replace(v, p_holm=float(p)) for v, p in zip(verdicts, corrected, strict=True)]
 
 
 def power(
@@ -306,10 +223,7 @@ def paired_difference(
     window: int = 250,  # steps that are averaged
 ) -> pd.DataFrame:  # step (last of its window), difference = log(mean a / mean b), se
     "The running difference of two training losses, with the noise that both share removed."
-    columns = ["step", "loss"]
-    pairs = log_a[columns].merge(
-        log_b[columns], on="step", suffixes=("_a", "_b"), validate="one_to_one"
-    )
+    pairs = log_a[["step", "loss"]].merge(log_b[["step", "loss"]], on="step", suffixes=("_a", "_b"))
     pairs = pairs.dropna().sort_values("step")
     if len(pairs) < 2:
         raise ValueError("the two logs share fewer than two steps")
