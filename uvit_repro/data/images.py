@@ -116,16 +116,6 @@ def show_images(
     return ax
 
 
-def save_png(
-    array: np.ndarray,  # uint8 (H, W, 3), as from `image_grid`
-    path: Path,  # file to write
-):
-    "Write a picture as a PNG file."
-    from PIL import Image
-
-    Image.fromarray(array).save(path, format="PNG")
-
-
 # ---------------------------------------------------------------- order, checksum, split
 def canonical(
     images: np.ndarray,  # uint8 (N, H, W, C)
@@ -229,23 +219,6 @@ def locate(dataset: str, root) -> Path:
     raise FileNotFoundError(f"dataset = {dataset!r}: nothing there; looked for {looked}")
 
 
-def summary(
-    notes: list[str],  # of a `Data`
-    max_lines: int = 10,  # lines at most
-):
-    "Print notes by kind with their number and first files."
-    kinds = {}
-    for note in notes:
-        kind, _, rest = note.partition(": ")
-        kinds.setdefault(kind, []).append(rest)
-    order = sorted(kinds, key=lambda k: (not k.startswith("left out"), -len(kinds[k])))
-    for k in order[:max_lines]:
-        more = " ..." if len(kinds[k]) > 3 else ""
-        print(f"{len(kinds[k]):6d}  {k}: {', '.join(kinds[k][:3])}{more}")
-    if order[max_lines:]:
-        print(f"        and {len(order) - max_lines} more kinds; all are in .notes")
-
-
 def _load(cfg: DataConfig, root: str) -> Data:
     return resolve_name(DATASETS, cfg.dataset.partition(":")[0])(cfg, Path(root))
 
@@ -320,30 +293,20 @@ def draw_latents(
     return scale * (mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise)
 
 
-class Order:
-    "Which examples make up each batch: a permutation per epoch, batches run across its end."
+@lru_cache(maxsize=3)
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    "The permutation of one epoch, (N,)."
+    return torch.randperm(n, generator=_generator(seed, "order", epoch))
 
-    def __init__(self, n: int, batch_size: int, seed: int):
-        self.n, self.batch_size, self.seed = n, batch_size, seed
-        self.epochs = {}  # the latest permutations
 
-    def epoch(self, e: int) -> Tensor:
-        "The permutation of one epoch, (N,)."
-        if e not in self.epochs:
-            if len(self.epochs) > 2:
-                self.epochs.clear()
-            self.epochs[e] = torch.randperm(self.n, generator=_generator(self.seed, "order", e))
-        return self.epochs[e]
-
-    def at(self, step: int) -> Tensor:
-        "Indices of the whole batch of a step, (B,)."
-        start = step * self.batch_size
-        stop, out = start + self.batch_size, []
-        while start < stop:
-            e, i = divmod(start, self.n)
-            out.append(self.epoch(e)[i : i + stop - start])
-            start += len(out[-1])
-        return torch.cat(out)
+def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
+    "Which examples make up the whole batch of a step, (B,); batches run across the end of epochs."
+    start, out = step * batch_size, []
+    while start < (step + 1) * batch_size:
+        epoch, i = divmod(start, n)
+        out.append(epoch_order(n, seed, epoch)[i : i + (step + 1) * batch_size - start])
+        start += len(out[-1])
+    return torch.cat(out)
 
 
 def _read_ahead(read, steps):
@@ -373,20 +336,14 @@ class Batches:
     latent_scale: float = 1.0  # factor on latents
 
     def __post_init__(self):
-        data, self.device = self.data, torch.device(self.device)
-        if self.batch_size < 1 or not len(data):
-            text = f"batch_size = {self.batch_size} on {len(data)} training images"
-            raise ParameterError(f"{text}: both must be at least 1")
-        self.order = Order(len(data), self.batch_size, self.seed)
-        self.rows = slice(self.part[0], None, self.part[1])
-        self.texts = data.texts if self.condition == "text" else None
+        self.device, self.rows = torch.device(self.device), slice(self.part[0], None, self.part[1])
+        self.texts = self.data.texts if self.condition == "text" else None
         self.null = self.null_class
         if self.texts is not None:
             self.null = self.texts.null.float().to(self.device)
-        if self.p_uncond and self.null is None:
-            raise ParameterError(f"p_uncond = {self.p_uncond} needs the id of the null class")
-        self.images = data.train_images.to(self.device) if data.inputs is None else None
-        self.labels = data.train_labels.to(self.device)
+        if self.data.inputs is None:
+            self.images = self.data.train_images.to(self.device)
+        self.labels = self.data.train_labels.to(self.device)
 
     def uniform(self, what: str, step: int) -> Tensor:
         "Random numbers of this part of a batch, in [0, 1)."
@@ -395,7 +352,7 @@ class Batches:
 
     def fetch(self, step: int) -> tuple[Tensor, Tensor]:
         "Pixels or moments, and the conditions, as they lie in memory or on disk."
-        i = self.order.at(step)[self.rows]
+        i = batch_indices(len(self.data), self.batch_size, self.seed, step)[self.rows]
         there = _send(i, self.device)
         y = self.labels[there]
         if self.texts is not None:

@@ -22,7 +22,7 @@ from uvit_repro.data.files import (
     write_atomic,
     write_checked_json,
 )
-from uvit_repro.data.images import Data, image_grid, save_png, to_uint8
+from uvit_repro.data.images import Data, image_grid, to_uint8
 from uvit_repro.diffusion import Diffusion
 from uvit_repro.metrics import heldout_loss, nearest_training
 from uvit_repro.runs.checkpoints import load_weights
@@ -347,11 +347,14 @@ def measure(ctx: RunContext, m: Evaluation) -> dict:  # an entry for run.json
 
 def keep_picture(ctx: RunContext, k: int = 40) -> None:
     "samples.png (a grid, 10 in a row) and first.npz (k samples and their nearest training images)."
+    from PIL import Image
+
     m = measurements_of(ctx.exp)[-1]
     where = samples_folder(m.exp, ctx.folder, m.step, m.num_samples)
     images, labels = read_samples(where, max(100, k))
     scale = max(1, 256 // (10 * images.shape[-1]))
-    save_png(image_grid(images[:100], 10, scale=scale), ctx.folder / "samples.png")
+    grid = Image.fromarray(image_grid(images[:100], 10, scale=scale))
+    grid.save(ctx.folder / "samples.png")
     arrays = {"images": images[:k].numpy()}
     if ctx.data.train_images is not None:
         i, d = nearest_training(images[:k], ctx.data.train_images, mirror=ctx.exp.data.flip)

@@ -29,7 +29,7 @@ from uvit_repro.data.files import (
     sweep_unfinished,
     write_json,
 )
-from uvit_repro.data.images import open_data, summary
+from uvit_repro.data.images import open_data
 from uvit_repro.data.references import read_reference
 from uvit_repro.diffusion import Diffusion
 from uvit_repro.runs.certificate import cached_certificate
@@ -164,8 +164,8 @@ def perform(ctx: RunContext) -> Run:
             return Run(ctx.folder, ctx.exp, info, fresh=False)
         if not finished and ctx.load is None:
             check_memory(least_memory(ctx.exp), ctx.device)
-        if lead and ctx.data.notes:
-            summary(ctx.data.notes)
+        for note in ctx.data.notes[:10]:
+            ctx.say(note)
         if finished:  # another evaluation: what the record says about the run stays as it is
             command = ctx.about.get("command") or repeat_command(ctx.exp)
             about = {"command": command, "conditions": conditions(ctx.device)}
