@@ -60,9 +60,13 @@ def folder(tmp_path):
 
 
 def load(base, **kw):
-    sizes = {"resident_bytes": kw.pop("resident_bytes")} if "resident_bytes" in kw else {}
-    cfg = DataConfig(dataset=f"folder:{base}", **{"img_size": 16, **kw})
-    return load_folder(cfg, ".", **sizes)
+    return load_folder(DataConfig(dataset=f"folder:{base}", **{"img_size": 16, **kw}), ".")
+
+
+@pytest.fixture
+def on_disk(monkeypatch):
+    "Makes all sets larger than what is kept in memory."
+    return lambda: monkeypatch.setattr(folders, "RESIDENT_BYTES", 0)
 
 
 def named(notes, kind):
@@ -106,6 +110,7 @@ BAD = {  # name: writer
     "words.jpeg": lambda f: f.write_text("no image", encoding="utf-8"),
     "lost.png": lambda f: f.symlink_to(f.parent / "nowhere.png"),
     "pipe.png": os.mkfifo,
+    "deep.png": deep,
     "two\nlines.png": Path.touch,
 }
 GOOD = {
@@ -113,7 +118,6 @@ GOOD = {
     "bits.png": converted("1"),
     "palette.gif": converted("P"),
     "print.jpg": converted("CMYK"),
-    "deep.png": deep,
     "alpha.png": converted("RGBA"),
     "clear.webp": clear,
     "phone.jpg": turned,
@@ -125,20 +129,20 @@ GOOD = {
 
 
 @pytest.mark.parametrize("stored", (False, True), ids=("memory", "store"))
-def test_odd_files(folder, stored):
+def test_odd_files(folder, stored, on_disk):
     "Damaged files are left out with their label, and named; all others are read."
     for name, write in {**BAD, **GOOD}.items():
         write(folder / "a" / name)
     (folder / "a" / "folder.png").mkdir()
-    d = load(folder, resident_bytes=0 if stored else 1 << 30)
+    if stored:
+        on_disk()
+    d = load(folder)
     assert d.train_labels.bincount().tolist() == [6 + len(GOOD), 5]
     escaped = sorted(f"a/{name}".replace("\n", r"\n") for name in BAD)
     assert named(d.notes, UNREADABLE) == escaped and (d.train_images is None) == stored
 
 
 def test_values_after_conversion(tmp_path):
-    deep(tmp_path / "x.png")
-    assert (read_image(tmp_path / "x.png", 16)[0] == 100).all()
     clear(tmp_path / "y.webp")
     assert (read_image(tmp_path / "y.webp", 16, 1)[0] == 255).all()
     turned(tmp_path / "z.png")
@@ -214,8 +218,10 @@ def test_folders_that_cannot_be_used(folder, tmp_path):
 
 
 # ---------------------------------------------------------------- large sets
-def test_stored_equals_resident(folder):
-    r, s = load(folder, holdout=3), load(folder, holdout=3, resident_bytes=0)
+def test_stored_equals_resident(folder, on_disk):
+    r = load(folder, holdout=3)
+    on_disk()
+    s = load(folder, holdout=3)
     assert r.inputs is None and s.train_images is None and r.sha256 == s.sha256
     assert torch.equal(r.test_images, s.test_images)
     assert torch.equal(r.train_labels, s.train_labels) and s.shape == (3, 16, 16)
@@ -226,34 +232,37 @@ def test_stored_equals_resident(folder):
             assert torch.equal(ahead[0], other[0]) and torch.equal(ahead[1], other[1])
 
 
-def test_a_store_is_read_once_and_follows_the_files(folder, cache, monkeypatch):
-    first = load(folder, resident_bytes=0)
+def test_a_store_is_read_once_and_follows_the_files(folder, cache, monkeypatch, on_disk):
+    on_disk()
+    first = load(folder)
     with monkeypatch.context() as m:
         m.setattr(folders, "read_image", lambda *a: pytest.fail("not from the store"))
-        assert load(folder, resident_bytes=0).sha256 == first.sha256
+        assert load(folder).sha256 == first.sha256
     (folder / "a" / "0.png").write_bytes(b"damaged")
-    d = load(folder, resident_bytes=0)
+    d = load(folder)
     assert len(d) == 10 and d.sha256 != first.sha256 and len(list(cache.iterdir())) == 2
 
 
-def test_a_damaged_store_is_set_aside_and_made_again(folder, cache):
-    first = load(folder, resident_bytes=0).inputs.read(torch.arange(11))
+def test_a_damaged_store_is_set_aside_and_made_again(folder, cache, on_disk):
+    on_disk()
+    first = load(folder).inputs.read(torch.arange(11))
     path = next(cache.glob("*/pixels-00000.npy"))
     raw = bytearray(path.read_bytes())
     raw[-5] ^= 8
     path.write_bytes(raw)
     with pytest.raises(StoreError, match=r"pixels-00000\.npy is damaged.*damaged-1.*Repeat"):
-        load(folder, resident_bytes=0).inputs.read(torch.arange(11))
-    again = load(folder, resident_bytes=0)
+        load(folder).inputs.read(torch.arange(11))
+    again = load(folder)
     assert torch.equal(again.inputs.read(torch.arange(11)), first)
     assert PixelStore(path.parent).verify()["rows"] == 11
 
 
-def test_a_cache_that_cannot_be_written(folder, cache, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written(folder, cache, tmp_path, monkeypatch, on_disk):
     want = load(folder)
+    on_disk()
     cache.parent.parent.joinpath("results").touch()
     monkeypatch.setattr(store_module.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
-    assert load(folder, resident_bytes=0).sha256 == want.sha256
+    assert load(folder).sha256 == want.sha256
     assert list((tmp_path / "tmp").glob("*/images-*/index.json"))
 
 
@@ -263,7 +272,7 @@ def picture(seed, w=178, h=218):
     return noise(5, 6, seed).resize((w, h), Image.BICUBIC)
 
 
-def celeba(root, counts=(7, 2, 3)):
+def celeba(root, monkeypatch, counts=(7, 2, 3)):
     base = root / "celeba"
     (base / "img_align_celeba").mkdir(parents=True)
     rows = [k for k, n in enumerate(counts) for _ in range(n)]
@@ -271,11 +280,12 @@ def celeba(root, counts=(7, 2, 3)):
         picture(i).save(base / "img_align_celeba" / f"{i + 1:06d}.jpg")
     lines = [f"{i + 1:06d}.jpg {k}\n" for i, k in enumerate(rows)]
     (base / "list_eval_partition.txt").write_text("".join(lines), encoding="utf-8")
-    return base, partial(load_celeba64, CELEBA, root, dict(zip("012", counts, strict=True)))
+    monkeypatch.setattr(folders, "CELEBA", dict(zip("012", counts, strict=True)))
+    return base, partial(load_celeba64, CELEBA, root)
 
 
-def test_celeba_splits_and_crop(tmp_path):
-    base, load_it = celeba(tmp_path)
+def test_celeba_splits_and_crop(tmp_path, monkeypatch):
+    base, load_it = celeba(tmp_path, monkeypatch)
     d = load_it()
     assert (len(d), d.test_images.shape, d.notes) == (7, (3, 3, 64, 64), [])
     for i, x in [(1, d.train_images[0]), (7, d.train_images[6]), (10, d.test_images[0])]:
@@ -285,12 +295,13 @@ def test_celeba_splits_and_crop(tmp_path):
         assert np.array_equal(want, x.permute(1, 2, 0).numpy())
 
 
-def test_celeba_is_whole_or_refused(tmp_path):
+def test_celeba_is_whole_or_refused(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"list_eval_partition.txt"):
         load_celeba64(CELEBA, tmp_path)
-    base, load_it = celeba(tmp_path)
-    with pytest.raises(ValueError, match=r"7.*2.*3.* images"):
-        load_celeba64(CELEBA, tmp_path)
+    base, load_it = celeba(tmp_path, monkeypatch)
+    with monkeypatch.context() as m, pytest.raises(ValueError, match=r"7.*2.*3.* images"):
+        m.setattr(folders, "CELEBA", {"0": 8, "1": 2, "2": 3})
+        load_it()
     (base / "img_align_celeba" / "000008.jpg").unlink()  # validation: not used, not missed
     assert len(load_it()) == 7
     (base / "img_align_celeba" / "000012.jpg").unlink()
@@ -305,8 +316,8 @@ def test_celeba_is_whole_or_refused(tmp_path):
         load_celeba64(replace(CELEBA, holdout=5), tmp_path)
 
 
-def test_celeba_other_sizes_and_damage_are_named(tmp_path):
-    base, load_it = celeba(tmp_path)
+def test_celeba_other_sizes_and_damage_are_named(tmp_path, monkeypatch):
+    base, load_it = celeba(tmp_path, monkeypatch)
     files = base / "img_align_celeba"
     picture(1, 200, 200).save(files / "000002.jpg")
     (files / "000003.jpg").write_bytes((files / "000004.jpg").read_bytes()[:900])
@@ -315,7 +326,7 @@ def test_celeba_other_sizes_and_damage_are_named(tmp_path):
 
 
 # ---------------------------------------------------------------- ImageNet
-def imagenet(root, each=3):
+def imagenet(root, monkeypatch, each=3):
     base = root / "imagenet"
     for j, w in enumerate(WNIDS):
         for split, n in (("train", each), ("val", 1)):
@@ -323,12 +334,15 @@ def imagenet(root, each=3):
             for i in range(n):
                 image = picture(100 * j + i + 50 * (split == "val"), 150 + 10 * i, 120)
                 image.save(base / split / w / f"{w}_{i}.JPEG")
-    return base, partial(load_imagenet64, IMAGENET, root, None)
+    monkeypatch.setattr(folders, "IMAGENET", {"classes": 3, "train": 9})
+    return base, partial(load_imagenet64, IMAGENET, root)
 
 
-def test_imagenet_labels_and_preparation(tmp_path):
-    base, load_it = imagenet(tmp_path)
-    d, theirs = load_it(resident_bytes=0), ImageFolder(base / "train")
+def test_imagenet_labels_and_preparation(tmp_path, monkeypatch):
+    base, load_it = imagenet(tmp_path, monkeypatch)
+    with monkeypatch.context() as m:
+        m.setattr(folders, "RESIDENT_BYTES", 0)
+        d, theirs = load_it(), ImageFolder(base / "train")
     assert d.class_names == sorted(WNIDS) == theirs.classes and d.train_images is None
     assert d.train_labels.tolist() == theirs.targets and d.test_labels.tolist() == [0, 1, 2]
     x = d.inputs.read(torch.tensor([4]))[0]
@@ -338,26 +352,28 @@ def test_imagenet_labels_and_preparation(tmp_path):
     assert np.array_equal(d.test_images[2].permute(1, 2, 0).numpy(), prepare(held, 64))
 
 
-def test_a_part_of_imagenet_is_refused(tmp_path):
+def test_a_part_of_imagenet_is_refused(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"(?s)imagenet/train is not there.*devkit"):
         find_imagenet64(tmp_path)
-    base, load_it = imagenet(tmp_path)
-    with pytest.raises(ValueError, match="3 class folders .*ImageNet has 1000.*folder:"):
-        load_imagenet64(IMAGENET, tmp_path)
+    base, load_it = imagenet(tmp_path, monkeypatch)
+    with monkeypatch.context() as m:
+        m.setitem(folders.IMAGENET, "classes", 1000)
+        with pytest.raises(ValueError, match="3 class folders .*ImageNet has 1000.*folder:"):
+            load_it()
     first = base / "train" / "n01440764" / "n01440764_0.JPEG"
     first.rename(base / "train" / "loose.JPEG")
     (base / "train" / "extra").mkdir()
     picture(0).save(base / "train" / "extra" / "a.jpg")
     d = load_it()
-    assert len(d) == 8 and named(d.notes, "not a class of ImageNet, ignored") == ["extra"]
+    assert len(d) == 8 and "images: 8 usable of 9, 1 of no class left out" in d.notes
     for p in (base / "train").glob("n*"):
         p.rename(p.with_name(f"x{p.name}"))
     with pytest.raises(FileNotFoundError, match="has no folder like n01440764"):
         find_imagenet64(tmp_path)
 
 
-def test_imagenet_without_sorted_validation_images(tmp_path):
-    base, load_it = imagenet(tmp_path)
+def test_imagenet_without_sorted_validation_images(tmp_path, monkeypatch):
+    base, load_it = imagenet(tmp_path, monkeypatch)
     whole = load_it()
     for f in list((base / "val").glob("*/*")):
         f.rename(base / "val" / f.name)  # as the archive unpacks
@@ -365,7 +381,7 @@ def test_imagenet_without_sorted_validation_images(tmp_path):
     d = load_it()
     assert len(d.test_images) == 0 and d.shape == (3, 64, 64) and d.sha256 == whole.sha256
     assert any("has no folder of a class" in n for n in d.notes)
-    part = load_imagenet64(replace(IMAGENET, holdout=3), tmp_path, None)
+    part = load_imagenet64(replace(IMAGENET, holdout=3), tmp_path)
     assert (len(part), part.test_labels.tolist()) == (6, [0, 1, 2])
 
 
@@ -382,7 +398,8 @@ def slow(*args):
     return read(*args)
 folders.read_image, folders.SHARD, folders.THREADS = slow, 10, 1
 cfg = DataConfig(dataset="folder:" + sys.argv[1], img_size=16)
-print(folders.load_folder(cfg, ".", 0).sha256)
+folders.RESIDENT_BYTES = 0
+print(folders.load_folder(cfg, ".").sha256)
 """
 
 
@@ -407,12 +424,13 @@ def test_killed_reading_continues(tmp_path):
     assert log.stat().st_size // 2 <= 60 + 3 * 14
 
 
-def test_names_of_any_kind(tmp_path):
+def test_names_of_any_kind(tmp_path, on_disk):
+    on_disk()
     some = tmp_path / "some"
     some.mkdir()
     for n in (b"a\nb.jpg", b"tab\t.jpg", b'quote".jpg', b"latin\xe9.jpg", "ünïcode.jpg".encode()):
         with open(os.path.join(os.fsencode(some), n), "wb") as f:
             picture(len(n)).save(f, "JPEG")
     for _ in range(2):
-        d = load(some, resident_bytes=0)
+        d = load(some)
         assert (len(d), d.notes) == (5, [])

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -61,18 +61,6 @@ def _celeba_crop(im, side: int) -> np.ndarray:
     return np.array(face.resize((side, side), Image.BILINEAR))
 
 
-def _to_8bit(im):
-    "An image of more than 8 bits per channel as 8-bit grey."
-    from PIL import Image
-
-    if im.mode != "F" and not im.mode.startswith("I"):
-        return im
-    a = np.nan_to_num(np.asarray(im).astype(np.float64))
-    if im.mode == "F":
-        a = (a - a.min()) / (np.ptp(a) or 1) * 65535
-    return Image.fromarray(np.rint(a.clip(0, 65535) / 257).astype(np.uint8))
-
-
 def _decode(raw: bytes, in_chans: int):
     "An image file as a PIL image, upright, on white, its first frame. Raises unless it is whole."
     from PIL import Image, ImageOps
@@ -84,7 +72,8 @@ def _decode(raw: bytes, in_chans: int):
     im.load()
     with suppress(Exception):  # damaged EXIF is not applied
         im = ImageOps.exif_transpose(im)
-    im = _to_8bit(im)
+    if im.mode == "F" or im.mode.startswith("I"):
+        raise ValueError("more than 8 bits per channel; convert it")
     if im.has_transparency_data:
         white = Image.new("RGBA", im.size, "white")
         im = Image.alpha_composite(white, im.convert("RGBA")).convert("RGB")
@@ -136,7 +125,6 @@ class Listing:
     in_chans: int = 3
     crop: Callable = prepare  # function of an image and img_size
     notes: list = field(default_factory=list)
-    resident_bytes: int = RESIDENT_BYTES  # a larger set stays on disk
 
     def _attempt(self, entry: tuple[str, Path]) -> tuple[ImageFile, np.ndarray | None]:
         "What reading a file showed, and its image: a bad file must not stop a run."
@@ -162,11 +150,9 @@ class Listing:
         "Changes with names, sizes and times of the files, and with how they are prepared."
 
         def state(entry):
-            try:
-                s = os.stat(entry[1])
-            except OSError:
-                return [0, 0]
-            return [s.st_size, s.st_mtime_ns]
+            with suppress(OSError):
+                found = os.stat(entry[1])
+                return found.st_size, found.st_mtime_ns
 
         with ThreadPoolExecutor(THREADS) as pool:
             states = list(pool.map(state, self.files))
@@ -194,7 +180,7 @@ class Listing:
     def usable(self) -> tuple[Tensor | PixelStore, list[ImageFile]]:
         "Images of the usable files, from memory or from a store; what was found is noted."
         size = len(self.files) * self.img_size**2 * self.in_chans
-        if len(self.files) < STORED_FROM and size <= self.resident_bytes:
+        if len(self.files) < STORED_FROM and size <= RESIDENT_BYTES:
             images, files = self.read()
         else:
             images = self.store()
@@ -209,16 +195,17 @@ class Listing:
     def as_data(
         self,
         name: str,  # of the set
-        images: Tensor | PixelStore,
-        labels: Tensor,  # of the images, (N,)
+        usable: tuple,  # images and files, as from `usable`
         split: tuple,  # numbers of training and of held-out images
         classes: list[str],
         sha256: str,  # of the content
     ) -> Data:  # in memory, or read from the store
         "Prepared images as a data set; an image keeps its label."
+        (images, files), number = usable, {c: i for i, c in enumerate(classes)}
+        labels = torch.tensor([number.get(f.label, 0) for f in files])
         train, test = (torch.as_tensor(numbers).long() for numbers in split)
         held, x, inputs = images[test], None, None
-        if len(train) * held.shape[1:].numel() > self.resident_bytes:
+        if len(train) * held.shape[1:].numel() > RESIDENT_BYTES:
             inputs = Inputs(images, train)
         else:
             x = images[train]
@@ -238,12 +225,6 @@ def _content_sum(files: list[ImageFile], name: str = "") -> str:
     for label, sha256 in sorted((f.label, f.sha256) for f in files):
         h.update(f"{label}\0{sha256}\n".encode("utf-8", "surrogateescape"))
     return h.hexdigest()
-
-
-def _label_numbers(files: list[ImageFile], classes: list[str]) -> Tensor:
-    "The label of each file, (N,); 0 where there are no classes."
-    number = {c: i for i, c in enumerate(classes)}
-    return torch.tensor([number.get(f.label, 0) for f in files])
 
 
 # ---------------------------------------------------------------- a user's folder
@@ -286,20 +267,16 @@ def list_folder(
 def load_folder(
     cfg: DataConfig,  # dataset folder:PATH, any img_size, in_chans 1 or 3
     root,  # relative paths are looked for here as well
-    resident_bytes: int = RESIDENT_BYTES,  # largest prepared set that is kept in memory
 ) -> Data:
     "A user's own images, one class for each sub-folder, prepared as the paper prepares ImageNet."
-    base = locate(cfg.dataset, root)
-    listing = replace(list_folder(base, cfg.img_size, cfg.in_chans), resident_bytes=resident_bytes)
+    listing = list_folder(locate(cfg.dataset, root), cfg.img_size, cfg.in_chans)
     images, files = listing.usable()
-    order = sorted(
-        range(len(files)), key=lambda i: (files[i].label, files[i].sha256, files[i].name)
-    )
+    keys = [(f.label, f.sha256, f.name) for f in files]
+    order, sha256 = sorted(range(len(files)), key=keys.__getitem__), _content_sum(files)
+    split = hold_out([files[i].label for i in order], cfg.holdout, sha256)
+    split = [torch.tensor(order)[i] for i in split]
     classes = sorted({f.label for f in files} - {""})
-    sha256, order = _content_sum(files), torch.tensor(order)
-    labels = _label_numbers(files, classes)
-    split = [order[i] for i in hold_out(labels[order], cfg.holdout, sha256)]
-    return listing.as_data("folder", images, labels, split, classes, sha256)
+    return listing.as_data("folder", (images, files), split, classes, sha256)
 
 
 # ---------------------------------------------------------------- CelebA
@@ -321,19 +298,18 @@ def find_celeba64(
 def load_celeba64(
     cfg: DataConfig,  # img_size 64, in_chans 3, holdout 0
     root,  # the folder of the data sets
-    expect=CELEBA,  # images of each split
 ) -> Data:
     "CelebA, aligned and cropped, training split, with its test split held out (Section 5.1)."
     check_size("celeba64", (64, 64, 3), cfg, own_test_split=True)
     base = find_celeba64(root)
     listed, folder = base / "list_eval_partition.txt", base / "img_align_celeba"
-    splits = {k: [] for k in expect}
+    splits = {k: [] for k in CELEBA}
     for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
         name, _, k = line.strip().partition(" ")
         splits.setdefault(k, []).append(name)
     found = {k: len(v) for k, v in splits.items()}
-    if found != expect:
-        text = f"{printable(listed)} names {found} images by split, not {expect}"[:200]
+    if found != CELEBA:
+        text = f"{printable(listed)} names {found} images by split, not {CELEBA}"[:200]
         raise ValueError(f"{text}. {how_to_get('celeba64', root)}")
     wanted, there = sorted(splits["0"]) + sorted(splits["2"]), set(os.listdir(folder))
     gone = [name for name in wanted if name not in there]
@@ -345,7 +321,7 @@ def load_celeba64(
     held = set(splits["2"])
     split = [[i for i, f in enumerate(files) if (f.name in held) == want] for want in (False, True)]
     sha256 = _content_sum([files[i] for i in split[0]], "celeba64")
-    return listing.as_data("celeba64", images, _label_numbers(files, []), split, [], sha256)
+    return listing.as_data("celeba64", (images, files), split, [], sha256)
 
 
 # ---------------------------------------------------------------- ImageNet
@@ -365,47 +341,33 @@ def find_imagenet64(
     return train
 
 
-def imagenet_files(
-    folder: Path,  # imagenet/train
-    expect=IMAGENET["classes"],  # class folders; None: any number
-) -> tuple:  # ([(class, file)] sorted, names of the classes, notes)
-    "The images of one split by class. `ValueError` when it is a part of ImageNet."
-    listing = list_folder(folder, 64)
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and WNID.fullmatch(p.name))
-    other = sorted({c for c, _ in listing.files} - set(names))
-    if other:
-        shown = ", ".join(printable(c) or "loose files" for c in other[:20])
-        listing.notes.append(f"not a class of ImageNet, ignored: {shown}")
-    if expect is not None and len(names) != expect:
-        text = f"{len(names)} class folders in {printable(folder)}, ImageNet has {expect}"
-        raise ValueError(f"{text}: for a part of it use dataset = folder:{folder}, img_size = 64")
-    known = set(names)
-    return sorted((c, f) for c, f in listing.files if c in known), names, listing.notes
-
-
 def load_imagenet64(
     cfg: DataConfig,  # img_size 64, in_chans 3; holdout only where there is no val folder
     root,  # the folder of the data sets
-    expect=IMAGENET["classes"],  # class folders; None: any number (for tests)
-    resident_bytes: int = RESIDENT_BYTES,  # largest set that is kept in memory
 ) -> Data:
     "ImageNet at 64x64: repeated box halving, bicubic, centre crop (Section 5.1)."
     check_size("imagenet64", (64, 64, 3), cfg)
     folder = find_imagenet64(root)
-    found, names, notes = imagenet_files(folder, expect)
-    val, known = folder.with_name("val"), set(names)
+    found, val = list_folder(folder, 64), folder.with_name("val")
+    names = sorted({c for c, _ in found.files if WNID.fullmatch(c)})
+    if len(names) != IMAGENET["classes"]:
+        text = f"{len(names)} class folders in {printable(folder)}, ImageNet has 1000"
+        raise ValueError(f"{text}: for a part of it use dataset = folder:{folder}, img_size = 64")
     held = list_folder(val, 64).files if val.is_dir() else []
-    held = [(c, f) for c, f in held if c in known]
+    known, split = set(names), (sorted(found.files), held)
+    train, held = ([f for f in files if f[0] in known] for files in split)
     if cfg.holdout and held:
         raise ParameterError(f"holdout = {cfg.holdout}: {val} is held out already; use holdout = 0")
-    listing = Listing(folder.parent, found + held, 64, notes=notes, resident_bytes=resident_bytes)
+    notes, other = found.notes, len(found.files) - len(train)
+    listing = Listing(folder.parent, train + held, 64, notes=notes)
     images, files = listing.usable()
-    train = [f for f in files if Path(f.name).parts[0] == "train"]  # these come first
-    sha256, labels = _content_sum(train, "imagenet64"), _label_numbers(files, names)
-    if expect and len(train) != IMAGENET["train"]:
-        notes.append(f"number of images: {len(train)} usable, ImageNet has {IMAGENET['train']}")
-    split = torch.arange(len(files)).split([len(train), len(files) - len(train)])
+    n = sum(Path(f.name).parts[0] == "train" for f in files)  # these come first
+    sha256, split = (
+        _content_sum(files[:n], "imagenet64"),
+        torch.arange(len(files)).tensor_split([n]),
+    )
+    notes.append(f"images: {n} usable of {IMAGENET['train']}, {other} of no class left out")
     if not held:
         notes.append(f"nothing held out: {printable(val)} has no folder of a class")
-        split = hold_out(labels, cfg.holdout, sha256)
-    return listing.as_data("imagenet64", images, labels, split, names, sha256)
+        split = hold_out([f.label for f in files], cfg.holdout, sha256)
+    return listing.as_data("imagenet64", (images, files), split, names, sha256)
