@@ -4,21 +4,14 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from uvit_repro.config import (
-    DATASET_DEFAULTS,
-    DATASETS,
-    DataConfig,
-    ParameterError,
-    data_root,
-    resolve_name,
-)
-from uvit_repro.data.autoencoder import Autoencoder, enlarge, load_autoencoder
+from uvit_repro.config import DataConfig, ParameterError, data_root
+from uvit_repro.data.autoencoder import Autoencoder, load_autoencoder
 from uvit_repro.data.clip import load_clip
 from uvit_repro.data.coco import (
     CAPTIONS,
@@ -35,6 +28,7 @@ from uvit_repro.data.files import printable
 from uvit_repro.data.folders import Listing, find_imagenet64, list_folder, notes_on
 from uvit_repro.data.images import Data, locate
 from uvit_repro.data.latent_sets import LatentStore
+from uvit_repro.data.npz import load_npz
 from uvit_repro.data.store import Encoding, Store, write_store
 from uvit_repro.runs.devices import pick_device
 
@@ -54,24 +48,18 @@ class Source:
 
 
 def data_source(
-    data: Data,  # training images, then held-out ones
-    prepare=None,  # function of the pixels
-    name: str = "",  # where they come from; empty: the data's own name
+    data: Data,  # in memory: training images, then held-out ones
+    prepare=lambda images: images,  # function of the pixels
 ) -> Source:
     "The images of an opened data set, in their own order."
+    images = prepare(torch.cat([data.train_images, data.test_images]))
     labels = torch.cat([data.train_labels, data.test_labels]).tolist()
-    train = data.train_images if data.inputs is None else None
 
     def read(a: int, b: int) -> tuple:
-        cut = min(max(len(data), a), b)
-        index = torch.arange(a, cut)
-        first = data.inputs.read(index) if train is None else train[index]
-        x = torch.cat([first, data.test_images[cut - len(data) : b - len(data)]])
-        return prepare(x) if prepare else x, {"labels": labels[a:b]}
+        return images[a:b], {"labels": labels[a:b]}
 
-    shape, held = tuple(read(0, 1)[0].shape[1:]), len(data.test_labels)
-    about = name or data.name, data.sha256, len(labels), shape, read
-    return Source(*about, data.class_names, held, data.sha256)
+    about = data.name, data.sha256, len(images), tuple(images.shape[1:]), read
+    return Source(*about, data.class_names, len(data.test_labels), data.sha256)
 
 
 def file_source(
@@ -90,12 +78,8 @@ def file_source(
         if len(good) < len(files) and (again or not good):
             bad = next(f for f in files if f.problem)
             raise ValueError(f"{printable(bad.name)} can't be read ({bad.problem}). {again}")
-        labels = [number.get(f.label, 0) for f in good]
-        return images, {
-            "labels": labels,
-            "sums": [f.sha256 for f in good],
-            "notes": notes_on(files),
-        }
+        labels, sums = [number.get(f.label, 0) for f in good], [f.sha256 for f in good]
+        return images, {"labels": labels, "sums": sums, "notes": notes_on(files)}
 
     shape = listing.in_chans, listing.img_size, listing.img_size
     return Source(name, listing.key(), len(listing.files), shape, read, classes, held_out)
@@ -142,7 +126,8 @@ def encode_images(
         text += f", the side a multiple of {autoencoder.factor}"
         raise ParameterError(f"images {C}x{H}x{W}: this autoencoder takes {text}")
     encoder = {k: getattr(autoencoder, k) for k in ("sha256", "encoder_sha256")}
-    job = asdict(how) | {
+    job = {
+        **asdict(how),
         "kind": "latents",
         "count": source.count,
         "source": source.key,
@@ -154,55 +139,48 @@ def encode_images(
     def make_shard(a: int, b: int) -> tuple[dict, dict]:
         images, record = source.read(a, b)
         moments = np.concatenate([_moments(x, autoencoder, how) for x in images.split(how.batch)])
-        arrays = {"moments": moments} | ({"pixels": images.numpy()} if how.pixels else {})
-        return arrays, record | {"statistics": shard_sums(moments)}
+        return {"moments": moments}, record | {"statistics": shard_sums(moments)}
 
     def make_index(records: list[dict]) -> tuple[dict, dict]:
-        labels, sums, notes = (
-            [v for r in records for v in r.get(k, ())] for k in ("labels", "sums", "notes")
-        )
-        content = json.dumps([source.class_names, labels, sums]).encode()
-        about = {"name": source.name, "held_out": source.held_out}
-        about["sha256"] = source.sha256 or hashlib.sha256(content).hexdigest()
-        index = job | {
-            "source": about,
+        kept = [[v for r in records for v in r.get(k, ())] for k in ("labels", "sums", "notes")]
+        content = json.dumps([source.class_names, *kept[:2]]).encode()
+        sha256 = source.sha256 or hashlib.sha256(content).hexdigest()
+        index = {
+            **job,
+            "source": {"name": source.name, "held_out": source.held_out, "sha256": sha256},
             "autoencoder": {"name": autoencoder.name, **encoder},
             "class_names": source.class_names,
-            "notes": notes[:1000],
+            "notes": kept[2][:1000],
             "statistics": latent_statistics([r["statistics"] for r in records]),
         }
-        return {"labels": np.array(labels, np.int64)}, index
+        return {"labels": np.array(kept[0], np.int64)}, index
 
     write_store(path, job, make_shard, make_index, say)
     return LatentStore(path)
 
 
 def open_source(
-    name: str,  # imagenet | mscoco | folder:PATH | npz:PATH | a pixel data set by its name
-    img_size: int | None,  # side of the prepared images, for imagenet and folders
+    name: str,  # imagenet | mscoco | folder:PATH | npz:PATH
+    img_size: int | None,  # side of the prepared images; mscoco has its own
     root: Path,  # the folder of the data sets
     channels: int,  # of the images
 ) -> Source:
     "What `encode images --source` names."
     kind = name.partition(":")[0]
+    if kind not in ("imagenet", "mscoco", "folder", "npz"):
+        raise ParameterError(
+            f"--source {name!r}: known are imagenet, mscoco, folder:PATH, npz:PATH"
+        )
     if kind == "mscoco":
         coco = Coco(root)
         return file_source(coco.listing(), coco.name, coco.held_out, how_to_get("coco", root))
-    if kind in ("imagenet", "folder"):
-        if not img_size:
-            raise ParameterError(f"--source {name} needs --img-size, as in --img-size 256")
-        base = find_imagenet64(root) if kind == "imagenet" else locate(name, root)
-        return file_source(list_folder(base, img_size, channels), name)
-    latent_or_text = ("latent_scale", "text_dim")
-    pixels = [k for k, v in DATASET_DEFAULTS.items() if not any(f in v for f in latent_or_text)]
-    if kind not in pixels:
-        known = f"imagenet, mscoco, folder:PATH, npz:PATH, {', '.join(pixels)}"
-        raise ParameterError(f"--source {name!r}: known are {known}")
-    fields = {k: DATASET_DEFAULTS[kind][k] for k in ("img_size", "in_chans")}
+    if not img_size:
+        raise ParameterError(f"--source {name} needs --img-size, as in --img-size 256")
     if kind == "npz":
-        fields.update(img_size=img_size or fields["img_size"], in_chans=channels)
-    data = resolve_name(DATASETS, kind)(DataConfig(dataset=name, **fields), root)
-    return data_source(data, enlarge if kind == "digits" else None, name)
+        cfg = DataConfig(dataset=name, img_size=img_size, in_chans=channels)
+        return data_source(load_npz(cfg, root))
+    base = find_imagenet64(root) if kind == "imagenet" else locate(name, root)
+    return file_source(list_folder(base, img_size, channels), name)
 
 
 def _add_common(parser: argparse.ArgumentParser, batch: int):
@@ -220,11 +198,10 @@ def add_encode_arguments(parser: argparse.ArgumentParser):
     sub = parser.add_subparsers(dest="encode_what", metavar="WHAT", required=True)
     images = sub.add_parser("images", help="images through an autoencoder")
     add = images.add_argument
-    add("--source", required=True, help="imagenet, mscoco, folder:PATH, npz:PATH or a data set")
+    add("--source", required=True, help="imagenet, mscoco, folder:PATH or npz:PATH")
     add("--img-size", type=int, help="side of the prepared images")
     add("--autoencoder", default="original", help="original, ema, digits or a path")
     add("--out", help="the store's folder (default for imagenet and mscoco: under the data root)")
-    add("--pixels", action="store_true", help="keep the pixels, for small sets")
     add("--no-mirror", action="store_true", help="leave the mirror images out")
     _add_common(images, 32)
     captions = sub.add_parser("captions", help="the captions and prompts of MS-COCO")
@@ -240,16 +217,15 @@ def add_encode_arguments(parser: argparse.ArgumentParser):
     verify.add_argument("path", help="the store's folder")
 
 
-def _encode_images(args, root: Path, options: dict, say) -> Store:
+def _encode_images(args, root: Path, how: Encoding, say) -> Store:
     default = {"mscoco": LATENTS, "imagenet": f"imagenet{args.img_size}_latents"}
-    out = args.out or root / default.get(args.source, "")
-    if out == root:
+    if not args.out and args.source not in default:
         raise ParameterError("--out is missing: the folder of the new store")
     ae = load_autoencoder(args.autoencoder, root, pick_device(args.device))
     source = open_source(args.source, args.img_size, root, ae.image_chans)
     mirror = not args.no_mirror and args.source != "mscoco"  # the paper flips no image of MS-COCO
-    how = Encoding(pixels=args.pixels, mirror=mirror, **options)
-    return encode_images(source, ae, out, how, say)
+    out = args.out or root / default[args.source]
+    return encode_images(source, ae, out, replace(how, mirror=mirror), say)
 
 
 def _texts(args, root: Path) -> Texts:
@@ -277,14 +253,14 @@ def run_encode(
         say("whole: {rows:,} rows, {files} files, {bytes:,} bytes".format(**found))
         return {"folder": str(args.path), **found}
     root, found, text = data_root(args.data_root), {}, ""
-    options = {k: getattr(args, k) for k in ("dtype", "batch", "shard_rows")}
+    how = Encoding(args.dtype, args.batch, args.shard_rows)
     if args.encode_what == "images":
-        store = _encode_images(args, root, options, say)
+        store = _encode_images(args, root, how, say)
         found = store.index["statistics"]
         text = f", latent_scale for unit variance {found['scale']:.5g}"
     else:
         path = args.out if args.encode_what == "prompts" else root / CAPTIONS
         texts, clip = _texts(args, root), load_clip(root, args.clip, pick_device(args.device))
-        store = encode_texts(path, texts, clip, Encoding(**options), say)
+        store = encode_texts(path, texts, clip, how, say)
     say(f"{printable(store.path)}: {len(store):,} rows{text}")
     return {"folder": str(store.path), "rows": len(store), **found}

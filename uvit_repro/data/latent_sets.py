@@ -16,7 +16,7 @@ from uvit_repro.data.store import Inputs, Store, StoreError, find_store
 
 
 class LatentStore(Store):
-    "Encoded images: `read(index, mirror)` gives moments, `pixels(index)` the images if kept."
+    "Encoded images: `read(index, mirror)` gives their moments."
 
     kind = "latents"
 
@@ -43,12 +43,6 @@ class LatentStore(Store):
             where = printable(self.path)
             raise ParameterError(f"{where} was encoded without mirror images: use flip = False")
         return torch.from_numpy(self.rows("moments", index, views))
-
-    def pixels(self, index: Tensor) -> Tensor | None:
-        "uint8 (B, C, H, W), or None where pixels were not kept."
-        if "pixels-00000.npy" not in self.files:
-            return None
-        return torch.from_numpy(self.rows("pixels", index))
 
 
 class LatentDecoder:
@@ -108,18 +102,17 @@ def from_store(
     cfg: DataConfig,  # img_size and in_chans are those of the latents; holdout, latent_scale
     name: str,  # of the data set
     root=None,  # the folder of the data sets, where the store's autoencoder is
-    pixels: Tensor = None,  # uint8 (N, C, H, W) of all rows; None: those in the store, if any
+    pixels: Tensor = None,  # uint8 (N, C, H, W) of all rows, where they are known
 ) -> Data:
     "A store as a data set."
     train, test = _split(store, cfg)
-    take = store.pixels if pixels is None else pixels.__getitem__
-    held = take(test)
-    if held is None:
-        held = torch.empty((0, *store.image_shape), dtype=torch.uint8)
+    x, held = None, torch.empty((0, *store.image_shape), dtype=torch.uint8)
+    if pixels is not None:
+        x, held = pixels[train], pixels[test]
     means = [store.read(i).float().chunk(2, 1)[0] for i in test.split(1000)]
     decode = LatentDecoder(lambda d, on: store_decoder(store, root, on, d), cfg.latent_scale)
     names, notes, labels = store.index["class_names"], store.index["notes"], store.labels
-    split = take(train), labels[train], held, labels[test]
+    split = x, labels[train], held, labels[test]
     data = Data(name, *split, len(names), names, store.sha256, notes, Inputs(store, train))
     return replace(data, decode=decode, test_inputs=cfg.latent_scale * torch.cat(means))
 

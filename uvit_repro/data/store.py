@@ -41,7 +41,6 @@ class Encoding:
     dtype: str = "float32"  # float32 | float16
     batch: int = 32  # encoded at once: part of what decides the bits
     shard_rows: int = 1024  # in a shard: what a kill can cost
-    pixels: bool = False  # keep the pixels of images too
     mirror: bool = True  # encode each image's mirror as well
 
     def __post_init__(self):
