@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from importlib import resources
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class ResBlock(nn.Module):
 class CifarResNet(nn.Module):
     "ResNet of 6n + 2 layers for 32x32 images; uint8 images to (features (N, 64), logits (N, 10))."
 
-    def __init__(self, n: int):
+    def __init__(self, n: int, weights: dict | None = None):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
@@ -48,6 +49,8 @@ class CifarResNet(nn.Module):
         self.layer2 = nn.Sequential(ResBlock(16, 32), *(ResBlock(32, 32) for _ in range(n - 1)))
         self.layer3 = nn.Sequential(ResBlock(32, 64), *(ResBlock(64, 64) for _ in range(n - 1)))
         self.linear = nn.Linear(64, 10)
+        if weights:
+            self.load_state_dict(weights)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mean = torch.tensor((0.485, 0.456, 0.406), device=x.device).view(3, 1, 1)
@@ -60,13 +63,14 @@ class CifarResNet(nn.Module):
 class DigitsCNN(nn.Module):
     "Three convolutions for 8x8 digits; uint8 images to (features (N, 64), logits (N, 10))."
 
-    def __init__(self):
+    def __init__(self, weights: dict):
         super().__init__()
         self.conv1 = nn.Conv2d(1, 24, 3, padding=1)
         self.conv2 = nn.Conv2d(24, 32, 3, padding=1)
         self.conv3 = nn.Conv2d(32, 48, 3, padding=1)
         self.hidden = nn.Linear(48 * 4, 64)
         self.head = nn.Linear(64, 10)
+        self.load_state_dict(weights)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = F.max_pool2d(F.relu(self.conv2(F.relu(self.conv1(x.float() / 255)))), 2)
@@ -106,7 +110,7 @@ class FeatureExtractor:
     file: str  # file name of the weights
     sha256: str  # checksum of that file
     url: str  # folder where it is public; empty: part of this package
-    network: Callable  # makes it; Inception: from its weights
+    network: Callable  # makes it from its weights
     dim: int = 64  # features
     channels: int = 3  # of its input; grey images are repeated to 3
     size: int = 0  # side of its input in pixels; 0: any
@@ -168,13 +172,10 @@ def feature_extractor(
     name: str,  # a key of FEATURE_EXTRACTORS, or none
 ) -> FeatureExtractor:
     "A feature extractor by name. Raises `ParameterError` with the known names."
-    if name == "none":
-        return NO_FEATURES
-    if name not in FEATURE_EXTRACTORS:
-        raise ParameterError(
-            f"features = {name!r}: known networks are {', '.join(FEATURE_EXTRACTORS)}, none"
-        )
-    return FEATURE_EXTRACTORS[name]
+    if name not in (*FEATURE_EXTRACTORS, "none"):
+        known = ", ".join(FEATURE_EXTRACTORS)
+        raise ParameterError(f"features = {name!r}: known networks are {known}, none")
+    return FEATURE_EXTRACTORS.get(name, NO_FEATURES)
 
 
 def knows_classes(name: str, data) -> bool:
@@ -203,8 +204,6 @@ def _checked_weights(name: str) -> bytes:
     "The bytes of a weights file, after its checksum. Messages name the command that fetches it."
     spec, path, folders = feature_extractor(name), feature_weights(name), weights_folders(name)
     fetch = f"curl -L --create-dirs -o {folders[0] / spec.file} {spec.url}"
-    if not spec.url:
-        fetch = "pip install --force-reinstall uvit_repro"
     if path is None:
         raise FileNotFoundError(
             f"{name}: {spec.file} not found in {', '.join(map(str, folders))}. Fetch it with\n"
@@ -238,15 +237,11 @@ def read_weights(
 ) -> dict:  # tensors by name
     "Read a network's weights without unpickling, from the same bytes whose checksum was compared."
     if feature_extractor(name) is NO_FEATURES:
-        raise ParameterError(
-            "features = none has no weights and no features; "
-            f"networks are {', '.join(FEATURE_EXTRACTORS)}"
-        )
+        known = ", ".join(FEATURE_EXTRACTORS)
+        raise ParameterError(f"features = none has no weights and no features; networks: {known}")
     blob = _checked_weights(name)
     if feature_extractor(name).file.endswith(".safetensors"):
-        from safetensors.torch import load
-
-        return load(blob)
+        return safetensors.torch.load(blob)
     state = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
     state = state.get("state_dict", state)
     return {k.removeprefix("module."): v for k, v in state.items()}
@@ -254,12 +249,7 @@ def read_weights(
 
 def build_extractor(name: str) -> nn.Module:
     "A feature network with its checked weights, ready to judge."
-    weights, network = read_weights(name), feature_extractor(name).network
-    if network is Inception:
-        net = Inception(weights)
-    else:
-        net = network()
-        net.load_state_dict(weights)
+    net = feature_extractor(name).network(read_weights(name))
     return net.eval().requires_grad_(False)
 
 
@@ -296,8 +286,6 @@ class FeatureNetwork:
         images: Tensor,  # uint8, (N, C, H, W); read by batches, so it may be a memory-mapped file
     ) -> dict:  # features (N, F), logits (N, K), from Inception spatial (N, 2023); float32, CPU
         "Features and logits of images."
-        if self.spec is NO_FEATURES:
-            read_weights(self.name)
         images, out = check_images(images, self.name), {}
         with tf32_off():
             for batch in images.split(self.spec.batch):

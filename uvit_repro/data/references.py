@@ -140,8 +140,8 @@ def read_reference(
     features: str,  # a key of FEATURE_EXTRACTORS, whose features they are of
 ) -> ReferenceFile:
     "Checked reference statistics. Raises `FileNotFoundError` or `ParameterError`."
-    path, spec = Path(path).expanduser(), feature_extractor(features)
-    what, spatial = f"reference statistics {path}", None
+    path, spec, spatial = Path(path).expanduser(), feature_extractor(features), None
+    what = f"reference statistics {path}"
     if spec is NO_FEATURES:
         raise ParameterError(f"{what} with features = none: name the network they were made with")
     if not path.is_file():
@@ -154,12 +154,8 @@ def read_reference(
         if not {"mu", "sigma"} <= set(names):
             raise ValueError(f"mu and sigma are needed, it has {', '.join(names)}")
         with np.load(path, allow_pickle=False) as z:
-            made = str(z["network"]) if "network" in names else features
-            if made != features:
-                raise ValueError(f"they are of {made}'s features, not of {features}'s")
             pooled = _moments(z, "", spec.dim)
-            layer = str(z["spatial_layer"]) if "spatial_layer" in names else "relu"
-            if spec.spatial and "mu_s" in names and layer == "relu":
+            if spec.spatial and "mu_s" in names:
                 spatial = _moments(z, "_s", spec.spatial)
     except Exception as e:  # zipfile and numpy have many ways to meet damage
         raise ParameterError(f"{what} can't be used: {str(e) or type(e).__name__}") from None
@@ -181,54 +177,55 @@ class RealImages:
         self.data, self.network, self.cache_dir = data, network, cache_dir
         self.reference, self._statistics = reference, {}
 
-    def _size(self, split: str) -> int:
-        "Images of a split. Raises `ValueError` where there are none, or no pixels of them."
+    def _images(self, split: str) -> tuple:
+        "How many images a split has, and a function that reads some; `ValueError` without any."
         data, which = self.data, "held-out" if split == "test" else "training"
         images, n = getattr(data, f"{split}_images"), len(getattr(data, f"{split}_labels"))
         if n == 0:
             raise ValueError(f"the data have no {which} images; open them with holdout > 0")
-        on_disk = split == "train" and data.inputs is not None and data.decode is None
-        if (images is None or len(images) == 0) and not on_disk:
-            cure = "; reference=PATH gives their statistics" if split == "train" else ""
-            raise ValueError(f"the pixels of the {which} images are not available{cure}")
-        return n
+        if images is not None and len(images):
+            return n, images.__getitem__
+        if split == "train" and data.inputs is not None and data.decode is None:
+            return n, data.inputs.read
+        cure = "; reference=PATH gives their statistics" if split == "train" else ""
+        raise ValueError(f"the pixels of the {which} images are not available{cure}")
 
-    def _take(self, split: str, index: Tensor) -> Tensor:
-        "Some images of a split, from memory or from the store of a large set."
-        images = getattr(self.data, f"{split}_images")
-        return self.data.inputs.read(index) if images is None else images[index]
+    def _reference_images(self) -> tuple:
+        "The same for the images in the reference file."
+        c, h, w = self.data.shape
+        with np.load(self.reference.path, allow_pickle=False) as z:
+            x = z["arr_0"]
+        if x.dtype != np.uint8 or x.shape[1:] != (h, w, c):
+            raise ValueError(
+                f"reference statistics {self.reference.path}: arr_0 is {x.dtype} {x.shape}; "
+                f"expected uint8 (N, {h}, {w}, {c})"
+            )
+        return len(x), torch.from_numpy(x).permute(0, 3, 1, 2).__getitem__
 
-    def _key(self, kind: str, split: str, *more) -> tuple:
-        "What cached arrays depend on; users' files are read at a size that their checksum lacks."
-        if self._from_file(split):
-            source = (self.reference.sha256,)
-        else:
-            source = self.data.sha256, self._size(split)
-        network = (self.network.name, self.network.spec.sha256)
-        return (kind, *source, *self.data.shape, split, *more, *network)
-
-    def _from_file(self, split: str) -> bool:
-        "Whether the images of a split are those of the reference file."
-        return split == "train" and self.reference is not None and self.reference.images
-
-    def _extract(self, split: str, index: Tensor) -> dict:
-        "Features of some images of a split, with at most a gigabyte of pixels in memory."
+    def _extract(self, read, index: Tensor) -> dict:
+        "Features of some images, with at most a gigabyte of pixels in memory."
         rows = max(64, min(10_000, 2**30 // int(np.prod(self.data.shape))))
-        out = [self.network.extract(self._take(split, i)) for i in index.split(rows)]
+        out = [self.network.extract(read(i)) for i in index.split(rows)]
         return {kind: torch.cat([o[kind] for o in out]) for kind in out[0]}
 
-    def _whole_split(self, split: str) -> dict:  # kind -> FeatureStatistics
-        "Statistics of a whole split, all kinds of features from one pass."
-        if split not in self._statistics:
-            n, parts = self._size(split), {}
-            kinds = ("features", "spatial") if self.network.spec.spatial else ("features",)
-            for i in torch.arange(n).tensor_split(-(-n // PART)):
-                out = self._extract(split, i)
-                for kind in kinds:
-                    parts.setdefault(kind, []).append(FeatureStatistics.of(out[kind]))
-            merged = {kind: FeatureStatistics.merge(p) for kind, p in parts.items()}
-            self._statistics[split] = merged
-        return self._statistics[split]
+    def _cached(self, what: str, split: str, compute) -> dict:
+        "Arrays of a split; users' files are read at a size that their checksum lacks."
+        data, network = self.data, (self.network.name, self.network.spec.sha256)
+        source = data.sha256, len(getattr(data, f"{split}_labels")), *data.shape
+        file = self.reference.sha256 if self.reference else ""
+        return cached(self.cache_dir, (what, split, MOST, *source, *network, file), compute)
+
+    def _whole_split(self, split: str) -> dict:
+        "Statistics of a whole split as arrays, all kinds of features from one pass."
+        n, read = self._images(split)
+        require_samples(n, self.network.spec.dim, f"{self.network.name} statistics of {split}")
+        kinds, parts = ("features", "spatial") if self.network.spec.spatial else ("features",), []
+        for i in torch.arange(n).tensor_split(-(-n // PART)):
+            out = self._extract(read, i)
+            parts.append([FeatureStatistics.of(out[kind]) for kind in kinds])
+        merged = map(FeatureStatistics.merge, zip(*parts, strict=True))
+        named = [s.named(kind) for kind, s in zip(kinds, merged, strict=True)]
+        return {name: array for arrays in named for name, array in arrays.items()}
 
     def statistics(
         self,
@@ -243,39 +240,22 @@ class RealImages:
                     f"Inception's {SPATIAL_LAYER} behind its ReLU"
                 )
             return getattr(self.reference, kind)
-        n, name = self._size(split), self.network.name
-        require_samples(n, self.network.spec.dim, f"{name} statistics of the {split} images")
-        key = self._key("stats", split)
-        if kind == "spatial":
-            key += (kind, SPATIAL_LAYER)
-        d = cached(self.cache_dir, key, lambda: vars(self._whole_split(split)[kind]))
-        return FeatureStatistics(int(d["n"]), d["mean"], d["cov"])
+        if split not in self._statistics:
+            found = self._cached("stats", split, lambda: self._whole_split(split))
+            self._statistics[split] = found
+        return FeatureStatistics.read(self._statistics[split], kind)
 
     def features(self, split: str) -> Tensor:  # (N, F), N at most MOST
         "Features of a fixed choice of images of a split, or of those in the reference file."
+        from_file = split == "train" and self.reference and self.reference.images
 
         def compute():
-            if self._from_file(split):
-                found = self._extract_reference()
-            else:
-                found = self._extract(split, subset(self._size(split), MOST, split))
-            return {"features": found["features"].numpy()}
+            n, read = self._reference_images() if from_file else self._images(split)
+            return {"features": self._extract(read, subset(n, MOST, split))["features"].numpy()}
 
-        found = cached(self.cache_dir, self._key("features", split, MOST), compute)
-        return torch.from_numpy(found["features"])
-
-    def _extract_reference(self) -> dict:
-        c, h, w = self.data.shape
-        with np.load(self.reference.path, allow_pickle=False) as z:
-            x = z["arr_0"]
-        if x.dtype != np.uint8 or x.shape[1:] != (h, w, c):
-            raise ValueError(
-                f"reference statistics {self.reference.path}: arr_0 is {x.dtype} {x.shape}; "
-                f"expected uint8 (N, {h}, {w}, {c})"
-            )
-        pick = subset(len(x), MOST, "reference")
-        return self.network.extract(torch.from_numpy(x).permute(0, 3, 1, 2)[pick])
+        return torch.from_numpy(self._cached("features", split, compute)["features"])
 
     def pixels(self, split: str, most: int) -> Tensor:  # uint8, (N, C, H, W)
         "A fixed choice of images of a split."
-        return self._take(split, subset(self._size(split), most, "nn"))
+        n, read = self._images(split)
+        return read(subset(n, most, "nn"))
