@@ -142,8 +142,8 @@ def run_command(args, say) -> dict:
     found = run(args.what, args.protocol, args.seeds, machine, args.budget, say)
     if found["interrupted"]:
         raise KeyboardInterrupt
-    if found["failed"]:
-        raise Failed(f"{len(found['failed'])} failed: {', '.join(found['failed'])}", found)
+    if names := found["failed"]:
+        raise Failed(f"{len(names)} failed: {', '.join(names)}", found)
     return found
 
 
@@ -186,11 +186,6 @@ def report_command(args, say) -> dict:
     return {"page": str(page)}
 
 
-def encode_command(args, say) -> dict:
-    "Encode images or captions into a store."
-    return run_encode(args, say)
-
-
 ELSEWHERE = {  # first words: a command with a parser of its own
     ("released",): released.main,
     ("bench", "--gpu-session"): gpu_session.main,
@@ -210,14 +205,10 @@ def make_parser() -> Parser:
     sub.add_parser("released", help="Evaluate a released file; see its --help.", add_help=False)
 
     def add(run: Callable, arguments: str, *examples: str) -> Parser:
-        p = sub.add_parser(
-            run.__name__.removesuffix("_command"),
-            help=run.__doc__,
-            description=run.__doc__,
-            epilog="\n".join(["examples:", *(f"  uvit-repro {text}" for text in examples)]),
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        name, about = examples[0].split()[0], {"help": run.__doc__, "description": run.__doc__}
+        about["epilog"] = "\n".join(["examples:", *(f"  uvit-repro {text}" for text in examples)])
+        about["formatter_class"] = argparse.RawDescriptionHelpFormatter
+        p = sub.add_parser(name, allow_abbrev=False, **about)
         p.set_defaults(run=run)
         for argument in ("--json", *arguments.split()):
             p.add_argument(argument, **ARGUMENTS[argument])
@@ -225,16 +216,14 @@ def make_parser() -> Parser:
 
     budget = f"{JOBS} --workers --processes"
     add(plan_command, budget, "plan claims --protocol cpu", "plan all --protocol paper --json")
-    add(
-        run_command, f"{budget} --budget --detach", "run claims --protocol cpu --budget 8h --detach"
-    )
+    add(run_command, f"{budget} --budget --detach", "run claims --protocol cpu --budget 8h")
     add(publish_command, f"{JOBS} --to", "publish claims --protocol cpu --to carried")
     add(collect_command, "sources --to", "collect carried", "collect carried.tar.gz")
     add(report_command, "--only", "report --only fig2")
     add(verify_command, "--origin --out-dir", "verify --origin runs")
     add(doctor_command, "--no-self-test --out-dir", "doctor --json")
     add(bench_command, BENCH, "bench --quick", "bench --peer ~/U-ViT --budget 9m")
-    add_encode_arguments(add(encode_command, "", "encode images --help"))
+    add_encode_arguments(add(run_encode, "", "encode images --help"))
     return parser
 
 

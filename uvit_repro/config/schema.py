@@ -75,9 +75,7 @@ class DataConfig(Section):
 class DiffusionConfig(Section):
     "The process and what the network predicts (Section 2)."
 
-    process: str = setting(
-        "vp", "noise schedule (sd: of Stable Diffusion, linear: of ADM)", PROCESSES
-    )
+    process: str = setting("vp", "schedule (sd: of Stable Diffusion, linear: of ADM)", PROCESSES)
     prediction: str = setting("noise", "meaning of the network's output", PREDICTIONS)
     beta_min: float = setting(0.1, "beta(0) of the VP-SDE", low=0)
     beta_max: float = setting(20.0, "beta(1) of the VP-SDE", low=0)

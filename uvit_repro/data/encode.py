@@ -247,7 +247,7 @@ def run_encode(
     args: argparse.Namespace,  # of `add_encode_arguments`
     say=print,  # progress
 ) -> dict:  # folder, rows, and what was read or found
-    "Do what `uvit-repro encode` was asked for."
+    "Encode images or captions into a store, or verify one."
     if args.encode_what == "verify":
         found = Store(args.path).verify()
         say("whole: {rows:,} rows, {files} files, {bytes:,} bytes".format(**found))

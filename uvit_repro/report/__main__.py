@@ -28,14 +28,17 @@ def seconds_left(budget: str, found: list) -> float | None:
 def train_and_report(protocol: str, seeds: tuple, budget: str, publishing: bool) -> int:
     "Train inside the budget, publish if asked, write the report; 1 if a run failed."
     wanted = {job.exp.run_id for job in jobs("fig2", protocol, seeds)}
-    found = [r for run_id, r in read_evidence("runs").records.items() if run_id in wanted]
-    left, failed = seconds_left(budget, found), []
+
+    def finished():
+        return [r for run_id, r in read_evidence("runs").records.items() if run_id in wanted]
+
+    found, failed = finished(), []
+    left = seconds_left(budget, found)
     print(f"Figure 2 at protocol {protocol}: {len(found)} of {len(wanted)} runs are here")
     if left != 0 and len(found) < len(wanted):
         failed = run("fig2", protocol, seeds, budget=left)["failed"]
     if publishing:
-        found = [r for run_id, r in read_evidence("runs").records.items() if run_id in wanted]
-        done = [publish(record.folder) for record in found]
+        done = [publish(record.folder) for record in finished()]
         print(f"{len(done)} runs copied to results/published")
         write_published()
     print(f"done: {write_report()}")

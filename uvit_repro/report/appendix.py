@@ -90,14 +90,8 @@ def count_summary(numbers: pd.DataFrame) -> tuple[int, int, pd.DataFrame]:
 
 def time_parameters(way: str) -> float:  # in units of width^2 and block
     "Parameters that a way of feeding time adds to DiffiT."
-    base = with_overrides(
-        CONFIGS["ImageNet 256x256 U-ViT-L/2"],
-        model="DiffiT-latent",
-        embed_dim=1152,
-        depth=28,
-        conv="after",
-        p_uncond=0.1,
-    )
+    sizes = {"model": "DiffiT-latent", "embed_dim": 1152, "depth": 28, "conv": "after"}
+    base = with_overrides(CONFIGS["ImageNet 256x256 U-ViT-L/2"], p_uncond=0.1, **sizes)
     with_way, without = (with_overrides(base, options=f"time={w}") for w in (way, "none"))
     return (params_of(with_way) - params_of(without)) / base.model.depth / base.model.embed_dim**2
 
@@ -105,24 +99,24 @@ def time_parameters(way: str) -> float:  # in units of width^2 and block
 def arithmetic(numbers: pd.DataFrame) -> dict[str, str]:  # claim -> status in words
     "The claims about counts, which hold or do not hold without any training."
     at = numbers[numbers.kind == "computed"]
-    flops = at[at.quantity == "gflops"]
+    appendix = at[(at.place == "Appendix E") & (at.quantity == "gflops")]
     cells = {
         "U36": at[(at.place == "Table 2") & (at.quantity == "params_M")],
-        "U37": flops[(flops.place == "Appendix E") & flops.row.str.contains("U-ViT-H/2")],
+        "U37": appendix[appendix.row.str.contains("U-ViT-H/2")],
         "D12": at[(at.paper == "DiffiT") & (at.place == "Table 9")],
     }
-    out = {}
+    found = {}  # claim: whether it holds, and why
     for claim, rows in cells.items():
-        holds = all(same_digits(c.printed, counts()[c.cell]) for c in rows.itertuples())
-        listed = ", ".join(f"{c.row} {c.ours} (printed {c.printed})" for c in rows.itertuples())
-        out[claim] = f"{'holds' if holds else 'does not hold'}: {listed}"
+        same = all(same_digits(c.printed, counts()[c.cell]) for c in rows.itertuples())
+        listed = [f"{c.row} {c.ours} (printed {c.printed})" for c in rows.itertuples()]
+        found[claim] = same, ", ".join(listed)
     tmsa, adaln = time_parameters("tmsa"), time_parameters("adaln_zero")
-    holds = (round(tmsa), round(adaln)) == (3, 6)
-    out["D13"] = (
-        f"{'holds' if holds else 'does not hold'}: TMSA adds {tmsa:.3f} d^2 parameters per block "
-        f"(printed 3), adaLN-zero {adaln:.3f} d^2 (printed 6)"
+    text = f"TMSA adds {tmsa:.3f} d^2 parameters per block (printed 3), "
+    found["D13"] = (
+        (round(tmsa), round(adaln)) == (3, 6),
+        f"{text}adaLN-zero {adaln:.3f} d^2 (printed 6)",
     )
-    return out
+    return {c: f"{'holds' if h else 'does not hold'}: {why}" for c, (h, why) in found.items()}
 
 
 def certificate(ev: Evidence) -> list[dict]:  # what, file, tolerance, difference, machines, equal
@@ -141,18 +135,12 @@ def certificate(ev: Evidence) -> list[dict]:  # what, file, tolerance, differenc
 
 def claim_rows(numbers: pd.DataFrame, words: dict[str, str]) -> list[dict]:
     "All claims of the papers: the word where a list judges it, else a plain status."
-    counted = arithmetic(numbers)
-    rows = []
-    needs = read_table("claims_status.csv")
+    known = {name: f"arithmetic: {status}" for name, status in arithmetic(numbers).items()} | words
+    rows, needs = [], read_table("claims_status.csv")
     for c in load_claims().merge(needs, on="id", validate="one_to_one").itertuples():
-        if c.id in words:
-            status = words[c.id]
-        elif c.id in counted:
-            status = f"arithmetic: {counted[c.id]}"
-        else:
-            status = f"not run; needs {c.needs}"
         row = {"id": c.id, "claim": c.claim, "source": f"{c.paper}, {c.source}"}
-        row |= {"the paper's numbers": c.paper_numbers, "status": status, "command": c.command}
+        row |= {"the paper's numbers": c.paper_numbers}
+        row |= {"status": known.get(c.id, f"not run; needs {c.needs}"), "command": c.command}
         rows.append(row)
     return rows
 

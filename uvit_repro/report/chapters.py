@@ -17,7 +17,7 @@ LARGE = 12_000  # characters of a table that is left out of an executed copy
 
 
 def chapter_list() -> list[dict]:  # name, title, line
-    "The executed chapters that are there, with their titles and first quoted lines."
+    "The executed chapters with their titles and first quoted lines."
     out = []
     for path in sorted((published_root() / "chapters").glob("[0-9]*.ipynb")):
         text = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
@@ -76,11 +76,8 @@ def smaller_png(
 
 def without_machine(text: str) -> str:
     "Text in which folders of this machine have general names."
-    for folder, name in (
-        (project_root(), "."),
-        (Path.home(), "~"),
-        (Path(tempfile.gettempdir()), "TMP"),
-    ):
+    folders = {project_root(): ".", Path.home(): "~", Path(tempfile.gettempdir()): "TMP"}
+    for folder, name in folders.items():
         if folder != Path(folder.anchor):  # a home of / is no name of a machine
             text = re.sub(re.escape(str(folder)) + r"(?![\w-])", name, text)
     return text
@@ -114,8 +111,7 @@ def execute_chapters(say=print) -> list[Path]:
     "Execute all chapters and keep the copies for readers in results/published/chapters."
     from uvit_repro.runs.chapters import run_chapter
 
-    copies = []
-    books = sorted((project_root() / "nbs").glob("[0-9]*.ipynb"))
+    copies, books = [], sorted((project_root() / "nbs").glob("[0-9]*.ipynb"))
     for i, book in enumerate(books):
         say(f"chapter {book.name}, {i + 1} of {len(books)}")
         with tempfile.TemporaryDirectory() as folder:

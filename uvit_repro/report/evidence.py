@@ -198,34 +198,23 @@ def pairs_of(claim: dict) -> list[tuple[str, str]]:
 
 def listed_claims(protocol: str) -> list[Claim]:
     "The fixed list as claims of `statistics`."
-    entry = fixed_list(protocol)
-
-    def seeds(arm):
-        return entry["seeds"].get(arm, entry["seeds"]["default"])
-
-    def comparisons(claim):
-        for better, worse in pairs_of(claim):
-            common = tuple(s for s in seeds(better) if s in seeds(worse))
-            c = Comparison(better, worse, claim.get("margin", 0.0), common)
-            yield c
-            if "equal_time" in claim:
-                yield replace(c, steps=tuple(claim["equal_time"].items()))
-
-    figures = {}
+    entry, out, figures = fixed_list(protocol), [], {}
+    seeds = {arm: entry["seeds"].get(arm, entry["seeds"]["default"]) for arm in entry["arms"]}
+    named = tuple(sorted({seed for those in seeds.values() for seed in those}))
     for claim in entry["claims"]:
         arms = [arm for pair in pairs_of(claim) for arm in pair]
-        figures.setdefault(claim["figure"], []).extend(arms)
-    return [
-        Claim(
-            claim["id"],
-            protocol,
-            tuple(dict.fromkeys(figures[claim["figure"]])),
-            tuple(comparisons(claim)),
-            tuple(sorted({s for pair in pairs_of(claim) for arm in pair for s in seeds(arm)})),
-            entry["step"],
-        )
-        for claim in entry["claims"]
-    ]
+        figures.setdefault(claim["figure"], {}).update(dict.fromkeys(arms))
+    for claim in entry["claims"]:
+        comparisons = []
+        for better, worse in pairs_of(claim):
+            common = tuple(seed for seed in seeds[better] if seed in seeds[worse])
+            comparisons.append(Comparison(better, worse, claim.get("margin", 0.0), common))
+            if "equal_time" in claim:
+                steps = tuple(claim["equal_time"].items())
+                comparisons.append(replace(comparisons[-1], steps=steps))
+        figure = tuple(figures[claim["figure"]])
+        out.append(Claim(claim["id"], protocol, figure, tuple(comparisons), named, entry["step"]))
+    return out
 
 
 def arm_values(ev: Evidence, protocol: str) -> pd.DataFrame:
@@ -293,11 +282,11 @@ def effect_rows(verdicts: list[Verdict], values: pd.DataFrame) -> pd.DataFrame:
     for v, e in ((verdict, effect) for verdict in verdicts for effect in verdict.effects):
         bands = band_differences(e, values, fixed_list(v.protocol)["step"])
         row = {"claim": v.id, "word": v.word, "comparison": comparison_name(e)}
-        row |= {"effect": e.effect, "low": e.low, "high": e.high, "df": e.df, "sd": e.sd}
+        row |= {name: getattr(e, name) for name in ("effect", "low", "high", "df", "sd")}
         row |= {"threshold": e.comparison.threshold, "p": v.p, "p_holm": v.p_holm}
         for seed, difference in e.differences.items():
-            line = {"seed": seed, "difference": difference}
-            rows.append(row | line | {name: by_seed.get(seed) for name, by_seed in bands.items()})
+            by_band = {name: found.get(seed) for name, found in bands.items()}
+            rows.append(row | {"seed": seed, "difference": difference} | by_band)
     return pd.DataFrame(rows)
 
 
@@ -308,14 +297,10 @@ def variant_label(model: ModelConfig, base: ModelConfig) -> str:
     "What distinguishes a model from the adopted one of its protocol."
     if model.model != base.model:
         return model.model
-    changed = {
-        f.name: getattr(model, f.name)
-        for f in fields(model)
-        if getattr(model, f.name) != getattr(base, f.name) and f.name != "num_heads"
-    }
-    return ", ".join(
-        f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in changed.items()
-    )
+    names = [f.name for f in fields(model) if f.name != "num_heads"]
+    changed = {k: getattr(model, k) for k in names if getattr(model, k) != getattr(base, k)}
+    texts = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in changed.items()}
+    return ", ".join(f"{k}={v}" for k, v in texts.items())
 
 
 def transferred(arm: str, protocol: str) -> str:  # as `variant_label`

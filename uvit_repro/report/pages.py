@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import os
@@ -18,7 +17,7 @@ import pandas as pd
 from markupsafe import Markup, escape
 
 from uvit_repro.bench.results import load_bench, newest, speed_table
-from uvit_repro.config import PROTOCOLS, ParameterError, deviations, project_root
+from uvit_repro.config import PROTOCOLS, ParameterError, closest, deviations, project_root, shown
 from uvit_repro.data.files import source_sum, write_atomic
 from uvit_repro.paper.claims import arm_experiment, fixed_list, load_claims, queued_experiments
 from uvit_repro.paper.numbers import read_table
@@ -46,6 +45,7 @@ FIGURES = {  # name for `--only`: function of the evidence
     "fig7": figures.draw_figure7,
 }
 PAPER_IMAGES = 500_000 * 128  # of a run on CIFAR-10
+WORDS = (AGREES, DISAGREES, OPEN, NOT_RUN)
 SHOWN = ["row", "quantity", "condition", "printed", "ours", "seen in", "confidence", "why"]
 
 
@@ -151,7 +151,6 @@ class Report:
         queued = [e.run_id for e in queued_experiments(protocol)]
         images = e.train.n_steps * e.train.batch_size
         spread = next((x for v in verdicts for x in v.effects if x.df), None)
-        words = (AGREES, DISAGREES, OPEN, NOT_RUN)
         return {
             "parameters": params_of(e),
             "steps": entry["step"],
@@ -161,7 +160,7 @@ class Report:
             "total": len(queued),
             "claims": len(verdicts),
             "complete": sum(not v.missing for v in verdicts),
-            "words": {w: [v.id for v in verdicts if v.word == w] for w in words},
+            "words": {w: [v.id for v in verdicts if v.word == w] for w in WORDS},
             "seeds": sorted({len(seeds) for seeds in entry["seeds"].values()}),
             "sd": spread.sd if spread else None,
             "power": power(0.01, spread.sd, 2, spread.df) if spread else None,
@@ -311,10 +310,9 @@ class Report:
     def protocol_tables(self, protocol: str) -> list[Table]:
         "Departures, variants and runs of one protocol."
         scale = f"{protocol}: {SCALES[protocol]}"
-        changed = [
-            {"setting": name, "here": plain_text(here), "paper": plain_text(paper)}
-            for name, here, paper in deviations(PROTOCOLS[protocol])
-        ]
+        columns = ("setting", "here", "paper")
+        departures = deviations(PROTOCOLS[protocol])
+        changed = [dict(zip(columns, map(plain_text, row), strict=True)) for row in departures]
         d = self.ev.differences[self.ev.differences.protocol == protocol].sort_values("seed")
         variants = []
         for (variant, steps), group in d.groupby(["variant", "steps"]):
@@ -325,12 +323,12 @@ class Report:
             variants.append(row)
         rows = appendix.run_rows(self.ev, protocol)
         runs = [row | {"run": self.run_link(row["run"])} for row in rows]
-        departures = f"Settings that depart from the paper, {scale}"
-        return [
-            Table(f"departures_{protocol}", departures, changed),
-            Table(f"variants_{protocol}", f"Variants over the adopted model, {scale}", variants),
-            Table(f"runs_{protocol}", f"Runs, {scale}", runs),
-        ]
+        found = {
+            "departures": ("Settings that depart from the paper", changed),
+            "variants": ("Variants over the adopted model", variants),
+            "runs": ("Runs", runs),
+        }
+        return [Table(f"{k}_{protocol}", f"{title}, {scale}", v) for k, (title, v) in found.items()]
 
     @functools.cached_property
     def appendix(self) -> list[Table]:
@@ -388,13 +386,9 @@ class Report:
                 paths.append(tables[name].to_csv(target))
         if paths:
             return paths[0]
-        if names:
-            raise ParameterError(f"only = {only!r}: no record to draw it from yet")
-        near = difflib.get_close_matches(only, [*parts, *tables], n=4, cutoff=0.4)
-        hint = f" (near: {', '.join(near)})" if near else ""
+        hint = f"no such part: {closest(only, [*parts, *tables, 'headline', 'samples'])}"
         raise ParameterError(
-            f"only = {only[:40]!r}: no such part{hint}; allowed are {', '.join(parts)}, headline, "
-            "cost, claims, certificate, speed, and the papers' tables, as table1 or diffit-table1"
+            f"only = {shown(only)}: {'no record to draw it from yet' if names else hint}"
         )
 
 
