@@ -181,10 +181,10 @@ def compare(
     sd, df = residual_sd(logs.to_numpy())
     effect = differences.mean()
     se = sd * np.sqrt(2 / max(len(differences), 1))
-    low, high = stats.t.interval(1 - LEVEL, df, effect, se)
+    half_width = stats.t.ppf(1 - LEVEL / 2, df) * se
     # a test before the last named seed would be a second look at the data
     p = 1.0 if missing else p_value(effect, se, df, comparison.threshold)
-    numbers = [float(x) for x in (effect, low, high, sd)]
+    numbers = [float(x) for x in (effect, effect - half_width, effect + half_width, sd)]
     return Effect(comparison, differences.to_dict(), *numbers, df, float(p), missing)
 
 
