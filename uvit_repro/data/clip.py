@@ -43,10 +43,6 @@ class ClipText:
         x = m.token_embedding(self.tokens(captions).to(self.device)) + m.positional_embedding
         return m.ln_final(m.transformer(x, attn_mask=m.attn_mask))
 
-    @property
-    def null(self) -> Tensor:
-        return self.encode([""])[0]
-
 
 def load_clip(
     root,  # the folder of the data sets

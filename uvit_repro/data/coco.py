@@ -219,8 +219,8 @@ def encode_texts(
 
 def find_mscoco256(root) -> Path:
     "Encoded captions with their images, or `FileNotFoundError` with the command that makes both."
-    find_store("mscoco256", root, LATENTS)
-    return find_store("mscoco256", root, CAPTIONS)
+    find_store("mscoco256", LATENTS, root)
+    return find_store("mscoco256", CAPTIONS, root)
 
 
 def load_mscoco256(

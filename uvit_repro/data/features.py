@@ -124,7 +124,13 @@ class FeatureExtractor:
         return fits and channels in (1, self.channels)
 
 
-RESNETS = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/"
+def _resnet(file: str, sha256: str, n: int) -> FeatureExtractor:
+    "A public ResNet that was trained on CIFAR-10."
+    url = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/"
+    about = file.partition("-")[0], file, sha256, url, partial(CifarResNet, n)
+    return FeatureExtractor(*about, size=32, classes_of="cifar10")
+
+
 FEATURE_EXTRACTORS = {
     "inception": FeatureExtractor(
         "inception",
@@ -136,23 +142,15 @@ FEATURE_EXTRACTORS = {
         spatial=2023,
         batch=64,
     ),
-    "resnet20_cifar10": FeatureExtractor(
-        "resnet20",
+    "resnet20_cifar10": _resnet(
         "resnet20-12fca82f.th",
         "12fca82f0bebc4135bf1f32f6e3710e61d5108578464b84fd6d7f5c1b04036c8",
-        RESNETS,
-        partial(CifarResNet, 3),
-        size=32,
-        classes_of="cifar10",
+        3,
     ),
-    "resnet56_cifar10": FeatureExtractor(
-        "resnet56",
+    "resnet56_cifar10": _resnet(
         "resnet56-4bfd9763.th",
         "4bfd97631478d6b638d2764fd2baff3edb1d7d82252d54439343b6596b9b5367",
-        RESNETS,
-        partial(CifarResNet, 9),
-        size=32,
-        classes_of="cifar10",
+        9,
     ),
     "digits_cnn": FeatureExtractor(
         "digits_cnn",

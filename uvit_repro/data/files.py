@@ -145,15 +145,6 @@ def npz_names(path: Path) -> list[str]:
     return [e.filename.removesuffix(".npy") for e in entries]
 
 
-def _why_unusable(path: Path, error: Exception) -> str:
-    "What is wrong with a checkpoint that could not be read."
-    text = str(error).lower()
-    if "weights_only" in text or "unsupported" in text:
-        return "it holds objects other than tensors and plain containers, which are never loaded"
-    size = os.path.getsize(path)
-    return f"it is damaged, truncated or not a checkpoint ({size:,} bytes; {error})"[:250]
-
-
 def load_tensors(
     path: Path,  # .safetensors, or a file of torch.save
     device="cpu",  # where the tensors go
@@ -183,9 +174,11 @@ def load_tensors(
             raise  # EINVAL: an offset inside a damaged archive points nowhere
         if "memory" in str(e).lower():  # torch has no exception of its own for it on a CPU
             raise MemoryError(f"{path}: {e}") from None
-        why = _why_unusable(path, e)
+        why = f"it is damaged, truncated or not a checkpoint ({path.stat().st_size:,} bytes; {e})"
+        if "weights_only" in str(e).lower() or "unsupported" in str(e).lower():
+            why = "it holds objects other than tensors and plain containers, which are never loaded"
     raise CheckpointError(
-        f"{path} can't be used: {why}. Nothing was changed; fetch or make the file again."
+        f"{path} can't be used: {why[:250]}. Nothing was changed; fetch or make the file again."
     )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -52,20 +53,16 @@ class LatentDecoder:
         self,
         load,  # function of a decoder's name (empty: the default) and a device
         scale: float,  # factor on the latents
-        finish=None,  # last step, a function of pixels
+        finish=lambda pixels: pixels,  # last step
     ):
-        self.load, self.scale, self.finish, self._loaded = load, scale, finish, {}
+        self.load, self.scale, self.finish = lru_cache(1)(load), scale, finish
 
     def large(self, x: Tensor, decoder: str = "") -> Tensor:
         "What the autoencoder gives: uint8 (B, C, H, W) for x (B, c, h, w)."
-        key = decoder, str(x.device)
-        if key not in self._loaded:
-            self._loaded = {key: self.load(decoder, x.device)}
-        return self._loaded[key].decode(x.float() / self.scale)
+        return self.load(decoder, x.device).decode(x.float() / self.scale)
 
     def __call__(self, x: Tensor, decoder: str = "") -> Tensor:
-        u8 = self.large(x, decoder)
-        return self.finish(u8) if self.finish else u8
+        return self.finish(self.large(x, decoder))
 
 
 def store_decoder(store: LatentStore, root, device, decoder: str) -> Autoencoder:
@@ -125,14 +122,8 @@ def load_latents(
     return from_store(LatentStore(locate(cfg.dataset, root)), cfg, "latents", root)
 
 
-def find_imagenet256(root) -> Path:
-    "The store of ImageNet's latents, or `FileNotFoundError` with the command that makes it."
-    return find_store("imagenet256", root, "imagenet256_latents")
-
-
-def find_imagenet512(root) -> Path:
-    "The same at 512x512."
-    return find_store("imagenet512", root, "imagenet512_latents")
+find_imagenet256 = partial(find_store, "imagenet256", "imagenet256_latents")
+find_imagenet512 = partial(find_store, "imagenet512", "imagenet512_latents")
 
 
 def load_imagenet(
@@ -140,5 +131,5 @@ def load_imagenet(
     root,  # the folder of the data sets
 ) -> Data:
     "ImageNet at 256x256 or 512x512 as latents of 4x32x32 or 4x64x64 (Section 5.1)."
-    path = find_store(cfg.dataset, root, f"{cfg.dataset}_latents")
+    path = find_store(cfg.dataset, f"{cfg.dataset}_latents", root)
     return from_store(LatentStore(path), cfg, cfg.dataset, root)

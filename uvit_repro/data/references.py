@@ -89,25 +89,6 @@ def subset(
     return torch.randperm(n, generator=g)[:most].sort().values
 
 
-def cached(
-    cache_dir,  # folder, or None: no file
-    key: tuple,  # everything the arrays depend on
-    compute,  # () -> dict of arrays
-) -> dict:  # arrays
-    "Arrays from a file that is whole, else computed and written."
-    if cache_dir is None:
-        return compute()
-    path = Path(cache_dir) / f"{key[0]}-{digest(key, 16)}.npz"
-    try:
-        with np.load(path, allow_pickle=False) as z:  # every member carries a CRC
-            return {k: z[k] for k in z.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-        pass  # absent, truncated, or another file of this name: compute it
-    arrays = compute()
-    write_atomic(path, lambda p: np.savez(p, **arrays))
-    return arrays
-
-
 @dataclass(frozen=True)
 class ReferenceFile:
     "Statistics of real images from a file, in the form of guided-diffusion's reference batches."
@@ -209,11 +190,20 @@ class RealImages:
         return {kind: torch.cat([o[kind] for o in out]) for kind in out[0]}
 
     def _cached(self, what: str, split: str, compute) -> dict:
-        "Arrays of a split; users' files are read at a size that their checksum lacks."
-        data, network = self.data, (self.network.name, self.network.spec.sha256)
-        source = data.sha256, len(getattr(data, f"{split}_labels")), *data.shape
+        "Arrays of a split, from a file that is whole or else computed and written."
+        if self.cache_dir is None:
+            return compute()
+        data, spec = self.data, self.network.spec  # users' files are read at any size
+        source = data.sha256, len(getattr(data, f"{split}_labels")), data.shape, spec.sha256
         file = self.reference.sha256 if self.reference else ""
-        return cached(self.cache_dir, (what, split, MOST, *source, *network, file), compute)
+        path = Path(self.cache_dir) / f"{what}-{digest([split, MOST, *source, file], 16)}.npz"
+        try:
+            with np.load(path, allow_pickle=False) as z:  # every member carries a CRC
+                return {k: z[k] for k in z.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            arrays = compute()  # absent, truncated, or another file of this name
+        write_atomic(path, lambda p: np.savez(p, **arrays))
+        return arrays
 
     def _whole_split(self, split: str) -> dict:
         "Statistics of a whole split as arrays, all kinds of features from one pass."

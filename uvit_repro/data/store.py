@@ -119,12 +119,11 @@ def write_store(
         records = [_read_record(name, say) for name in names]
         _refuse_other(path, job, [r for r in records if r])
         todo = [k for k, record in enumerate(records) if record is None]
-        start = last = time.monotonic()
-        for done, k in enumerate(todo):
-            if time.monotonic() - last > 15 and done:
+        last = time.monotonic()
+        for k in todo:
+            if time.monotonic() - last > 15:
                 last = time.monotonic()
-                left = (last - start) / done * (len(todo) - done) / 60
-                say(f"{spans[k][0]:,} of {job['count']:,} written, {left:.0f} minutes left")
+                say(f"{spans[k][0]:,} of {job['count']:,} written")
             arrays, record = make_shard(*spans[k])
             record = {**record, "rows": len(next(iter(arrays.values()))), "job": job}
             records[k] = _write_record(names[k], f"-{k:05d}", arrays, record)
@@ -194,13 +193,13 @@ class Store:
             raise IndexError(f"rows {bounds} of {printable(self.path)}, which has {len(self)}")
         which = np.searchsorted(self.ends, numbers, side="right")
         inside = numbers - np.concatenate([[0], self.ends])[which]
-        for k in {0, *which.tolist()} - set(self._maps.get(name, ())):
-            self._maps.setdefault(name, {})[k] = np.asarray(self.load(f"{name}-{k:05d}"))
-        shards = self._maps[name]
-        shape = shards[0].shape[1:] if views is None else shards[0].shape[2:]
-        out = np.empty((len(numbers), *shape), shards[0].dtype)
-        for i, (k, r) in enumerate(zip(which.tolist(), inside.tolist(), strict=True)):
-            out[i] = shards[k][r if views is None else (r, views[i])]
+        shards = self._maps.setdefault(name, {})
+        for k in {0, *which.tolist()} - set(shards):
+            shards[k] = np.asarray(self.load(f"{name}-{k:05d}"))
+        places = inside[:, None] if views is None else np.stack([inside, views], 1)
+        out = np.empty((len(numbers), *shards[0].shape[places.shape[1] :]), shards[0].dtype)
+        for i, (k, place) in enumerate(zip(which.tolist(), places, strict=True)):
+            out[i] = shards[k][tuple(place)]
         return out
 
     def records(self) -> list[dict]:
@@ -233,7 +232,7 @@ class Inputs:
         return self.store.read(self.index[index], mirror)
 
 
-def find_store(name: str, root, folder: str) -> Path:
+def find_store(name: str, folder: str, root) -> Path:
     "A store below the folder of the data sets, or the error with the command that makes it."
     path = Path(root) / folder
     if not (path / "index.json").is_file():
@@ -247,14 +246,12 @@ def in_cache(
     make,  # function of that folder: opens the store, written where needed
 ) -> Store:
     "A store in results/cache, or in a temporary folder where that can't be written."
-    user, error = os.getuid() if hasattr(os, "getuid") else 0, None
+    user = os.getuid() if hasattr(os, "getuid") else 0
     places = (
         project_root() / "results" / "cache",
         Path(tempfile.gettempdir()) / f"uvit-cache-{user}",
     )
-    for place in places:
-        try:
-            return make(place / name)
-        except OSError as e:
-            error = e
-    raise OSError(f"no place for {name}: tried {' and '.join(map(printable, places))} ({error})")
+    try:
+        return make(places[0] / name)
+    except OSError:
+        return make(places[1] / name)
