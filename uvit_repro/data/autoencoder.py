@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uvit_repro.config import ParameterError
 from uvit_repro.data.fetch import AUTOENCODERS, how_to_get
 from uvit_repro.data.files import printable, weights_sum
 from uvit_repro.data.images import to_model, to_uint8
@@ -49,12 +48,6 @@ class Autoencoder:
         images: Tensor,  # uint8 (B, C, H, W), sides multiples of `factor`
     ) -> Tensor:  # float32 (B, 2c, h, w): mean, then log-variance
         "The moments of images."
-        sides, fits = images.shape[2:], images.dim() == 4 and images.shape[1] == self.image_chans
-        if images.dtype != torch.uint8 or not fits or any(s % self.factor for s in sides):
-            text = f"(B, {self.image_chans}, H, W), H and W multiples of {self.factor}"
-            raise ParameterError(
-                f"images {images.dtype} {tuple(images.shape)}: wanted uint8 {text}"
-            )
         x = to_model(images.to(self.device, non_blocking=True))
         return self.vae.encode(x).latent_dist.parameters.float()
 
@@ -67,10 +60,6 @@ class Autoencoder:
         few = max(1, 2**20 // (latents.shape[-2] * latents.shape[-1] * self.factor**2))
         parts = [self.vae.decode(z.to(self.device).float()).sample for z in latents.split(few)]
         return torch.cat([to_uint8(x) for x in parts]).to(latents.device)
-
-    def shape(self, side: int) -> tuple:
-        "Shape of the moments of a square image."
-        return 2 * self.latent_chans, side // self.factor, side // self.factor
 
 
 def find_autoencoder(

@@ -8,14 +8,7 @@ import numpy as np
 from uvit_repro.config import DataConfig, digest
 from uvit_repro.data.autoencoder import Autoencoder, digits_autoencoder, enlarge, halve
 from uvit_repro.data.encode import data_source, encode_images
-from uvit_repro.data.images import (
-    Data,
-    canonical,
-    check_content,
-    check_size,
-    from_arrays,
-    ordered_sum,
-)
+from uvit_repro.data.images import Data, check_content, check_size, from_arrays
 from uvit_repro.data.latent_sets import LatentDecoder, LatentStore, from_store, store_decoder
 from uvit_repro.data.store import VERSION, Encoding, in_cache
 
@@ -30,10 +23,9 @@ def load_digits(
     check_size("digits", (8, 8, 1), cfg)
     raw = embedded()
     images = np.rint(raw.images * (255 / 16)).astype(np.uint8)[..., None]
-    images, labels = canonical(images, raw.target)
-    sha256, names = ordered_sum((images, labels)), [str(i) for i in range(10)]
-    check_content("digits", sha256, "scikit-learn")
-    return from_arrays("digits", images, labels, names, sha256, cfg.holdout)
+    data = from_arrays("digits", images, raw.target, 10, cfg.holdout)
+    check_content("digits", data.sha256, "scikit-learn")
+    return data
 
 
 def digits_store(

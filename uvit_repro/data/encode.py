@@ -132,7 +132,7 @@ def encode_images(
         "count": source.count,
         "source": source.key,
         "autoencoder": encoder,
-        "shape": list(autoencoder.shape(H)),
+        "shape": [2 * autoencoder.latent_chans, H // autoencoder.factor, W // autoencoder.factor],
         "image_shape": [C, H, W],
     }
 

@@ -189,18 +189,18 @@ def to_tensors(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
 
 def from_arrays(
     name: str,  # of the set
-    images: np.ndarray,  # uint8 (N, H, W, C), in canonical order
-    labels: np.ndarray,  # integers (N,)
-    class_names: list[str],  # empty: no labels
-    sha256: str,  # of the content
+    images: np.ndarray,  # uint8 (N, H, W, C), in any order
+    labels: np.ndarray,  # integers (N,), zeros where there are no classes
+    num_classes: int,  # 0: no labels
     holdout: int,  # images to keep from training
     notes: list[str] = (),
 ) -> Data:
-    "A data set in memory, some of its images held out."
-    x, y = to_tensors(images, labels)
+    "A data set in memory, in canonical order, some of its images held out."
+    images, labels = canonical(images, labels)
+    (x, y), sha256 = to_tensors(images, labels), ordered_sum((images, labels))
     train, test = hold_out(labels, holdout, sha256)
-    K = len(class_names)
-    return Data(name, x[train], y[train], x[test], y[test], K, class_names, sha256, list(notes))
+    classes = num_classes, [str(i) for i in range(num_classes)]
+    return Data(name, x[train], y[train], x[test], y[test], *classes, sha256, list(notes))
 
 
 # ---------------------------------------------------------------- opening

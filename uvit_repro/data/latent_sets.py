@@ -3,7 +3,6 @@
 import hashlib
 from dataclasses import replace
 from functools import lru_cache, partial
-from pathlib import Path
 
 import numpy as np
 import torch

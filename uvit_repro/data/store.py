@@ -145,9 +145,8 @@ class Store:
         self.path, self._maps = Path(path), {}
         file, shown = self.path / "index.json", printable(path)
         if not file.is_file():
-            begun = (self.path / "shard-00000.json").is_file()
-            state = f"is not complete. {AGAIN}" if begun else "is no store (it has no index.json)"
-            raise FileNotFoundError(f"{shown} {state}")
+            text = f"{shown} is no store, or not complete (it has no index.json)"
+            raise FileNotFoundError(f"{text}. {AGAIN}")
         try:
             self.index = read_checked_json(file)
         except DamagedFile as e:
@@ -171,9 +170,8 @@ class Store:
     def _refuse(self, problems: list[str]):
         "Raise `StoreError` where there is a problem."
         if problems:
-            more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-            text = "; ".join(problems[:5])
-            raise StoreError(f"{printable(self.path)}: {text}{more}. {AGAIN}")
+            text = f"{len(problems)} problem(s): {'; '.join(problems[:5])}"
+            raise StoreError(f"{printable(self.path)}: {text}. {AGAIN}")
 
     def load(self, name: str) -> np.ndarray:
         "A whole array, memory-mapped, its checksum compared."
