@@ -24,7 +24,7 @@ from uvit_repro.bench.results import load_bench, newest, publish_bench, speed_ta
 from uvit_repro.bench.run import Bench, Settings, run_bench
 from uvit_repro.config import ParameterError
 from uvit_repro.runs.execution import compile_blocks
-from uvit_repro.runs.timing import interleaved, paired_ratio, peak_memory
+from uvit_repro.runs.timing import interleaved, paired_ratio
 
 CPU = torch.device("cpu")
 QUICK = Settings(quick=True, device="cpu", repeats=2, what=("train",), precision=("fp32",))
@@ -165,14 +165,6 @@ def test_ratios_do_not_see_drift():
     drift = np.geomspace(1, 10, 21)  # ten times slower at the end
     ratio = paired_ratio(3 * drift, drift)
     assert (ratio.median, ratio.low, ratio.high, ratio.n) == pytest.approx((3, 3, 3, 21))
-
-
-def test_an_earlier_peak_is_forgotten():
-    size = 200 * 2**20
-    first = peak_memory(lambda: torch.ones(size, dtype=torch.uint8))
-    if first is None:
-        pytest.skip("this system does not tell a process's peak memory")
-    assert peak_memory(lambda: None) < first - size // 2
 
 
 def test_a_budget_is_kept_inside_a_job(project, monkeypatch):

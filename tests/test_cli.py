@@ -44,6 +44,10 @@ def refused(capsys, *argv):
         ("frob", "frob"),
         ("", "COMMAND"),
         ("run --frob", "--frob"),
+        ("released", "path"),
+        ("released \x1b[2J", r"no checkpoint at \x1b[2J"),
+        ("released x.pth --frob \x1b[2J", r"arguments: --frob \x1b[2J"),
+        ("released x.pth --nfe", "--nfe: expected one argument"),
     ],
 )
 def test_bad_requests_are_refused_in_one_line(capsys, argv, part):
@@ -111,13 +115,11 @@ def test_recorded_commands_are_quoted(monkeypatch, capsys):
     assert settings.models == ("U-ViT-S/2",)
 
 
-def test_commands_with_a_parser_of_their_own(monkeypatch):
+def test_a_command_with_a_parser_of_its_own(monkeypatch):
     seen = []
-    passed_on = {("released",): seen.append, ("bench", "--gpu-session"): seen.append}
-    monkeypatch.setattr(cli, "ELSEWHERE", passed_on)
-    cli.main(["released", "file.pth", "--json"])
+    monkeypatch.setattr(cli.gpu_session, "main", seen.append)
     cli.main(["bench", "--gpu-session", "--rehearse"])
-    assert seen == [["file.pth", "--json"], ["--rehearse"]]
+    assert seen == [["--rehearse"]]
 
 
 def test_help_names_every_command(capsys):

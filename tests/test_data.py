@@ -3,6 +3,8 @@
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 
@@ -60,6 +62,35 @@ def test_a_full_disk_names_the_file(tmp_path):
 
     with pytest.raises(OSError, match=r"No space left.*result\.npy"):
         write_atomic(tmp_path / "result.npy", write)
+    assert list(tmp_path.iterdir()) == []
+
+
+WRITERS = {  # what fills a file up to a limit of 20,000 bytes and fails there
+    "torch": "import torch; write = lambda p: torch.save({'x': torch.zeros(9999)}, p)",
+    "safetensors": "import torch; from safetensors.torch import save_file; "
+    "write = lambda p: save_file({'x': torch.zeros(9999)}, p)",
+    "numpy": "import numpy as np; write = lambda p: np.savez(p, x=np.zeros(9999))",
+    "text": "write = lambda p: p.write_text('x' * 99999, encoding='utf-8')",
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_file_size_limit_names_the_file_whoever_writes(tmp_path, writer):
+    "torch.save raises a RuntimeError without a name."
+    code = f"""
+import resource, signal, sys
+from uvit_repro.data.files import write_atomic
+{WRITERS[writer]}
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    write_atomic(sys.argv[1] + "/result.npz", write)
+except OSError as e:
+    print(e.filename)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert out.stdout.strip() == str(tmp_path / "result.npz"), out.stderr[-2000:]
     assert list(tmp_path.iterdir()) == []
 
 

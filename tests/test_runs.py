@@ -166,7 +166,7 @@ def test_a_kill_before_the_first_measurement_leaves_a_whole_record(tmp_path, fin
     code = RUN + (
         "import os\nfrom uvit_repro.runs import experiment as e\n"
         "from uvit_repro.config import with_overrides\n"
-        "e.measure = lambda *a: os._exit(9)\n"
+        "e.evaluate.measure = lambda *a: os._exit(9)\n"
         "exp = with_overrides(SMOKE, precision='fp32', attention='math', log_every=1, threads=1)\n"
         "run_experiment(exp, sys.argv[1])"
     )

@@ -23,9 +23,9 @@ from uvit_repro.campaign.verify import verify
 from uvit_repro.config import ParameterError, default_protocol
 from uvit_repro.config.durations import parse_duration
 from uvit_repro.data.encode import add_encode_arguments, run_encode
-from uvit_repro.data.files import printable
+from uvit_repro.data.files import CheckpointError, printable
 from uvit_repro.report.pages import write_report
-from uvit_repro.runs import released
+from uvit_repro.runs.released import add_released_arguments, run_released
 
 
 class Failed(Exception):
@@ -186,10 +186,6 @@ def report_command(args, say) -> dict:
     return {"page": str(page)}
 
 
-ELSEWHERE = {  # first words: a command with a parser of its own
-    ("released",): released.main,
-    ("bench", "--gpu-session"): gpu_session.main,
-}
 JOBS = "what --protocol --seeds --out-dir"
 BENCH = (
     "--what --models --batch --images --nfe --precision --device --repeats --peer "
@@ -202,7 +198,6 @@ def make_parser() -> Parser:
     about = "Tables and figures of U-ViT as runs."
     parser = Parser(prog="uvit-repro", description=about, allow_abbrev=False)
     sub = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    sub.add_parser("released", help="Evaluate a released file; see its --help.", add_help=False)
 
     def add(run: Callable, arguments: str, *examples: str) -> Parser:
         name, about = examples[0].split()[0], {"help": run.__doc__, "description": run.__doc__}
@@ -224,6 +219,7 @@ def make_parser() -> Parser:
     add(doctor_command, "--no-self-test --out-dir", "doctor --json")
     add(bench_command, BENCH, "bench --quick", "bench --peer ~/U-ViT --budget 9m")
     add_encode_arguments(add(run_encode, "", "encode images --help"))
+    add_released_arguments(add(run_released, "", "released imagenet256_uvit_huge.pth"))
     return parser
 
 
@@ -240,7 +236,7 @@ def perform(argv: list, say: Callable) -> tuple[int, str, dict]:  # exit code, c
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141, "", {}
-    except (ParameterError, OSError) as error:
+    except (ParameterError, CheckpointError, OSError) as error:
         return 2, str(error), {}
     except Exception as error:
         if "UVIT_TRACEBACK" in os.environ:
@@ -253,9 +249,8 @@ def main(
 ) -> int:  # 0 done, 1 failed, 2 a request that can't be carried out
     "The console script."
     argv = list(sys.argv[1:] if argv is None else argv)
-    for start, command in ELSEWHERE.items():
-        if tuple(argv[: len(start)]) == start:
-            return command(argv[len(start) :])
+    if argv[:2] == ["bench", "--gpu-session"]:  # a command with a parser of its own
+        return gpu_session.main(argv[2:])
     as_json = "--json" in argv
 
     def say(line=""):

@@ -10,7 +10,7 @@ from torch import Tensor
 from .data.features import extract
 from .data.images import Data
 from .runs.evaluate import read_samples
-from .runs.remeasure import remeasure
+from .runs.experiment import remeasure
 
 # %% ../nbs/07_imagenet.ipynb #07-guidance_sweep
 def class_spread(

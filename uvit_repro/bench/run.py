@@ -1,5 +1,6 @@
 """Benchmarks: contestants timed in turn in one process, inside a budget, recorded as they come."""
 
+import gc
 import re
 import time
 from collections.abc import Iterator
@@ -151,7 +152,9 @@ class Bench:
 
     def prepare(self, c: Contestant) -> float:  # peak memory of one call in bytes; 0: not known
         "Build and warm up a contestant; its first calls do not count as memory."
-        base = timing.memory_in_use(self.device)
+        gc.collect()
+        on_gpu = self.device.type == "cuda"
+        base = torch.cuda.memory_allocated(self.device) if on_gpu else 0
         c.prepare()
         for _ in range(c.warmup):
             c.call()
@@ -159,7 +162,7 @@ class Bench:
             text = f"{c.compiled.graphs} compiled graphs, {c.compiled.fallbacks} eager calls"
             c.columns["note"] = f"{c.columns['note']} {text} {c.compiled.error[:100]}".strip()
         peak = timing.peak_memory(c.call, self.device) if c.flops else None
-        return 0.0 if None in (base, peak) else float(max(peak - base, 0))
+        return float(max(peak - base, 0)) if peak else 0.0
 
     def measured(
         self, name: str, c: Contestant, times: dict, memory: float
@@ -214,7 +217,6 @@ class Bench:
             if label not in self.info["errors"] and label not in self.jobs:
                 self.info["left"].append(label)
                 self.say("  left out: the budget is spent")
-            timing.free_memory(self.device)
 
 
 def run_bench(

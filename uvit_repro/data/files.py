@@ -48,12 +48,13 @@ def write_atomic(
         with open(tmp, "rb+") as f:  # Windows syncs only what is open for writing
             os.fsync(f.fileno())
         os.replace(tmp, path)
-    except OSError as e:
+    except BaseException as e:
         Path(tmp).unlink(missing_ok=True)
-        raise type(e)(e.errno, e.strerror or str(e), str(path)) from None
-    except BaseException:
-        Path(tmp).unlink(missing_ok=True)
-        raise
+        if not isinstance(e, Exception):
+            raise
+        # torch and safetensors report a full disk with errors of their own, without the file.
+        number, why = getattr(e, "errno", None), getattr(e, "strerror", None)
+        raise OSError(number or errno.EIO, why or f"{e} (no space left?)", str(path)) from e
     return path
 
 

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 
-import numpy as np
 import torch
 
 from uvit_repro.config import DiffusionConfig, project_root
@@ -13,7 +12,7 @@ from uvit_repro.data.files import source_sum, write_json
 from uvit_repro.diffusion import Diffusion
 from uvit_repro.runs.devices import pick_device, tf32_off
 from uvit_repro.sample import Denoiser, dpm_solver_fast, euler_maruyama
-from uvit_repro.train import golden_file, golden_training
+from uvit_repro.train import golden_file, golden_training, largest_difference
 from uvit_repro.uvit import load_official
 
 FORWARD = ("uvit_unconditional", "uvit_class_conditional", "uvit_text")
@@ -41,8 +40,7 @@ def golden_sampling(name: str, device="cpu") -> float:
     guided = "y" in arrays.files
     trained, part = golden_file("train_discrete_class" if guided else "train_vpsde")
     heads = json.loads(str(trained["config"]))["net"]["num_heads"]
-    model = load_official(part("final"), heads).to(device)
-    scale, null, cond = 1.0, None, {}
+    model, scale, null, cond = load_official(part("final"), heads).to(device), 1.0, None, {}
     if guided:
         scale = 1 + float(arrays["released_scale"])
         null = {"y": torch.tensor(int(arrays["null_class"]))}
@@ -56,31 +54,25 @@ def golden_sampling(name: str, device="cpu") -> float:
         noise = torch.tensor(arrays["euler_maruyama/noise"]).to(device)
         steps = int(arrays["euler_maruyama/steps"])
         got["euler_maruyama/output"] = euler_maruyama(denoiser, start, steps, noise.__getitem__)
-    errors = (
-        np.abs(x.cpu().numpy() - arrays[k]).max() / np.abs(arrays[k]).max() for k, x in got.items()
-    )
-    return float(max(errors))
+    return max(largest_difference(x.cpu(), arrays[key]) for key, x in got.items())
 
 
 def certificate(
     device="cpu",  # where to compute
 ) -> list[dict]:  # rows: what, file, difference, tolerance, ok
     "Outputs, 20 training steps and samples beside the released code's, in full float32."
-    device, rows = pick_device(str(device)), []
-
-    def add(what: str, name: str, difference: float) -> None:
-        row = {"what": what, "file": name, "difference": difference, "tolerance": TOLERANCES[what]}
-        rows.append({**row, "ok": bool(difference < TOLERANCES[what])})
-
+    device, found = pick_device(str(device)), []  # what, file, difference
     with tf32_off():
-        for name in FORWARD:
-            add("forward", name, golden_forward(name, device))
+        found += [("forward", name, golden_forward(name, device)) for name in FORWARD]
         for name in TRAINING:
             errors = golden_training(name, device)
-            add("losses", name, errors.pop("loss"))
-            add("training", name, max(errors.values()))
-        for name in SAMPLING:
-            add("sampling", name, golden_sampling(name, device))
+            found.append(("losses", name, errors.pop("loss")))
+            found.append(("training", name, max(errors.values())))
+        found += [("sampling", name, golden_sampling(name, device)) for name in SAMPLING]
+    rows = []
+    for what, name, difference in found:
+        row = {"what": what, "file": name, "difference": difference, "tolerance": TOLERANCES[what]}
+        rows.append({**row, "ok": bool(difference < TOLERANCES[what])})
     return rows
 
 

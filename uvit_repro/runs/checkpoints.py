@@ -11,13 +11,8 @@ import torch
 from torch import nn
 
 from uvit_repro.config import Experiment
-from uvit_repro.data.files import (
-    CheckpointError,
-    load_tensors,
-    set_aside,
-    sha256_file,
-    write_atomic,
-)
+from uvit_repro.data import files
+from uvit_repro.data.files import CheckpointError, load_tensors, write_atomic
 from uvit_repro.train import Trainer, empty_model
 
 FIELDS = {"run_id", "step", "net", "optimizer", "emas", "log"}  # of every checkpoint
@@ -57,12 +52,11 @@ def find_checkpoint(folder: Path, run_id: str, net: nn.Module, say=print) -> dic
     errors = []
     for name in ("checkpoint.pt", "checkpoint.prev.pt"):
         path = folder / name
-        if not path.exists():
-            continue
         try:
-            return read_checkpoint(path, run_id, net)
+            if path.exists():
+                return read_checkpoint(path, run_id, net)
         except CheckpointError as e:
-            errors.append(f"{e} It was set aside as {set_aside(path).name}.")
+            errors.append(f"{e} It was set aside as {files.set_aside(path).name}.")
             say(errors[-1])
     if errors:
         raise CheckpointError(
@@ -118,7 +112,7 @@ def save_weights(folder: Path, trainer: Trainer) -> Path:
 
 def weights_sums(folder: Path) -> dict:  # sha256 by the stem of the file
     "Checksums of the weights in a folder."
-    return {p.stem: sha256_file(p) for p in sorted(folder.glob("weights-*.safetensors"))}
+    return {p.stem: files.sha256_file(p) for p in sorted(folder.glob("weights-*.safetensors"))}
 
 
 def check_weights(path: Path) -> None:
@@ -127,7 +121,7 @@ def check_weights(path: Path) -> None:
     with contextlib.suppress(OSError, ValueError, AttributeError):
         record = json.loads((path.parent / "run.json").read_text(encoding="utf-8"))
         want = record.get("weights_sha256", {}).get(path.stem)
-    if want and sha256_file(path) != want:
+    if want and path.exists() and files.sha256_file(path) != want:
         raise CheckpointError(
             f"{path} is damaged: its content does not match the checksum in run.json. Run the "
             "experiment again: the file is set aside and the weights are trained again"

@@ -12,7 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from uvit_repro.config import MODELS, Experiment, ParameterError, resolve_name
+from uvit_repro.config import MODELS, Experiment, ParameterError, TrainConfig, resolve_name
 
 SIZES = Path(__file__).parent / "golden" / "sizes.json"  # run id of `bare`: counts
 
@@ -80,8 +80,7 @@ def meta_model(
 def bare(exp: Experiment) -> Experiment:
     "Keep only what shapes the network: the same for every data set of these shapes."
     data = replace(exp.data, data_sha256="", dataset="digits")
-    train = replace(Experiment().train, p_uncond=exp.train.p_uncond)
-    return replace(Experiment(), model=exp.model, data=data, train=train)
+    return Experiment(model=exp.model, data=data, train=TrainConfig(p_uncond=exp.train.p_uncond))
 
 
 @functools.cache

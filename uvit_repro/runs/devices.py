@@ -103,14 +103,11 @@ def make_accelerator(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # Each weight is used once a pass: a cache of its casts would only hold memory.
-    handlers = [
-        AutocastKwargs(cache_enabled=False),
-        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-    ]
+    cast, views = AutocastKwargs(cache_enabled=False), {"gradient_as_bucket_view": True}
     return Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         cpu=device.type == "cpu",
-        kwargs_handlers=handlers,
+        kwargs_handlers=[cast, DistributedDataParallelKwargs(**views)],
     )
 
 

@@ -13,37 +13,16 @@ from torch import Tensor, nn
 
 from uvit_repro.config import EvalConfig, Experiment, eval_id, project_root
 from uvit_repro.config.durations import format_duration
+from uvit_repro.data import files
 from uvit_repro.data.features import FeatureNetwork, feature_status
-from uvit_repro.data.files import (
-    DamagedFile,
-    read_checked_json,
-    set_aside,
-    sha256_file,
-    write_atomic,
-    write_checked_json,
-)
 from uvit_repro.data.images import Data, image_grid, to_uint8
 from uvit_repro.diffusion import Diffusion
 from uvit_repro.metrics import heldout_loss, nearest_training
+from uvit_repro.runs import execution, records
 from uvit_repro.runs.checkpoints import load_weights
 from uvit_repro.runs.devices import ALONE, DistributedContext, pick_device
-from uvit_repro.runs.execution import (
-    AUTOCAST,
-    attention_choice,
-    compile_blocks,
-    set_attention,
-    set_residual,
-    wants_compile,
-)
 from uvit_repro.runs.measurement import MeasureOptions, measure_images
-from uvit_repro.runs.records import measured_ids, record
-from uvit_repro.sample import (
-    batch_bounds,
-    draw_batch,
-    make_denoiser,
-    null_condition,
-    sample_labels,
-)
+from uvit_repro.sample import batch_bounds, draw_batch, make_denoiser, null_condition, sample_labels
 
 WHOLE = "whole.json"  # in a folder of samples that is complete: shape, batch, labels, attention
 
@@ -82,7 +61,8 @@ def missing_measurements(
     planned: list | None = None,  # Evaluations; None: all of the experiment
 ) -> list[Evaluation]:
     "Evaluations without statistics, rows or entry, or made before their feature network arrived."
-    evaluations, rows = info.get("evaluations", {}), measured_ids(folder)
+    evaluations = info.get("evaluations", {})
+    rows = {r["eval_id"] for r in records.read_rows(folder / "measurements.csv")}
 
     def missing(m: Evaluation) -> bool:
         entry, eid = evaluations.get(m.eval_id), m.eval_id
@@ -123,16 +103,16 @@ class RunContext:
         "As asked, as in training, or the faster one: no timing decides it twice."
         if self.exp.execution.attention == "auto" and self.attention:
             return self.attention
-        return self.team.first(lambda: attention_choice(self.exp, self.device))["path"]
+        return self.team.first(lambda: execution.attention_choice(self.exp, self.device))["path"]
 
     def network(self, m: Evaluation, attention: str) -> nn.Module:
         "The network of a measurement on its device, its blocks compiled where that pays."
         net = self.load() if self.load else load_weights(m.exp, self.folder, m.step)
-        set_attention(net.to(self.device), attention)
-        set_residual(net, m.exp.execution.residual)
+        execution.set_attention(net.to(self.device), attention)
+        execution.set_residual(net, m.exp.execution.residual)
         choice = m.exp.execution.compile
-        if wants_compile(choice, self.device, m.exp.train.n_steps):
-            compile_blocks(net, strict=choice != "auto")
+        if execution.wants_compile(choice, self.device, m.exp.train.n_steps):
+            execution.compile_blocks(net, strict=choice != "auto")
         return net
 
 
@@ -168,7 +148,7 @@ def read_shard(path: Path) -> np.ndarray:
         with np.load(path) as archive:
             return archive["images"]
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
-        raise DamagedFile(f"{path} is damaged ({type(e).__name__}: {e})") from None
+        raise files.DamagedFile(f"{path} is damaged ({type(e).__name__}: {e})") from None
 
 
 def read_samples(
@@ -183,7 +163,7 @@ def read_samples(
             f"{where}: the samples are not complete ({found} shards); rerun the command that "
             "draws them to resume"
         )
-    about = read_checked_json(where / WHOLE)
+    about = files.read_checked_json(where / WHOLE)
     n, *shape = about["shape"]
     end, labels = n if end is None else min(n, end), about["labels"]
     images = torch.empty((end - first, *shape), dtype=torch.uint8)
@@ -194,39 +174,41 @@ def read_samples(
     return images, None if labels is None else torch.tensor(labels[first:end])
 
 
-def check_samples(where: Path, say=print) -> bool:  # whether all samples are there
-    "Set damaged files of a folder of samples aside, so that they are drawn again."
-    for path in (*where.glob(WHOLE), *sorted(where.glob("[0-9]*.npz"))):
-        try:
-            (read_checked_json if path.name == WHOLE else read_shard)(path)
-        except DamagedFile as e:
-            say(f"{e}; set aside as {set_aside(path).name}, to be drawn again")
-            (where / WHOLE).unlink(missing_ok=True)
-    return (where / WHOLE).exists()
+def usable(path: Path, read: Callable, say: Callable):
+    "What a file of samples holds; None: there is none, or it was damaged and is set aside."
+    try:
+        return read(path) if path.exists() else None
+    except files.DamagedFile as e:
+        say(f"{e}; set aside as {files.set_aside(path).name}, to be drawn again")
+    return None
 
 
 def draw_samples(ctx: RunContext, m: Evaluation) -> Path:  # folder of shards, see `read_samples`
     "Sample the images of a measurement, all processes together; only missing shards are drawn."
     where, exp, n = samples_folder(m.exp, ctx.folder, m.step, m.num_samples), m.exp, m.num_samples
-    if ctx.team.first(lambda: check_samples(where, ctx.say)):
-        return where
-    attention, batch = ctx.attention_path(), exp.execution.sample_batch
+    about = ctx.team.first(lambda: usable(where / WHOLE, files.read_checked_json, ctx.say))
+    batch = about["batch"] if about else exp.execution.sample_batch
 
     def is_drawn(a: int, b: int) -> bool:  # of another length: begun with another sample_batch
-        return shard_path(where, a).exists() and len(read_shard(shard_path(where, a))) == b - a
+        shard = usable(shard_path(where, a), read_shard, ctx.say)
+        return shard is not None and len(shard) == b - a
 
     bounds = batch_bounds(n, batch, (ctx.team.rank, ctx.team.size))
     todo = [(a, b) for a, b in bounds if not is_drawn(a, b)]
+    if about and not any(ctx.team.gather(todo)):
+        return where
+    attention = ctx.attention_path()
     cond, null, labels = sample_conditions(exp, ctx.data, n, ctx.device)
-    net, cast, decode = ctx.network(m, attention), AUTOCAST[exp.train.precision], ctx.data.decode
+    net, cast = ctx.network(m, attention), execution.AUTOCAST[exp.train.precision]
     denoiser = make_denoiser(net, Diffusion(exp.diffusion), exp.sampling, null, cast)
     shape = (exp.data.in_chans, exp.data.img_size, exp.data.img_size)
     start = last = time.perf_counter()
     for done, (a, b) in enumerate(todo, 1):
         here = {k: v[a:b] for k, v in cond.items()}
         x = draw_batch(denoiser, exp.sampling, shape, (a, b), here, ctx.device)
-        x = (decode(x, exp.sampling.decoder) if decode else to_uint8(x)).cpu()
-        write_atomic(shard_path(where, a), lambda p, x=x: np.savez(p, images=x.numpy()))
+        x = ctx.data.decode(x, exp.sampling.decoder) if ctx.data.decode else to_uint8(x)
+        pixels = x.cpu().numpy()
+        files.write_atomic(shard_path(where, a), lambda p, x=pixels: np.savez(p, images=x))
         now = time.perf_counter()
         if now - last > 15:
             last = now
@@ -234,10 +216,9 @@ def draw_samples(ctx: RunContext, m: Evaluation) -> Path:  # folder of shards, s
             ctx.say(f"sampled {b}/{n}, {left} left")
     ctx.team.gather(None)
     if ctx.team.rank == 0:
-        shape = [n, *read_shard(shard_path(where, 0)).shape[1:]]
-        about = {"shape": shape, "batch": batch, "attention": attention}
-        labels = None if labels is None else labels.tolist()
-        write_checked_json(where / WHOLE, {**about, "labels": labels})
+        about = {"shape": [n, *read_shard(shard_path(where, 0)).shape[1:]], "batch": batch}
+        about["labels"] = None if labels is None else labels.tolist()
+        files.write_checked_json(where / WHOLE, {**about, "attention": attention})
     return where
 
 
@@ -247,9 +228,9 @@ def draw_samples(ctx: RunContext, m: Evaluation) -> Path:  # folder of shards, s
 def keep_statistics(ctx: RunContext, m: Evaluation, stats: dict, rows: list) -> dict:
     "Write the statistics of a measurement, then its rows; the start of its entry in run.json."
     path = ctx.folder / "stats" / f"{m.eval_id}.npz"
-    write_atomic(path, lambda p: np.savez_compressed(p, **stats))
-    record(ctx.folder, m.exp, m.step, m.num_samples, rows, **ctx.where)
-    return {"step": m.step, "num_samples": m.num_samples, "stats_sha256": sha256_file(path)}
+    files.write_atomic(path, lambda p: np.savez_compressed(p, **stats))
+    records.record(ctx.folder, m.exp, m.step, m.num_samples, rows, **ctx.where)
+    return {"step": m.step, "num_samples": m.num_samples, "stats_sha256": files.sha256_file(path)}
 
 
 def shared_features(ctx: RunContext, m: Evaluation, where: Path) -> dict | None:
@@ -272,15 +253,9 @@ def measure_samples(ctx: RunContext, m: Evaluation) -> dict:  # an entry for run
     if ctx.team.rank:
         return {}
     images, labels = read_samples(where)
-    options = MeasureOptions(
-        features,
-        ctx.device,
-        project_root() / "results" / "cache",
-        None if data.decode else m.exp.model.patch_size,
-        m.exp.data.flip,
-        m.exp.execution.reference or None,
-        made,
-    )
+    cache, patch_size = project_root() / "results" / "cache", m.exp.model.patch_size
+    how = features, ctx.device, cache, None if data.decode else patch_size, m.exp.data.flip
+    options = MeasureOptions(*how, m.exp.execution.reference or None, made)
     extra = data.judge(images) if data.judge else None
     rows, stats = measure_images(images, labels, data, options, extra=extra)
     entry = keep_statistics(ctx, m, stats, rows)
@@ -291,7 +266,7 @@ def measure_samples(ctx: RunContext, m: Evaluation) -> dict:  # an entry for run
         "sampling": asdict(m.exp.sampling),
         "features": features,
         "features_found": feature_status(features)[0],
-        "attention": read_checked_json(where / WHOLE)["attention"],
+        "attention": files.read_checked_json(where / WHOLE)["attention"],
         "sampling_seconds": sampled,
         "seconds": time.perf_counter() - start,
     }
@@ -320,16 +295,10 @@ def measure_loss(ctx: RunContext, m: Evaluation) -> dict:  # an entry for run.js
     n, stats = len(images), {}
     row = {"metric": "heldout_loss", "value": None, "num_samples": n}
     if n:
-        stats = heldout_loss(
-            ctx.network(m, attention),
-            Diffusion(exp.diffusion),
-            images,
-            cond,
-            exp.evaluation.loss_levels,
-            device=ctx.device,
-            autocast=AUTOCAST[exp.train.precision],
-            part=(ctx.team.rank, ctx.team.size),
-        )
+        how = {"device": ctx.device, "autocast": execution.AUTOCAST[exp.train.precision]}
+        net, diffusion = ctx.network(m, attention), Diffusion(exp.diffusion)
+        part, levels = (ctx.team.rank, ctx.team.size), exp.evaluation.loss_levels
+        stats = heldout_loss(net, diffusion, images, cond, levels, part=part, **how)
         stats["loss"] = sum(ctx.team.gather(stats["loss"]))
         row["value"] = float(stats["loss"].mean())
     else:
@@ -362,4 +331,4 @@ def keep_picture(ctx: RunContext, k: int = 40) -> None:
         arrays["distance"] = d[:, 0].numpy()
     if labels is not None:
         arrays["labels"] = labels[:k].numpy()
-    write_atomic(ctx.folder / "first.npz", lambda p: np.savez_compressed(p, **arrays))
+    files.write_atomic(ctx.folder / "first.npz", lambda p: np.savez_compressed(p, **arrays))

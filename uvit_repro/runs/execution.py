@@ -14,11 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy
 
 from uvit_repro.config import Experiment, ParameterError, project_root
 from uvit_repro.data.files import write_json
@@ -203,7 +200,7 @@ KEPT_FIRST = ("skip_linear", "attention", "attn.proj", "attn.qkv", "mlp.fc1")
 def run_block(block: nn.Module, *args):
     "Call `block.body`, recomputing activations in the backward pass if `set_checkpoint` said so."
     if block.recompute and block.training:
-        return checkpoint(block.body, *args, **block.recompute)
+        return checkpoint.checkpoint(block.body, *args, **block.recompute)
     return block.body(*args)
 
 
@@ -236,7 +233,8 @@ def recompute_options(block: nn.Module, names: list) -> dict:
         layers = [block.get_submodule(n) for n in names if n != "attention"]
         shapes = frozenset((m.in_features, m.out_features) for m in layers)
         policy = functools.partial(keep_policy, shapes, "attention" in names)
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
+        make = checkpoint.create_selective_checkpoint_contexts
+        options["context_fn"] = functools.partial(make, policy)
     return options
 
 

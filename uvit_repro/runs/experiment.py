@@ -11,34 +11,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
-from uvit_repro.config import (
-    PARAMETERS,
-    PROTOCOLS,
-    Experiment,
-    content_name,
-    deviations,
-    experiment,
-)
+from uvit_repro import config
+from uvit_repro.config import Experiment
+from uvit_repro.data import files
 from uvit_repro.data.features import check_images
-from uvit_repro.data.files import (
-    CheckpointError,
-    run_lock,
-    set_aside,
-    sweep_unfinished,
-    write_json,
-)
-from uvit_repro.data.images import open_data
+from uvit_repro.data.files import run_lock, write_json
+from uvit_repro.data.images import Data, open_data
 from uvit_repro.data.references import read_reference
 from uvit_repro.diffusion import Diffusion
+from uvit_repro.runs import evaluate, records
 from uvit_repro.runs.certificate import cached_certificate
 from uvit_repro.runs.checkpoints import check_weights, weights_path, weights_sums
 from uvit_repro.runs.counting import least_memory
 from uvit_repro.runs.devices import check_memory, join_processes, thread_count
-from uvit_repro.runs.evaluate import RunContext, keep_picture, measure, measurements_of
+from uvit_repro.runs.evaluate import RunContext, measurements_of
 from uvit_repro.runs.processes import run_together
-from uvit_repro.runs.records import conditions, load_results, read_info, runs_root
 from uvit_repro.runs.training import current_path, train
 from uvit_repro.sample import check_sampler
 
@@ -57,22 +47,21 @@ class Run:
         "Its name."
         return self.folder.name
 
-    def measurements(self):
-        "Its measurements, a DataFrame."
-        df = load_results("runs", self.folder.parent)
-        own = df[df.run_id == self.run_id]
-        return own.drop(columns=["origin", "folder"]).reset_index(drop=True)
+    def measurements(self) -> pd.DataFrame:
+        "Its measurements."
+        return records.read_table(self.folder / "measurements.csv")
 
-    def log(self):
-        "Its loss while training, a DataFrame: step, loss, lr, seconds."
-        import pandas as pd
-
+    def log(self) -> pd.DataFrame:
+        "Its loss while training: step, loss, lr, seconds."
         return pd.read_csv(self.folder / "log.csv")
 
     def first(self) -> dict:
         "Arrays of first.npz: images, labels, nearest training images."
         with np.load(self.folder / "first.npz") as arrays:
             return dict(arrays)
+
+
+# ---------------------------------------------------------------- before a run
 
 
 def with_reference(exp: Experiment) -> Experiment:
@@ -89,16 +78,28 @@ def with_reference(exp: Experiment) -> Experiment:
     return replace(exp, evaluation=replace(exp.evaluation, reference_sha256=found))
 
 
+def check_request(exp: Experiment, data: Data) -> None:
+    "Refuse, before training, a sampler or features that do not fit. Raises `ParameterError`."
+    for m in measurements_of(exp):
+        sampling = m.exp.sampling
+        check_sampler(sampling.sampler, sampling.nfe, Diffusion(exp.diffusion).process)
+    if exp.evaluation.features != "none" and not data.decode:
+        side, channels = exp.data.img_size, exp.data.in_chans
+        image = torch.zeros(1, channels, side, side, dtype=torch.uint8)
+        check_images(image, exp.evaluation.features)
+
+
 def repeat_command(exp: Experiment) -> str:
     "The papermill command that repeats an experiment, ready for a shell."
-    base, dataset = PROTOCOLS[exp.protocol], exp.data.dataset
+    base, dataset = config.PROTOCOLS[exp.protocol], exp.data.dataset
     given = {"protocol": exp.protocol, "seed": exp.seed}
     if dataset != base.data.dataset:
-        base, given["dataset"] = experiment(exp.protocol, dataset=dataset), dataset
+        base, given["dataset"] = config.experiment(exp.protocol, dataset=dataset), dataset
     usual = base.flat()
     for name, value in exp.flat().items():
-        here = PARAMETERS[name][0] == "execution" or name == "dataset" or name.endswith("_sha256")
-        if not here and value != usual[name]:
+        of_machine = config.PARAMETERS[name][0] == "execution"
+        derived = name == "dataset" or name.endswith("_sha256")
+        if not of_machine and not derived and value != usual[name]:
             given[name] = ",".join(map(str, value)) if isinstance(value, tuple) else value
     parameters = (f"-p {name} {shlex.quote(str(value))}" for name, value in given.items())
     return " ".join(["papermill nbs/05_ablations.ipynb out.ipynb", *parameters])
@@ -107,10 +108,13 @@ def repeat_command(exp: Experiment) -> str:
 def root_of(exp: Experiment, out_dir=None) -> Path:
     "The folder of runs; smoke runs go to a temporary one that is removed at exit."
     if exp.protocol != "smoke" or out_dir:
-        return runs_root(out_dir)
+        return records.runs_root(out_dir)
     folder = Path(tempfile.mkdtemp(prefix="uvit-smoke-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+# ---------------------------------------------------------------- a run
 
 
 def run_experiment(
@@ -124,13 +128,7 @@ def run_experiment(
     with thread_count(exp.execution.threads):
         exp, data = open_data(exp)
         exp = with_reference(exp)
-        for m in measurements_of(exp):
-            s = m.exp.sampling
-            check_sampler(s.sampler, s.nfe, Diffusion(exp.diffusion).process)
-        if exp.evaluation.features != "none" and not data.decode:
-            side, channels = exp.data.img_size, exp.data.in_chans
-            image = torch.zeros(1, channels, side, side, dtype=torch.uint8)
-            check_images(image, exp.evaluation.features)
+        check_request(exp, data)
         folder = root_of(exp, out_dir) / exp.run_id
         where = {"chapter": chapter, "paper_ref": paper_ref}
         if exp.execution.processes > 1 and "WORLD_SIZE" not in os.environ:
@@ -142,12 +140,12 @@ def share_run(exp: Experiment, folder: Path, say, where: dict) -> Run:
     "Let several processes of this machine carry out an experiment."
     job = {"experiment": exp.to_dict(), "out_dir": str(folder.parent), "where": where}
     path = write_json(folder / f"job-{os.getpid()}.json", job)
-    before = read_info(folder)
+    before = records.read_info(folder)
     try:
         run_together(exp, path, say)
     finally:
         path.unlink(missing_ok=True)
-    info = read_info(folder)
+    info = records.read_info(folder)
     return Run(folder, exp, info, fresh=info != before)
 
 
@@ -168,8 +166,8 @@ def perform(ctx: RunContext) -> Run:
             ctx.say(note)
         if finished:  # another evaluation: what the record says about the run stays as it is
             command = ctx.about.get("command") or repeat_command(ctx.exp)
-            about = {"command": command, "conditions": conditions(ctx.device)}
-            evaluate(train_weights(ctx, info), info, **about)
+            about = {"command": command, "conditions": records.conditions(ctx.device)}
+            measure_missing(train_weights(ctx, info), info, **about)
         else:
             complete(ctx, info)
         return Run(ctx.folder, ctx.exp, info, fresh=True)
@@ -177,16 +175,15 @@ def perform(ctx: RunContext) -> Run:
 
 def prepare(ctx: RunContext) -> tuple[dict, list]:
     "The record of a run and what it lacks; unfinished files go, damaged weights are set aside."
-    sweep_unfinished(ctx.folder)
-    info = read_info(ctx.folder)
+    files.sweep_unfinished(ctx.folder)
+    info = records.read_info(ctx.folder)
     todo = ctx.missing(info)
     for step in {m.step for m in todo} if ctx.load is None else ():
         path = weights_path(ctx.folder, step)
         try:
-            if path.exists():
-                check_weights(path)
-        except CheckpointError as e:
-            ctx.say(f"{e}; set aside as {set_aside(path).name}")
+            check_weights(path)
+        except files.CheckpointError as e:
+            ctx.say(f"{e}; set aside as {files.set_aside(path).name}")
     return info, todo
 
 
@@ -203,11 +200,11 @@ def about_run(ctx: RunContext) -> dict:
         "run_id": exp.run_id,
         "experiment": exp.to_dict(),
         "command": repeat_command(exp),
-        "deviations": [list(d) for d in deviations(exp)],
+        "deviations": [list(d) for d in config.deviations(exp)],
         "certificate": cached_certificate(ctx.device) if ctx.team.rank == 0 else None,
-        "conditions": conditions(ctx.device),
+        "conditions": records.conditions(ctx.device),
         "data": {
-            "name": content_name(exp.data)[0],
+            "name": config.content_name(exp.data)[0],
             "sha256": data.sha256,
             "train": len(data),
             "held_out": len(data.test_images),
@@ -228,9 +225,9 @@ def complete(ctx: RunContext, info: dict) -> None:
     start = time.perf_counter()
     try:
         info.update(about_run(ctx))
-        evaluate(train_weights(ctx, info), info)
+        measure_missing(train_weights(ctx, info), info)
         if ctx.team.rank == 0:
-            keep_picture(ctx)
+            evaluate.keep_picture(ctx)
         info.update(status="ok", error=None)
     except BaseException as e:
         status = "failed" if isinstance(e, Exception) else "stopped"
@@ -267,8 +264,29 @@ def train_weights(ctx: RunContext, info: dict) -> RunContext:  # with the attent
     return replace(ctx, attention=current_path(path))
 
 
-def evaluate(ctx: RunContext, info: dict, **made) -> None:
+def measure_missing(ctx: RunContext, info: dict, **made) -> None:
     "Measure what is missing; `made` joins each new entry of the record."
     for m in ctx.team.first(lambda: ctx.missing(info)):
-        info["evaluations"][m.eval_id] = {**measure(ctx, m), **made}
+        info["evaluations"][m.eval_id] = {**evaluate.measure(ctx, m), **made}
         keep_info(ctx, info)
+
+
+def remeasure(
+    run: Run,  # a finished run, of `run_experiment`
+    num_samples: int,  # images of each measurement
+    variations: list,  # dicts of fields of SamplingConfig, each one measurement
+    say=print,  # progress
+    chapter="07_imagenet",  # noted beside the measurements
+    paper_ref="",  # noted beside the measurements
+) -> pd.DataFrame:  # a row per variation: its fields, folder of samples, eval_id, every metric
+    "Measure a network with other sampling. Nothing is trained; what is recorded is not repeated."
+    once, rows = {"num_samples": num_samples, "curve_steps": (), "loss_steps": ()}, []
+    for fields in variations:
+        exp = config.with_overrides(run.exp, **once, **fields)
+        again = run_experiment(exp, run.folder.parent, say, chapter, paper_ref)
+        m, found = measurements_of(again.exp)[-1], again.measurements()
+        own = found[(found.eval_id == m.eval_id) & (found.status == "ok")]
+        samples = evaluate.samples_folder(m.exp, run.folder, m.step, num_samples)
+        values = own.set_index("metric").value.to_dict()
+        rows.append({**fields, "samples": samples, "eval_id": m.eval_id, **values})
+    return pd.DataFrame(rows)

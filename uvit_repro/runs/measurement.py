@@ -3,32 +3,16 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
+from uvit_repro import metrics
 from uvit_repro.config import ParameterError
-from uvit_repro.data.features import (
-    NO_FEATURES,
-    SPATIAL_LAYER,
-    FeatureNetwork,
-    feature_extractor,
-    knows_classes,
-)
-from uvit_repro.data.references import FeatureStatistics, RealImages, read_reference, subset
-from uvit_repro.metrics import (
-    class_counts,
-    entropy,
-    frechet,
-    inception_scores,
-    kid_subsets,
-    memorized_share,
-    nearest_training,
-    patch_seam_energy,
-    precision_recall,
-)
+from uvit_repro.data import features, references
+from uvit_repro.data.references import FeatureStatistics, RealImages
 
 PROMPTS = tuple(
     f"prompt_{what}_{which}"
@@ -55,49 +39,44 @@ class Measurement:
 
     def __init__(self, images: Tensor, labels, data, options: MeasureOptions):
         self.images, self.labels, self.data, self.options = images, labels, data, options
-        self.network = FeatureNetwork(options.features, options.device)
-        file = options.reference
-        reference = read_reference(file, options.features) if file else None
+        self.network = features.FeatureNetwork(options.features, options.device)
+        file, reference = options.reference, None
+        if file:
+            reference = references.read_reference(file, options.features)
         self.real = RealImages(data, self.network, options.cache_dir, reference)
 
     @cached_property
     def made(self) -> dict:  # features, logits and spatial features of the samples
         return self.options.made or self.network.extract(self.images)
 
-    def moments(self, kind: str = "features") -> FeatureStatistics:
-        name = "sFID" if kind == "spatial" else f"{self.network.spec.short} distance"
-        return FeatureStatistics.of(self.made[kind], name)
-
     def floor(self) -> FeatureStatistics:
         "Of real training images, as many as there are samples."
-        x = self.real.features("train")
-        name = f"{self.network.spec.short} distance of real images"
-        return FeatureStatistics.of(x[subset(len(x), len(self.images), "real")], name)
+        x, name = self.real.features("train"), f"{self.network.spec.short} distance of real images"
+        return FeatureStatistics.of(x[references.subset(len(x), len(self.images), "real")], name)
 
     def manifolds(self) -> np.ndarray:
-        some = subset(len(self.images), 10_000, "made")
-        return precision_recall(self.made["features"][some], self.real.features("train"))
+        some = references.subset(len(self.images), 10_000, "made")
+        return metrics.precision_recall(self.made["features"][some], self.real.features("train"))
 
     def classes(self, labels=None) -> np.ndarray:
         name = self.options.features
-        if not knows_classes(name, self.data):
+        if not features.knows_classes(name, self.data):
             raise ValueError(f"{name} does not tell apart the classes of these data")
-        return class_counts(self.made["logits"], labels)
+        return metrics.class_counts(self.made["logits"], labels)
 
     def seams(self) -> np.ndarray:
         pair = self.images, self.real.pixels("train", 10_000)
-        return np.stack([patch_seam_energy(x, self.options.patch_size) for x in pair])
+        return np.stack([metrics.patch_seam_energy(x, self.options.patch_size) for x in pair])
 
     def _neighbours(self, images: Tensor) -> np.ndarray:
         most = min(50_000, max(1000, 2**31 // self.images[0].numel()))
         train, options = self.real.pixels("train", most), self.options
-        k = min(10, len(train))
-        d = nearest_training(images, train, k, options.device, options.mirror)[1]
-        return d[:, [0, -1]].numpy()
+        how = min(10, len(train)), options.device, options.mirror
+        return metrics.nearest_training(images, train, *how)[1][:, [0, -1]].numpy()
 
     @cached_property
     def sample_neighbours(self) -> np.ndarray:  # nearest and tenth nearest, (N, 2)
-        return self._neighbours(self.images[subset(len(self.images), 2000, "nn")])
+        return self._neighbours(self.images[references.subset(len(self.images), 2000, "nn")])
 
     @cached_property
     def heldout_neighbours(self) -> np.ndarray:  # the same of held-out images
@@ -114,24 +93,25 @@ class Measurement:
         }
         if self.options.patch_size is not None:
             chosen["border"] = self.seams
-        if spec is NO_FEATURES:
+        if spec is features.NO_FEATURES:
             return chosen
+        name = f"{spec.short} distance"
         chosen |= {
-            "sample": self.moments,
-            "train": partial(real.statistics, "train"),
-            "test": partial(real.statistics, "test"),
-            "kid": lambda: kid_subsets(self.made["features"], real.features("test")),
+            "sample": lambda: FeatureStatistics.of(self.made["features"], name),
+            "train": lambda: real.statistics("train"),
+            "test": lambda: real.statistics("test"),
+            "kid": lambda: metrics.kid_subsets(self.made["features"], real.features("test")),
             "neighbours": self.manifolds,
             "classes": self.classes,
         }
         if spec.spatial:
-            chosen["spatial"] = partial(self.moments, "spatial")
-            chosen["spatial_train"] = partial(real.statistics, "train", "spatial")
-            chosen["scores"] = lambda: inception_scores(self.made["logits"])
+            chosen["spatial"] = lambda: FeatureStatistics.of(self.made["spatial"], "sFID")
+            chosen["spatial_train"] = lambda: real.statistics("train", "spatial")
+            chosen["scores"] = lambda: metrics.inception_scores(self.made["logits"])
         else:
             chosen["real"] = self.floor
         if self.labels is not None:
-            chosen["confusion"] = partial(self.classes, self.labels)
+            chosen["confusion"] = lambda: self.classes(self.labels)
         return chosen
 
 
@@ -149,14 +129,9 @@ def _distance(name: str, a: str, b: str) -> Metric:
     "The Frechet distance of two stored statistics."
 
     def value(s: dict) -> float:
-        return frechet(FeatureStatistics.read(s, a), FeatureStatistics.read(s, b))
+        return metrics.frechet(FeatureStatistics.read(s, a), FeatureStatistics.read(s, b))
 
     return Metric(name, (f"{a}_n", f"{b}_n"), value, lambda s: s[f"{a}_n"])
-
-
-def _of_neighbours(name: str, value: Callable, *needs: str) -> Metric:
-    "A metric of distances to the nearest training images."
-    return Metric(name, needs, lambda s: value(*map(s.get, needs)), lambda s: len(s[needs[0]]))
 
 
 def _share(name: str, statistic: str, row: int = 0) -> Metric:
@@ -169,6 +144,15 @@ def _share(name: str, statistic: str, row: int = 0) -> Metric:
     return Metric(name, (statistic,), value, lambda s: np.atleast_2d(s[statistic])[0, 1])
 
 
+def _of_neighbours(name: str, value: Callable, *needs: str) -> Metric:
+    "A metric of distances to the nearest training images."
+    return Metric(name, needs, lambda s: value(*map(s.get, needs)), lambda s: len(s[needs[0]]))
+
+
+def _ratio_of_medians(sample: np.ndarray, heldout: np.ndarray) -> float:
+    return np.median(sample) / np.median(heldout)
+
+
 def _closer_than_heldout(sample: np.ndarray, heldout: np.ndarray) -> float:
     "Share of samples closer to a training image than 99 % of held-out images; no sign of copying."
     return (sample <= np.percentile(heldout, 1)).mean()
@@ -177,6 +161,10 @@ def _closer_than_heldout(sample: np.ndarray, heldout: np.ndarray) -> float:
 def _relative_seams(s: dict) -> float:
     (across, inside), (real_across, real_inside) = s["border"]
     return across / inside / (real_across / real_inside)
+
+
+def _agreement(s: dict) -> float:
+    return np.trace(s["confusion"]) / s["confusion"].sum()
 
 
 METRICS = (
@@ -188,29 +176,26 @@ METRICS = (
     Metric("inception_score", ("scores",), lambda s: s["scores"].mean()),
     _share("precision_{net}", "neighbours"),
     _share("recall_{net}", "neighbours", row=1),
-    Metric(
-        "class_agreement",
-        ("confusion",),
-        lambda s: np.trace(s["confusion"]) / s["confusion"].sum(),
-    ),
-    Metric("class_entropy", ("classes",), lambda s: entropy(s["classes"])),
+    Metric("class_agreement", ("confusion",), _agreement),
+    Metric("class_entropy", ("classes",), lambda s: metrics.entropy(s["classes"])),
     Metric("patch_seam_energy_p{p}", ("border",), _relative_seams),
     _of_neighbours("nn_train_median", np.median, "nn_sample"),
     _of_neighbours("nn_heldout_median", np.median, "nn_heldout"),
-    _of_neighbours("nn_ratio", lambda a, b: np.median(a) / np.median(b), "nn_sample", "nn_heldout"),
+    _of_neighbours("nn_ratio", _ratio_of_medians, "nn_sample", "nn_heldout"),
     _of_neighbours("nn_close", _closer_than_heldout, "nn_sample", "nn_heldout"),
-    _of_neighbours("memorized", memorized_share, "nn10_sample", "nn10_heldout"),
+    _of_neighbours("memorized", metrics.memorized_share, "nn10_sample", "nn10_heldout"),
     *(_share(name, name) for name in PROMPTS),
 )
+MOMENTS = ("sample", "train", "test", "real", "spatial", "spatial_train")  # stored as three arrays
 
 
 def metric_name(
     template: str,  # of a `Metric`
-    features: str,  # a key of FEATURE_EXTRACTORS, or none
+    features_name: str,  # a key of FEATURE_EXTRACTORS, or none
     patch_size=0,  # of the network that made the samples
 ) -> str:  # as in measurements.csv
     "Only the distance to the training images over Inception features is called FID."
-    name = template.format(net=feature_extractor(features).short, p=patch_size)
+    name = template.format(net=features.feature_extractor(features_name).short, p=patch_size)
     return "fid" if name == "fd_inception_train" else name
 
 
@@ -218,18 +203,16 @@ def recompute(
     stats: dict,  # arrays of `measure_images`, perhaps read from an npz file
 ) -> list:  # rows {metric, value, num_samples}, and `why` where there is no value
     "Every value from its stored statistics alone."
-    s = {k: np.asarray(v) for k, v in stats.items()}
-    features, patch_size = str(s["features"]), int(s["patch_size"])
-    why, rows = json.loads(str(s["why"])), []
+    s, rows = {k: np.asarray(v) for k, v in stats.items()}, []
+    why, about = json.loads(str(s["why"])), (str(s["features"]), int(s["patch_size"]))
     for m in METRICS:
-        row = {"metric": metric_name(m.name, features, patch_size)}
-        missing = [why[k] for k in m.needs if k in why]
+        name, missing = metric_name(m.name, *about), [why[k] for k in m.needs if k in why]
         if all(k in s for k in m.needs):
-            n = int(m.num_samples(s))
-            rows.append(row | {"value": float(m.value(s)), "num_samples": n})
+            n, value = int(m.num_samples(s)), float(m.value(s))
+            rows.append({"metric": name, "value": value, "num_samples": n})
         elif missing:
             n = int(s["n"])
-            rows.append(row | {"value": None, "num_samples": n, "why": missing[0]})
+            rows.append({"metric": name, "value": None, "num_samples": n, "why": missing[0]})
     return rows
 
 
@@ -241,8 +224,8 @@ def measure_images(
     extra: dict = None,  # statistics of the data set's own judge, by name
 ) -> tuple:  # (rows {metric, value, num_samples[, why]}, statistics by name)
     "Measure samples against training and held-out images."
-    if tuple(images.shape[1:]) != tuple(data.shape):
-        got, want = tuple(images.shape[1:]), tuple(data.shape)
+    got, want = tuple(images.shape[1:]), tuple(data.shape)
+    if got != want:
         raise ParameterError(f"images {got}: the data's are {want}")
     m, why = Measurement(images, labels, data, options), {}
     s = {
@@ -255,17 +238,15 @@ def measure_images(
     if m.real.reference:
         s["reference_sha256"] = np.array(m.real.reference.sha256)
     if options.features == "inception":
-        s["spatial_layer"] = np.array(SPATIAL_LAYER)
+        s["spatial_layer"] = np.array(features.SPATIAL_LAYER)
     for name, compute in m.statistics().items():
         try:
             v = compute()
+            s |= v.named(name) if name in MOMENTS else {name: v}
         except ParameterError:
             raise  # a wrong request is not a property of the data
         except (ValueError, FileNotFoundError) as e:
-            moments = name in ("sample", "train", "test", "real", "spatial", "spatial_train")
-            why[f"{name}_n" if moments else name] = str(e)
-            continue
-        s |= v.named(name) if isinstance(v, FeatureStatistics) else {name: v}
+            why[f"{name}_n" if name in MOMENTS else name] = str(e)
     for name, v in (extra or {}).items():
         if name in PROMPTS and v[1] == 0:
             why[name] = "no such prompt was drawn"

@@ -23,25 +23,6 @@ def default_workers() -> int:
     return 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, 8)
 
 
-def run_command(command: list, say, env: dict) -> tuple[int, str]:
-    "Run a command: its exit code, and why it failed or its last line of output."
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "bufsize": 1, "env": env}
-    text = {"text": True, "encoding": "utf-8", "errors": "replace"}
-    process, last = subprocess.Popen(list(map(str, command)), **pipes, **text), ""
-    try:
-        for line in map(str.strip, process.stdout):
-            if line.startswith(PROGRESS):
-                say(line)
-            if line.startswith(FAILED) or (line and not last.startswith(FAILED)):
-                last = line
-    except BaseException:
-        process.terminate()
-        raise
-    finally:
-        process.wait()
-    return process.returncode, last.removeprefix(FAILED)
-
-
 def run_together(exp: Experiment, job: Path, say=print) -> None:
     "Do a job, see `uvit_repro.runs.__main__`, with the experiment's number of processes."
     n, threads = exp.execution.processes, exp.execution.threads
@@ -56,8 +37,21 @@ def run_together(exp: Experiment, job: Path, say=print) -> None:
         )
     if threads:
         env["OMP_NUM_THREADS"] = str(threads)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc_per_node", n, "-m", "uvit_repro.runs", job]
-    code, last = run_command(command, say, env)
-    if code:
-        raise ProcessesFailed(f"{n} processes: {last}")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(n), "-m", "uvit_repro.runs", str(job)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "bufsize": 1, "env": env}
+    text = {"text": True, "encoding": "utf-8", "errors": "replace"}
+    process, last = subprocess.Popen(command, **pipes, **text), ""
+    try:
+        for line in map(str.strip, process.stdout):
+            if line.startswith(PROGRESS):
+                say(line)
+            if line and not last.startswith(FAILED):  # the others fail because the first did
+                last = line
+    except BaseException:
+        process.terminate()
+        raise
+    finally:
+        process.wait()
+    if process.returncode:
+        raise ProcessesFailed(f"{n} processes: {last.removeprefix(FAILED)}")

@@ -12,30 +12,19 @@ import warnings
 from importlib import metadata
 from pathlib import Path
 
-from uvit_repro.config import (
-    Experiment,
-    content_name,
-    eval_id,
-    from_dict,
-    project_root,
-    variant_name,
-)
-from uvit_repro.data.files import (
-    UNFINISHED,
-    run_lock,
-    set_aside,
-    sha256_file,
-    sweep_unfinished,
-    write_atomic,
-)
+import pandas as pd
+
+from uvit_repro import config
+from uvit_repro.config import Experiment, from_dict, project_root
+from uvit_repro.data import files
+from uvit_repro.data.files import UNFINISHED, set_aside, sha256_file, write_atomic
 
 COLUMNS = [
     *("run_id", "eval_id", "chapter", "paper_ref", "dataset", "model", "variant", "protocol"),
     *("seed", "step", "metric", "value", "num_samples", "sampler", "nfe", "cfg_scale"),
     *("weights", "status", "note"),
 ]
-PACKAGES = ("uvit_repro", "torch", "torchvision", "numpy", "diffusers", "torch-fidelity")
-PACKAGES += ("accelerate", "papermill")
+PACKAGES = "uvit_repro torch torchvision numpy diffusers torch-fidelity accelerate papermill"
 # Names of the first edition, as published measurements.csv files have them.
 RENAMED_METRICS = {"copies": "nn_close", "border_energy": "patch_seam_energy"}
 SEAL = "SHA256SUMS"  # checksums of a published run's files
@@ -92,7 +81,7 @@ def conditions(
         "dirty": bool(changed),
         "python": platform.python_version(),
         "system": platform.system(),
-        "versions": {p: package_version(p) for p in PACKAGES},
+        "versions": {p: package_version(p) for p in PACKAGES.split()},
         "device": str(device),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -118,31 +107,21 @@ def current_metric_name(
     return name
 
 
-def whole_rows(path: Path) -> list[dict] | None:
-    "The rows of a measurements.csv, none where there is no file; None: it is damaged."
+def read_rows(
+    path: Path,  # a measurements.csv
+    repair: bool = False,  # set a damaged file aside: its rows are measured again
+) -> list[dict]:
+    "The rows of a table; none where there is no file, or a damaged one."
     if not path.exists():
         return []
-    try:
+    with contextlib.suppress(UnicodeDecodeError, csv.Error):
         with open(path, newline="", encoding="utf-8") as f:
             rows = list(csv.DictReader(f))
-    except (UnicodeDecodeError, csv.Error):
-        return None
-    if any(set(r) != set(COLUMNS) or None in r.values() for r in rows):
-        return None
-    return [{**r, "metric": current_metric_name(r["metric"])} for r in rows]
-
-
-def read_rows(path: Path) -> list[dict]:
-    "The rows of a measurements.csv. A damaged file is set aside: its rows are measured again."
-    rows = whole_rows(path)
-    if rows is None:
+        if all(set(r) == set(COLUMNS) and None not in r.values() for r in rows):
+            return [{**r, "metric": current_metric_name(r["metric"])} for r in rows]
+    if repair:
         warnings.warn(f"{path} is damaged; set aside as {set_aside(path).name}", stacklevel=2)
-    return rows or []
-
-
-def measured_ids(folder: Path) -> set[str]:
-    "The evaluations with rows in a run's measurements.csv; nothing is changed."
-    return {r["eval_id"] for r in whole_rows(folder / "measurements.csv") or []}
+    return []
 
 
 def measurement_row(common: dict, row: dict) -> dict:
@@ -173,10 +152,10 @@ def identifying_columns(
     s = exp.sampling
     return {
         "run_id": exp.run_id,
-        "eval_id": eval_id(exp, step, num_samples),
-        "dataset": content_name(exp.data)[0],
+        "eval_id": config.eval_id(exp, step, num_samples),
+        "dataset": config.content_name(exp.data)[0],
         "model": exp.model.model,
-        "variant": variant_name(exp.model),
+        "variant": config.variant_name(exp.model),
         "protocol": exp.protocol,
         "seed": exp.seed,
         "step": step,
@@ -197,15 +176,12 @@ def record(
     paper_ref: str = "",  # what they are compared with
 ) -> None:
     "Add measurements to a run: the only writer of measurements.csv."
-    common = {
-        **identifying_columns(exp, step, num_samples),
-        "chapter": chapter,
-        "paper_ref": paper_ref,
-    }
+    about = {"chapter": chapter, "paper_ref": paper_ref}
+    common = {**identifying_columns(exp, step, num_samples), **about}
     new = [measurement_row(common, r) for r in rows]
     fresh = {(r["eval_id"], r["metric"]) for r in new}
     path = folder / "measurements.csv"
-    old = [r for r in read_rows(path) if (r["eval_id"], r["metric"]) not in fresh]
+    old = [r for r in read_rows(path, repair=True) if (r["eval_id"], r["metric"]) not in fresh]
 
     def write(to):
         with open(to, "w", newline="", encoding="utf-8") as f:
@@ -216,42 +192,46 @@ def record(
     write_atomic(path, write)
 
 
-def roots(origin: str, out_dir=None) -> dict[str, Path]:
-    "Folders of runs by their origin. Raises `ValueError` for an unknown one."
+def each_record(
+    origin: str,  # runs | published | all
+    out_dir,  # another folder of runs
+    name: str,  # of the file
+    read,  # function of its path
+):  # yields origin, folder, what was read
+    "A file of every run; one damaged or foreign record is named and never stops a reader."
     known = {"runs": runs_root(out_dir), "published": published_root()}
     if origin not in (*known, "all"):
         raise ValueError(f"origin = {origin!r}: allowed are runs, published, all")
-    return {name: root for name, root in known.items() if origin in (name, "all")}
+    for place in known if origin == "all" else (origin,):
+        for path in sorted(known[place].glob(f"*/{name}")):
+            try:
+                found = read(path)
+            except Exception as e:
+                why = str(e).partition("\n")[0][:200]
+                warnings.warn(f"{path} is left out: {type(e).__name__}: {why}", stacklevel=3)
+            else:
+                yield place, path.parent, found
 
 
-def left_out(path: Path, error: Exception) -> None:
-    "Name a record that can't be used; readers go on without it."
-    why = str(error).splitlines()[0] if str(error) else ""
-    warnings.warn(f"{path} is left out: {type(error).__name__}: {why[:200]}", stacklevel=2)
+def read_table(
+    path: Path,  # a measurements.csv
+) -> pd.DataFrame:  # COLUMNS, one row per measurement
+    "The measurements of a run, with today's names. Raises an exception for a damaged file."
+    text = dict.fromkeys(("note", "eval_id", "paper_ref", "chapter"), str)
+    table = pd.read_csv(path, dtype=text)[COLUMNS]
+    table = table.astype({"value": float, "step": int, "seed": int})
+    return table.assign(metric=table.metric.map(current_metric_name))
 
 
 def load_results(
     origin: str = "all",  # runs | published | all
     out_dir=None,  # another folder of runs
-):  # DataFrame, one row per measurement, with `origin` and `folder`
+) -> pd.DataFrame:  # one row per measurement, with `origin` and `folder`
     "Every recorded measurement: the only reader. This machine's rows come before published ones."
-    import pandas as pd
-
-    text = dict.fromkeys(("note", "eval_id", "paper_ref", "chapter"), str)
-    frames = []
-    for name, root in roots(origin, out_dir).items():
-        for path in sorted(root.glob("*/measurements.csv")):
-            try:
-                table = pd.read_csv(path, dtype=text)
-                table = table[COLUMNS].astype({"value": float, "step": int, "seed": int})
-            except Exception as e:  # one damaged or foreign record never stops a reader
-                left_out(path, e)
-            else:
-                frames.append(table.assign(origin=name, folder=str(path.parent)))
-    if not frames:
-        return pd.DataFrame(columns=[*COLUMNS, "origin", "folder"])
-    table = pd.concat(frames, ignore_index=True)
-    return table.assign(metric=table.metric.map(current_metric_name))
+    found = each_record(origin, out_dir, "measurements.csv", read_table)
+    tables = [table.assign(origin=name, folder=str(folder)) for name, folder, table in found]
+    empty = pd.DataFrame(columns=[*COLUMNS, "origin", "folder"])
+    return pd.concat(tables, ignore_index=True) if tables else empty
 
 
 def load_run(
@@ -259,32 +239,29 @@ def load_run(
 ) -> dict:  # run.json, with `experiment` as an Experiment and `folder`
     "What ran, under which conditions, with which outcome."
     info = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
-    return {**info, "experiment": from_dict(info["experiment"]), "folder": Path(folder)}
+    own = {"status": info["status"], "experiment": from_dict(info["experiment"])}
+    return {**info, **own, "folder": Path(folder)}
 
 
 def load_runs(origin: str = "all", out_dir=None) -> list[dict]:
     "All runs with a readable run.json; one that is in both places is taken from this machine."
     found = {}
-    for name, root in roots(origin, out_dir).items():
-        for path in sorted(root.glob("*/run.json")):
-            if path.parent.name in found:
-                continue
-            try:
-                run = load_run(path.parent)
-                found[path.parent.name] = {**run, "status": run["status"], "origin": name}
-            except Exception as e:  # one damaged or foreign record never stops a reader
-                left_out(path, e)
+    runs = each_record(origin, out_dir, "run.json", lambda path: load_run(path.parent))
+    for place, folder, run in runs:
+        found.setdefault(folder.name, {**run, "origin": place})
     return list(found.values())
 
 
 def read_info(folder: Path) -> dict:
     "run.json as it is, or nothing; a damaged one is set aside."
-    path, info = folder / "run.json", None
-    with contextlib.suppress(ValueError):
-        info = json.loads(path.read_bytes()) if path.exists() else {}
-    if not isinstance(info, dict):
+    path = folder / "run.json"
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        info = json.loads(path.read_bytes())
+        if isinstance(info, dict):
+            return info
+    if path.exists():
         set_aside(path)
-    return info if isinstance(info, dict) else {}
+    return {}
 
 
 def seal(
@@ -320,8 +297,8 @@ def publish(
         raise ValueError(f"{folder.name} is {status!r}: only finished runs are evidence")
     dest = root / folder.name
     statistics = [f"stats/{p.name}" for p in sorted((folder / "stats").glob("*.npz"))]
-    with run_lock(root):
-        sweep_unfinished(dest)
+    with files.run_lock(root):
+        files.sweep_unfinished(dest)
         for name in (*EVIDENCE, *statistics):
             if (folder / name).exists() and not Path(name).name.startswith(UNFINISHED):
                 write_atomic(dest / name, lambda p, n=name: shutil.copyfile(folder / n, p))

@@ -7,39 +7,27 @@ import contextlib
 import json
 import os
 import shlex
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from uvit_repro.config import (
-    CONFIGS,
-    PARAMETERS,
-    Experiment,
-    ParameterError,
-    data_root,
-    deviations,
-    digest,
-    from_dict,
-    run_id,
-    with_overrides,
-)
+from uvit_repro import config
+from uvit_repro.config import CONFIGS, PARAMETERS, Experiment, ParameterError, with_overrides
 from uvit_repro.data.autoencoder import load_autoencoder
 from uvit_repro.data.coco import TextStore
 from uvit_repro.data.files import CheckpointError, load_tensors, sha256_file
 from uvit_repro.data.images import Data, open_data
 from uvit_repro.data.latent_sets import LatentDecoder
-from uvit_repro.diffusion import Diffusion
 from uvit_repro.runs.counting import meta_model
 from uvit_repro.runs.devices import pick_device, thread_count
 from uvit_repro.runs.evaluate import RunContext, measurements_of
-from uvit_repro.runs.experiment import Run, perform, with_reference
+from uvit_repro.runs.experiment import Run, check_request, perform, with_reference
 from uvit_repro.runs.records import runs_root
-from uvit_repro.sample import check_sampler
 from uvit_repro.uvit import load_official, official_shape
 
 SOURCE = "https://github.com/baofff/U-ViT#pretrained-models"
+FILES = ("path", "experiment", "out_dir", "autoencoder", "contexts")  # arguments beside settings
 
 
 def sizes(
@@ -88,7 +76,8 @@ class ReleasedExperiment(Experiment):
     @property
     def run_id(self) -> str:
         "Its sizes, and a hash of what it was made from."
-        return f"released-{'-'.join(run_id(self).split('-')[:-2])}-{digest(sorted(self.files))}"
+        sizes = "-".join(config.run_id(self).split("-")[:-2])
+        return f"released-{sizes}-{config.digest(sorted(self.files))}"
 
 
 def released_settings(
@@ -104,7 +93,6 @@ def released_settings(
     exp = with_overrides(exp, **{**overrides, **fixed})
     if exp.train.precision == "fp16" and pick_device(exp.execution.device).type == "cpu":
         exp = with_overrides(exp, precision="fp32")  # half precision is for GPUs
-    check_sampler(exp.sampling.sampler, exp.sampling.nfe, Diffusion(exp.diffusion).process)
     return exp
 
 
@@ -119,7 +107,7 @@ def without_data(exp: Experiment, why: FileNotFoundError) -> Data:
 
 def with_decoder(exp: Experiment, data: Data, autoencoder) -> tuple[Data, str]:
     "The data with the decoder of a latent model, and the checksum of its weights."
-    root, device = data_root(exp.execution.data_root), pick_device(exp.execution.device)
+    root, device = config.data_root(exp.execution.data_root), pick_device(exp.execution.device)
     ae = load_autoencoder(str(autoencoder or exp.sampling.decoder), root, device)
     if ae.latent_chans != exp.data.in_chans:
         raise ParameterError(
@@ -143,7 +131,7 @@ def open_released(exp: Experiment, files: dict, autoencoder=None, contexts=None)
         data, files["autoencoder"] = with_decoder(exp, data, autoencoder)
     if exp.sampling.labels == "frequency" and len(data):
         counts = data.train_labels.bincount(minlength=exp.data.num_classes)
-        files["class counts"] = digest(counts.tolist(), 64)
+        files["class counts"] = config.digest(counts.tolist(), 64)
     elif exp.sampling.labels == "frequency":
         exp = with_overrides(exp, labels="uniform")
         data.notes.append("labels: uniform instead of by frequency (no images to count classes)")
@@ -161,13 +149,6 @@ def open_released(exp: Experiment, files: dict, autoencoder=None, contexts=None)
     return ReleasedExperiment(**fields, files=tuple(sorted(files.items()))), data
 
 
-def repeat_command(path: Path, options: dict) -> str:
-    "The command that repeats an evaluation, ready for a shell."
-    given = {f"--{name.replace('_', '-')}": v for name, v in options.items() if v is not None}
-    words = [str(word) for pair in given.items() for word in pair]
-    return shlex.join(["python", "-m", "uvit_repro.runs.released", str(path), *words])
-
-
 def evaluate_released(
     path,  # a released file, or one of the same format
     exp: Experiment | None = None,  # settings of a file that is none of the ten
@@ -175,8 +156,7 @@ def evaluate_released(
     autoencoder=None,  # latent models: weights by path
     contexts=None,  # text models: folder of encoded prompts
     say=print,  # progress lines
-    chapter: str = "released",  # noted beside each measurement
-    paper_ref: str = "",  # likewise
+    where: dict | None = None,  # chapter and paper_ref, noted beside each measurement
     **overrides,  # any field by its flat name: num_samples, reference, data_root, device, nfe
 ) -> Run:  # finished
     "Sample and measure a released checkpoint with its own settings; completed work is cached."
@@ -184,27 +164,33 @@ def evaluate_released(
     overrides = {k: str(v) if isinstance(v, Path) else v for k, v in overrides.items()}
     exp = released_settings(sd, exp, **overrides)
     exp, data = open_released(exp, {"checkpoint": sha256_file(path)}, autoencoder, contexts)
+    check_request(exp, data)
     folder, reference = runs_root(out_dir) / exp.run_id, exp.execution.reference
     options = {"out_dir": out_dir, "autoencoder": autoencoder, "contexts": contexts, **overrides}
     if own_settings:  # the record itself holds them
         options["experiment"] = folder / "run.json"
-    fixed = ("curve_steps", "loss_steps")
+    given = {f"--{name.replace('_', '-')}": v for name, v in options.items() if v is not None}
+    words = [str(word) for pair in given.items() for word in pair]
     sha256 = exp.evaluation.reference_sha256
     about = {
-        "command": repeat_command(path, options),
-        "deviations": [list(d) for d in deviations(exp) if d[0] not in fixed],
+        "command": shlex.join(["uvit-repro", "released", str(path), *words]),
+        "deviations": [list(d) for d in config.deviations(exp) if not d[0].endswith("_steps")],
         "checkpoint": {"file": path.name, "bytes": path.stat().st_size},
         "files": dict(exp.files),
         "reference": {"file": Path(reference).name, "sha256": sha256} if reference else None,
     }
-    tokens = exp.data.text_tokens if exp.model.condition == "text" else None
 
     def load() -> torch.nn.Module:
+        tokens = exp.data.text_tokens if exp.model.condition == "text" else None
         return load_official(sd, exp.model.num_heads, tokens)
 
-    where = {"chapter": chapter, "paper_ref": paper_ref}
+    where = where or {"chapter": "released"}
     with thread_count(exp.execution.threads):
-        return perform(RunContext(exp, data, folder, say, load=load, where=where, about=about))
+        ctx = RunContext(exp, data, folder, say, load=load, where=where, about=about)
+        return perform(ctx)
+
+
+# ---------------------------------------------------------------- the command
 
 
 def literal(text: str):
@@ -214,46 +200,25 @@ def literal(text: str):
     return text
 
 
-def parse(argv: list | None) -> dict:  # arguments of `evaluate_released`
-    "Read the command line: a file, and settings as --FIELD VALUE."
-    parser = argparse.ArgumentParser(
-        prog="python -m uvit_repro.runs.released",
-        usage="%(prog)s CHECKPOINT [--FIELD VALUE ...]",
-        description="Sample and measure a released U-ViT checkpoint; rerun to resume.",
-        argument_default=argparse.SUPPRESS,
-    )
+def add_released_arguments(parser: argparse.ArgumentParser) -> None:
+    "A file, and settings as --FIELD VALUE."
+    parser.usage = "%(prog)s CHECKPOINT [--FIELD VALUE ...]"
     parser.add_argument("path", help=f"a released file ({SOURCE}) or one of its format")
     parser.add_argument("--experiment", help="run.json of your own file")
-    for name in ("out_dir", "autoencoder", "contexts", *PARAMETERS):
+    for name in (*FILES[2:], *PARAMETERS):
         parser.add_argument(f"--{name.replace('_', '-')}", type=literal)
-    given = vars(parser.parse_args(argv))
+
+
+def run_released(args: argparse.Namespace, say) -> dict:  # for `--json`
+    "Sample and measure a released U-ViT checkpoint; rerun to resume."
+    given = {k: v for k, v in vars(args).items() if k in (*FILES, *PARAMETERS) and v is not None}
     if "experiment" in given:
         record = json.loads(Path(given.pop("experiment")).read_text(encoding="utf-8"))
-        given["exp"] = from_dict(record["experiment"])
-    return given
-
-
-def main(
-    argv: list | None = None,  # arguments; None: of the process
-) -> int:  # 0 done, 1 failed, 2 a request that can't be carried out
-    "`python -m uvit_repro.runs.released PATH`."
-    try:
-        run = evaluate_released(say=lambda line: print(line, flush=True), **parse(argv))
-    except KeyboardInterrupt:
-        print("interrupted; rerun to resume", file=sys.stderr)
-        return 130
-    except Exception as e:
-        refused = isinstance(e, (ParameterError, FileNotFoundError, CheckpointError))
-        why = str(e) if refused else f"failed: {type(e).__name__}: {e}"
-        print(f"uvit_repro.runs.released: {why}", file=sys.stderr)
-        return 2 if refused else 1
-    if int(os.environ.get("RANK", 0)) == 0:
-        table = run.measurements()
-        table = table[table.eval_id == measurements_of(run.exp)[-1].eval_id]
-        columns = ["metric", "value", "num_samples", "status", "note"]
-        print(run.folder, table[columns].to_string(index=False), sep="\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        given["exp"] = config.from_dict(record["experiment"])
+    run = evaluate_released(say=say, **given)
+    table = run.measurements()
+    rows = table[table.eval_id == measurements_of(run.exp)[-1].eval_id]
+    if os.environ.get("RANK", "0") == "0":
+        say(run.folder)
+        say(rows[["metric", "value", "num_samples", "status", "note"]].to_string(index=False))
+    return {"folder": str(run.folder), "eval_id": rows.eval_id.iloc[0]}

@@ -20,24 +20,22 @@ def similarity_path(
 
 def write_similarity(folder: Path, settings: dict, hsic: np.ndarray) -> None:
     "Keep the mean HSIC of all pairs of layers. Raises `ValueError` where it is not finite."
-    path = similarity_path(folder, settings)
     if not np.isfinite(hsic).all():
-        raise ValueError(f"{path.parents[1].name}: a block's outputs are not finite")
-    text = np.array(json.dumps(settings, sort_keys=True))
+        raise ValueError(f"{folder.name}: a block's outputs are not finite")
+    text, path = np.array(json.dumps(settings, sort_keys=True)), similarity_path(folder, settings)
     write_atomic(path, lambda p: np.savez_compressed(p, hsic=hsic, settings=text))
 
 
 def read_similarity(path: Path) -> tuple[dict, np.ndarray]:  # settings, HSIC
     "Read kept matrices. Raises `ValueError` for a damaged file."
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(path) as arrays:
             settings, hsic = json.loads(str(arrays["settings"])), arrays["hsic"]
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
-        why = f"can't be read ({type(e).__name__})"
-    else:
         if path == similarity_path(path.parents[1], settings):
             return settings, hsic
         why = "does not hold what its name says"
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+        why = f"can't be read ({type(e).__name__})"
     raise ValueError(f"{path} {why}: remove it and run chapter 09_representations again")
 
 

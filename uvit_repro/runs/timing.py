@@ -1,15 +1,11 @@
 """The timer of the house: calls, contestants in turn, peak memory, a machine's ceiling."""
 
-import contextlib
-import gc
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -96,45 +92,16 @@ def interleaved(
         yield times
 
 
-def process_memory(
-    field: str,  # VmRSS (now) or VmHWM (the high-water mark)
-) -> int | None:  # bytes; None where the system does not say
-    "Memory of this process as Linux reports it."
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith(field):
-                return int(line.split()[1]) * 1024
-    return None
-
-
-def memory_in_use(device="cpu") -> int | None:
-    "Bytes in use now: of the allocator on a GPU, of the process on a CPU."
-    gc.collect()
-    on_gpu = torch.device(device).type == "cuda"
-    return torch.cuda.memory_allocated(device) if on_gpu else process_memory("VmRSS")
-
-
 def peak_memory(
     fn: Callable,  # called once; call it before, or its first call's compilation counts too
     device="cpu",
-) -> int | None:  # bytes in all; None where it can't be measured
-    "Largest memory in use during one call; earlier peaks are forgotten."
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        fn()
-        return torch.cuda.max_memory_allocated(device)
-    if not os.access("/proc/self/clear_refs", os.W_OK):
+) -> int | None:  # bytes; None on a CPU, where it is not measured
+    "The GPU's largest memory in use during one call; earlier peaks are forgotten."
+    if torch.device(device).type != "cuda":
         return None
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
+    torch.cuda.reset_peak_memory_stats(device)
     fn()
-    return process_memory("VmHWM")
-
-
-def free_memory(device="cpu") -> None:
-    "Give back what deleted objects held."
-    gc.collect()
-    if torch.device(device).type == "cuda":
-        torch.cuda.empty_cache()
+    return torch.cuda.max_memory_allocated(device)
 
 
 def matmul_rate(

@@ -13,16 +13,9 @@ from uvit_repro.config.durations import format_duration
 from uvit_repro.data.files import write_atomic
 from uvit_repro.data.images import Batches, Data
 from uvit_repro.diffusion import Diffusion
-from uvit_repro.runs.checkpoints import (
-    drop_checkpoints,
-    find_checkpoint,
-    find_shorter_run,
-    save_checkpoint,
-    save_weights,
-    weights_path,
-)
+from uvit_repro.runs import checkpoints, execution
+from uvit_repro.runs.checkpoints import weights_path
 from uvit_repro.runs.devices import ALONE, DistributedContext, pick_device
-from uvit_repro.runs.execution import attention_choice, set_attention, set_residual, wants_compile
 from uvit_repro.train import Trainer, build_model, fit, lr_at
 
 PROGRESS_SECONDS = 15.0  # between lines of progress
@@ -57,11 +50,9 @@ class LossLog:
         losses = torch.tensor(self.earlier)
         if self.pending:
             losses = torch.cat([losses, torch.stack(self.pending).float().cpu()])
-        bad = (~losses.isfinite()).nonzero()
-        if len(bad):
-            i = int(bad[0])
-            at = step - len(losses) + i
-            path = self.folder / "checkpoint.pt"
+        if not losses.isfinite().all():
+            i = int((~losses.isfinite()).nonzero()[0])
+            at, path = step - len(losses) + i, self.folder / "checkpoint.pt"
             good = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint yet"
             raise TrainingFailed(
                 f"loss {losses[i]:.3g} at step {at}, learning rate {lr_at(self.cfg, at):.3g}; "
@@ -71,10 +62,9 @@ class LossLog:
 
     def report(self, step: int) -> None:
         "Log the mean loss since the last report."
-        mean = float(self.check(step).mean())
+        mean, last, now = float(self.check(step).mean()), self.cfg.n_steps, time.perf_counter()
         self.pending, self.earlier = [], []
         self.rows.append((step, mean, lr_at(self.cfg, step - 1), self.seconds()))
-        now, last = time.perf_counter(), self.cfg.n_steps
         if step == last or now - self.said >= PROGRESS_SECONDS:
             speed, self.said = self.images_per_second(step), now
             left = format_duration((last - step) * self.cfg.batch_size / speed)
@@ -103,35 +93,27 @@ class TrainingRun:
         self.continued = state.get("continued_from")
         self.attention = {"path": current_path(state.get("attention", ""))}
         if ex.attention != "auto" or not state:
-            self.attention = team.first(lambda: attention_choice(exp, self.device))
-        set_attention(net, self.attention["path"])
-        set_residual(net, ex.residual)
-        self.compiled = wants_compile(ex.compile, self.device, exp.train.n_steps)
+            self.attention = team.first(lambda: execution.attention_choice(exp, self.device))
+        execution.set_attention(net, self.attention["path"])
+        execution.set_residual(net, ex.residual)
+        self.compiled = execution.wants_compile(ex.compile, self.device, exp.train.n_steps)
         compiled, diffusion = self.compiled and ex.compile, Diffusion(exp.diffusion)
         self.trainer = Trainer(net, diffusion, exp.train, self.device, compiled)
         if state:
             self.trainer.load_state_dict(state)
             say(f"resumed at step {self.trainer.step}")
         self.log = LossLog(exp, folder, say, self.trainer.step, state.get("log"))
-        self.batches = Batches(
-            data,
-            exp.train.batch_size,
-            exp.seed,
-            exp.data.flip,
-            exp.train.p_uncond,
-            exp.data.num_classes,
-            self.device,
-            (team.rank, team.size),
-            exp.model.condition,
-            exp.data.latent_scale,
-        )
+        t, d = exp.train, exp.data
+        about = t.batch_size, exp.seed, d.flip, t.p_uncond, d.num_classes, self.device
+        part = team.rank, team.size
+        self.batches = Batches(data, *about, part, exp.model.condition, d.latent_scale)
 
     def find_state(self, net) -> dict | None:
         "The state to go on from; the first process looks first, because it sets files aside."
 
         def look() -> dict | None:
-            state = find_checkpoint(self.folder, self.exp.run_id, net, self.say)
-            return state or find_shorter_run(self.exp, self.folder, net, self.say)
+            state = checkpoints.find_checkpoint(self.folder, self.exp.run_id, net, self.say)
+            return state or checkpoints.find_shorter_run(self.exp, self.folder, net, self.say)
 
         state = look() if self.team.rank == 0 else None
         found = self.team.first(lambda: state is not None)
@@ -175,10 +157,10 @@ class TrainingRun:
         self.log.write()
         keep(self.summary())
         if self.exp.execution.keep_checkpoint:
-            path = self.folder / f"resume-{self.trainer.step:07d}.pt"
-            write_atomic(path, lambda p: torch.save(self.state_dict(), p))
-        save_weights(self.folder, self.trainer)
-        drop_checkpoints(self.folder)
+            path, state = self.folder / f"resume-{self.trainer.step:07d}.pt", self.state_dict()
+            write_atomic(path, lambda p: torch.save(state, p))
+        checkpoints.save_weights(self.folder, self.trainer)
+        checkpoints.drop_checkpoints(self.folder)
 
     def run(self, keep) -> None:
         "Train to the last step."
@@ -187,21 +169,20 @@ class TrainingRun:
         asked, saved, saving = exp.execution.checkpoint_seconds, time.perf_counter(), 0.0
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        condition = exp.model.condition
-        for step, loss in fit(self.trainer, self.batches, exp.seed, condition, self.team):
+        for step, loss in fit(self.trainer, self.batches, exp.seed, exp.model.condition, self.team):
             self.log.pending.append(loss)
             if step % exp.execution.log_every == 0 or step == n_steps:
                 self.log.report(step)
             if self.team.rank:
                 continue  # the first process writes
             if step in kept_steps:
-                save_weights(self.folder, self.trainer)
+                checkpoints.save_weights(self.folder, self.trainer)
             if step == n_steps:
                 self.finish(keep)
             elif time.perf_counter() - saved >= checkpoint_interval(asked, saving):
                 start = time.perf_counter()
                 self.log.write()
-                save_checkpoint(self.folder, self.state_dict())
+                checkpoints.save_checkpoint(self.folder, self.state_dict())
                 saved = time.perf_counter()
                 saving = saved - start
 
@@ -227,7 +208,7 @@ def train(
     "Train to the last step from the newest checkpoint; no-op when the final weights exist."
     if team.first(weights_path(folder, exp.train.n_steps).exists):
         if team.rank == 0:
-            drop_checkpoints(folder)
+            checkpoints.drop_checkpoints(folder)
         return False
     folder.mkdir(parents=True, exist_ok=True)
     TrainingRun(exp, data, folder, say, team).run(keep)
