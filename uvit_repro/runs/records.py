@@ -183,13 +183,8 @@ def record(
     path = folder / "measurements.csv"
     old = [r for r in read_rows(path, repair=True) if (r["eval_id"], r["metric"]) not in fresh]
 
-    def write(to):
-        with open(to, "w", newline="", encoding="utf-8") as f:
-            table = csv.DictWriter(f, COLUMNS, lineterminator="\n")
-            table.writeheader()
-            table.writerows(old + new)
-
-    write_atomic(path, write)
+    table = pd.DataFrame(old + new, columns=COLUMNS)
+    write_atomic(path, lambda p: table.to_csv(p, index=False, lineterminator="\n"))
 
 
 def each_record(

@@ -19,6 +19,7 @@ from uvit_repro.runs.devices import ALONE, DistributedContext, pick_device
 from uvit_repro.train import Trainer, build_model, fit, lr_at
 
 PROGRESS_SECONDS = 15.0  # between lines of progress
+RECORDED = ("residual", "use_checkpoint", "activation_budget")  # options, beside what was done
 SAVING_SHARE = 0.02  # of the time, at most, goes into checkpoints
 
 
@@ -139,13 +140,11 @@ class TrainingRun:
             "images_per_second": self.log.images_per_second(step),
             "attention": self.attention["path"],
             "attention_seconds": self.attention.get("seconds"),
-            "residual": ex.residual,
             "compile": self.compiled,
             "compile_report": asdict(report) if report else None,
             "processes": self.team.size,
             "continued_from": self.continued,
-            "use_checkpoint": ex.use_checkpoint,
-            "activation_budget": ex.activation_budget,
+            **{name: getattr(ex, name) for name in RECORDED},
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device) if on_gpu else None,
