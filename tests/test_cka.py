@@ -33,8 +33,7 @@ from uvit_repro.diffusion import Diffusion
 from uvit_repro.paper.numbers import figure7
 from uvit_repro.runs.evaluate import heldout_inputs
 from uvit_repro.runs.experiment import run_experiment
-from uvit_repro.runs.records import publish
-from uvit_repro.runs.similarity import kept_similarities, read_similarity
+from uvit_repro.runs.records import kept_similarities, publish, read_similarity
 from uvit_repro.train import build_model
 from uvit_repro.uvit import UViT
 

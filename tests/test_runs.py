@@ -24,10 +24,9 @@ from uvit_repro.runs import experiment as experiment_module
 from uvit_repro.runs.certificate import certificate
 from uvit_repro.runs.chapters import ChapterFailed, run_chapter
 from uvit_repro.runs.checkpoints import save_checkpoint, weights_path
-from uvit_repro.runs.devices import DistributedContext
+from uvit_repro.runs.devices import DistributedContext, ProcessesFailed
 from uvit_repro.runs.evaluate import read_samples
 from uvit_repro.runs.experiment import repeat_command, run_experiment
-from uvit_repro.runs.processes import ProcessesFailed
 from uvit_repro.runs.records import (
     conditions,
     load_results,

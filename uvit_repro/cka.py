@@ -29,9 +29,9 @@ from .diffusion import Diffusion
 from .runs.checkpoints import load_weights
 from .runs.devices import evaluating, pick_device
 from .runs.evaluate import heldout_inputs
-from .runs.records import load_runs
-from uvit_repro.runs.similarity import (
+from uvit_repro.runs.records import (
     kept_similarities,
+    load_runs,
     read_similarity,
     similarity_path,
     write_similarity,

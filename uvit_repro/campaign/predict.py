@@ -15,9 +15,8 @@ from uvit_repro.data.files import write_json
 from uvit_repro.diffusion import Diffusion
 from uvit_repro.paper.registry import registry
 from uvit_repro.runs.counting import macs_of, model_inputs, predict_seconds, training_flops
-from uvit_repro.runs.devices import pick_device, thread_count
+from uvit_repro.runs.devices import default_workers, pick_device, thread_count
 from uvit_repro.runs.execution import attention_choice, set_attention, wants_compile
-from uvit_repro.runs.processes import default_workers
 from uvit_repro.runs.records import cpu_name, package_version
 from uvit_repro.runs.timing import time_calls
 from uvit_repro.train import Trainer, build_model, sample_times_and_noise

@@ -6,8 +6,8 @@ import traceback
 from pathlib import Path
 
 from uvit_repro.config import from_dict
+from uvit_repro.runs.devices import FAILED
 from uvit_repro.runs.experiment import run_experiment
-from uvit_repro.runs.processes import FAILED
 
 
 def main() -> int:

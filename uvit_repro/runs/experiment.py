@@ -26,9 +26,8 @@ from uvit_repro.runs import evaluate, records
 from uvit_repro.runs.certificate import cached_certificate
 from uvit_repro.runs.checkpoints import check_weights, weights_path, weights_sums
 from uvit_repro.runs.counting import least_memory
-from uvit_repro.runs.devices import check_memory, join_processes, thread_count
+from uvit_repro.runs.devices import check_memory, join_processes, run_together, thread_count
 from uvit_repro.runs.evaluate import RunContext, measurements_of
-from uvit_repro.runs.processes import run_together
 from uvit_repro.runs.training import current_path, train
 from uvit_repro.sample import check_sampler
 

@@ -9,9 +9,11 @@ import platform
 import shutil
 import subprocess
 import warnings
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from uvit_repro import config
@@ -301,3 +303,40 @@ def publish(
         text = "".join(f"{entries[name]}  {name}/{SEAL}\n" for name in sorted(entries))
         write_atomic(root / LIST, lambda p: p.write_text(text, "utf-8", newline="\n"))
     return dest
+
+
+# ---------------------------------------------------------------- similarity of layers
+
+
+def similarity_path(
+    folder: Path,  # of a run
+    settings: dict,  # how the matrices are measured
+) -> Path:
+    "Where the similarity matrices of these settings are kept, beside other statistics."
+    return Path(folder) / "stats" / f"cka-{config.digest(settings, 8)}.npz"
+
+
+def write_similarity(folder: Path, settings: dict, hsic: np.ndarray) -> None:
+    "Keep the mean HSIC of all pairs of layers. Raises `ValueError` where it is not finite."
+    if not np.isfinite(hsic).all():
+        raise ValueError(f"{folder.name}: a block's outputs are not finite")
+    text, path = np.array(json.dumps(settings, sort_keys=True)), similarity_path(folder, settings)
+    write_atomic(path, lambda p: np.savez_compressed(p, hsic=hsic, settings=text))
+
+
+def read_similarity(path: Path) -> tuple[dict, np.ndarray]:  # settings, HSIC
+    "Read kept matrices. Raises `ValueError` for a damaged file."
+    try:
+        with np.load(path) as arrays:
+            settings, hsic = json.loads(str(arrays["settings"])), arrays["hsic"]
+        if path == similarity_path(path.parents[1], settings):
+            return settings, hsic
+        why = "does not hold what its name says"
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+        why = f"can't be read ({type(e).__name__})"
+    raise ValueError(f"{path} {why}: remove it and run chapter 09_representations again")
+
+
+def kept_similarities(folder: Path) -> list[tuple[dict, np.ndarray]]:
+    "All kept matrices of a run, here or published."
+    return [read_similarity(p) for p in sorted((Path(folder) / "stats").glob("cka-*.npz"))]

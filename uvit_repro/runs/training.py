@@ -86,10 +86,9 @@ class LossLog:
 class TrainingRun:
     "One run in training: trainer, data, log and files, resumed from what is there."
 
-    def __init__(self, exp: Experiment, data: Data, folder: Path, say, team: DistributedContext):
+    def __init__(self, exp: Experiment, net, data: Data, folder: Path, say, team):
         self.exp, self.folder, self.say, self.team = exp, folder, say, team
         self.device, ex = pick_device(exp.execution.device), exp.execution
-        net = build_model(exp)
         state = self.find_state(net) or {}
         self.continued = state.get("continued_from")
         self.attention = {"path": current_path(state.get("attention", ""))}
@@ -210,6 +209,6 @@ def train(
             checkpoints.drop_checkpoints(folder)
         return False
     folder.mkdir(parents=True, exist_ok=True)
-    TrainingRun(exp, data, folder, say, team).run(keep)
+    TrainingRun(exp, build_model(exp), data, folder, say, team).run(keep)
     team.gather(None)  # nobody goes on before the final weights are there
     return True
