@@ -150,7 +150,7 @@ class Bench:
             rows.append(bench_row(columns, "matrix_rate", self.rates[p], "FLOP/s"))
         self.jobs["machine"] = rows
 
-    def prepare(self, c: Contestant) -> float:  # peak memory of one call in bytes; 0: not known
+    def prepare(self, c: Contestant) -> float:  # peak bytes of one call on a GPU; 0: not known
         "Build and warm up a contestant; its first calls do not count as memory."
         gc.collect()
         on_gpu = self.device.type == "cuda"
@@ -161,8 +161,11 @@ class Bench:
         if c.compiled:
             text = f"{c.compiled.graphs} compiled graphs, {c.compiled.fallbacks} eager calls"
             c.columns["note"] = f"{c.columns['note']} {text} {c.compiled.error[:100]}".strip()
-        peak = timing.peak_memory(c.call, self.device) if c.flops else None
-        return float(max(peak - base, 0)) if peak else 0.0
+        if not on_gpu or not c.flops:
+            return 0.0
+        torch.cuda.reset_peak_memory_stats(self.device)
+        c.call()
+        return float(torch.cuda.max_memory_allocated(self.device) - base)
 
     def measured(
         self, name: str, c: Contestant, times: dict, memory: float
@@ -174,7 +177,8 @@ class Bench:
             share = c.flops / t / self.rates[c.columns["precision"]]
             rows.append(("images_per_second", timing.spread(c.batch / t), "1/s"))
             rows.append(("mfu", timing.spread(share), "of the matrix rate"))
-            rows.append(("peak_memory", memory, "bytes"))
+            if memory:
+                rows.append(("peak_memory", memory, "bytes"))
         for other, metric in (("released", "speedup"), ("without", "worth")):
             if other in times and name != other:
                 rows.append((metric, timing.paired_ratio(times[other], t), "x"))

@@ -1,4 +1,4 @@
-"""The timer of the house: calls, contestants in turn, peak memory, a machine's ceiling."""
+"""The timer of the house: calls, contestants in turn, a machine's ceiling."""
 
 import math
 import statistics
@@ -90,18 +90,6 @@ def interleaved(
             n = per_repetition[name]
             times[name].append(sum(time_calls(call, device, n, 0)) / n)
         yield times
-
-
-def peak_memory(
-    fn: Callable,  # called once; call it before, or its first call's compilation counts too
-    device="cpu",
-) -> int | None:  # bytes; None on a CPU, where it is not measured
-    "The GPU's largest memory in use during one call; earlier peaks are forgotten."
-    if torch.device(device).type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
-    fn()
-    return torch.cuda.max_memory_allocated(device)
 
 
 def matmul_rate(
