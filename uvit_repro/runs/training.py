@@ -33,7 +33,7 @@ class LossLog:
     def __init__(self, exp: Experiment, folder: Path, say, step: int, state: dict | None):
         self.cfg, self.folder, self.say, self.first_step = exp.train, folder, say, step
         state = state or {"rows": [], "pending": [], "seconds": 0.0}
-        self.rows, self.earlier, self.pending = state["rows"], state["pending"], []
+        self.rows, self.pending = state["rows"], state["pending"]
         self.seconds_before, self.start = state["seconds"], time.perf_counter()
         self.said = -math.inf  # time of the last line of progress
 
@@ -48,9 +48,7 @@ class LossLog:
 
     def check(self, step: int) -> Tensor:
         "The losses since the last report. Raises `TrainingFailed` when one is not finite."
-        losses = torch.tensor(self.earlier)
-        if self.pending:
-            losses = torch.cat([losses, torch.stack(self.pending).float().cpu()])
+        losses = torch.tensor([float(loss) for loss in self.pending])
         if not losses.isfinite().all():
             i = int((~losses.isfinite()).nonzero()[0])
             at, path = step - len(losses) + i, self.folder / "checkpoint.pt"
@@ -64,7 +62,7 @@ class LossLog:
     def report(self, step: int) -> None:
         "Log the mean loss since the last report."
         mean, last, now = float(self.check(step).mean()), self.cfg.n_steps, time.perf_counter()
-        self.pending, self.earlier = [], []
+        self.pending = []
         self.rows.append((step, mean, lr_at(self.cfg, step - 1), self.seconds()))
         if step == last or now - self.said >= PROGRESS_SECONDS:
             speed, self.said = self.images_per_second(step), now
