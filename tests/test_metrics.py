@@ -23,7 +23,6 @@ from uvit_repro.data.features import (
     FEATURE_EXTRACTORS,
     CifarResNet,
     FeatureNetwork,
-    extract,
     feature_extractor,
     feature_status,
     feature_weights,
@@ -51,6 +50,10 @@ from uvit_repro.runs.measurement import (
 )
 
 DIGITS = MeasureOptions("digits_cnn", patch_size=2)
+
+
+def extract(images, name):
+    return FeatureNetwork(name).extract(images)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ __all__ = ['SOLVERS', 'class_spread', 'guidance_sweep', 'solver_table']
 
 # %% ../nbs/07_imagenet.ipynb #07-4f8270af
 from torch import Tensor
-from .data.features import extract
+from .data.features import FeatureNetwork
 from .data.images import Data
 from .runs.evaluate import read_samples
 from .runs.experiment import remeasure
@@ -32,9 +32,10 @@ def guidance_sweep(
     say=print,
 ):  # DataFrame of `remeasure`, with `spread` over that of the held-out images
     "Fidelity against variety over the scale of guidance."
+    network = FeatureNetwork(features)
 
     def spread(images, labels):
-        return class_spread(extract(images, features)["features"], labels)
+        return class_spread(network.extract(images)["features"], labels)
 
     variations = [{"cfg_scale": float(w)} for w in scales]
     table = remeasure(run, num_samples, variations, say, paper_ref="guidance")

@@ -291,12 +291,3 @@ class FeatureNetwork:
                 for kind, v in zip(("features", "logits", "spatial"), outputs, strict=False):
                     out.setdefault(kind, []).append(v.float().cpu())
         return {kind: torch.cat(v) for kind, v in out.items()}
-
-
-def extract(
-    images: Tensor,  # uint8, (N, C, H, W)
-    name: str,  # a key of FEATURE_EXTRACTORS
-    device="cpu",  # where the network runs
-) -> dict:  # as from `FeatureNetwork.extract`
-    "Features and logits of images, from a network built for this call."
-    return FeatureNetwork(name, device).extract(images)

@@ -1,7 +1,6 @@
 """Arrays in shards: written once, resumed after a kill, memory-mapped, checked when read."""
 
 import os
-import re
 import tempfile
 import time
 from contextlib import suppress
@@ -25,9 +24,8 @@ from uvit_repro.data.files import (
     write_checked_json,
 )
 
-FORMAT, VERSION = "uvit_repro store", 3
+VERSION = 3  # of the layout
 AGAIN = "Repeat the command that wrote the store: only what is missing is made again"
-OWN = re.compile(r"\.lock|(index|labels|[a-z]+-\d{5})\.(json|npy)(\.damaged-\d+)?")  # file names
 
 
 class StoreError(DamagedFile):
@@ -91,16 +89,12 @@ def _write_record(path: Path, suffix: str, arrays: dict, record: dict) -> dict:
 
 
 def _refuse_other(path: Path, job: dict, records: list[dict]) -> None:
-    "Raise `ParameterError` when a folder holds another store, or none."
+    "Raise `ParameterError` when a folder holds another store."
     for old in (record["job"] for record in records):
         if differ := [k for k in job if old.get(k) != job[k]]:
             text = "; ".join(f"{k} = {old.get(k)!r} there, {job[k]!r} here" for k in differ)
             text = f"{printable(path)} holds something else ({text[:200]})"
             raise ParameterError(f"{text}: give another folder, or remove this one")
-    foreign = sorted(p.name for p in path.iterdir() if not OWN.fullmatch(p.name))
-    if foreign and not records:
-        text = f"{printable(path)} is not empty ({printable(', '.join(foreign[:3]))})"
-        raise ParameterError(f"{text} and no store of this: give another folder")
 
 
 def write_store(
@@ -129,7 +123,7 @@ def write_store(
             records[k] = _write_record(names[k], f"-{k:05d}", arrays, record)
         if todo or _read_record(path / "index.json", say) is None:
             arrays, index = make_index(records)
-            index |= {"format": FORMAT, "version": VERSION, "kind": job["kind"]}
+            index |= {"version": VERSION, "kind": job["kind"]}
             index["rows"] = [r["rows"] for r in records]
             index["shards"] = {name: f for r in records for name, f in r["files"].items()}
             _write_record(path / "index.json", "", arrays, index)
@@ -151,10 +145,10 @@ class Store:
             self.index = read_checked_json(file)
         except DamagedFile as e:
             raise StoreError(f"{e}. {AGAIN}") from None
-        found = tuple(self.index.get(k) for k in ("format", "version"))
-        if found != (FORMAT, VERSION) or self.kind not in ("", self.index["kind"]):
-            text = f"{shown} holds {self.index.get('kind')} in format {found}"
-            raise StoreError(f"{text}; wanted {self.kind} in format {(FORMAT, VERSION)}")
+        found = self.index.get("kind"), self.index.get("version")
+        if found != (self.kind or found[0], VERSION):
+            wanted = f"wanted {self.kind or 'a store'} in version {VERSION}"
+            raise StoreError(f"{shown} holds {found[0]} in version {found[1]}; {wanted}")
         self.files = {**self.index["shards"], **self.index["files"]}
         self._refuse(self.problems(thorough=False))
         self.ends = np.cumsum(self.index["rows"])
