@@ -328,6 +328,7 @@ def seen(ev: Evidence, claim: dict, protocol: str) -> pd.DataFrame:
             other = d[d.variant == label][[*keys, "difference"]]
             found = found.merge(other, on=keys, suffixes=("", "_better"))
             found["difference"] -= found.pop("difference_better")
-        out.append(found.assign(worse=worse, better=better))
+        pair = f"{in_words(worse)} against {in_words(better)}"
+        out.append(found.assign(worse=worse, better=better, pair=pair))
     frame = pd.concat(out, ignore_index=True)
     return frame[frame.steps == frame.steps.max()]

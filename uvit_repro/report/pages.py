@@ -30,7 +30,6 @@ from uvit_repro.report.evidence import (
     comparison_name,
     effect_rows,
     has_list,
-    in_words,
     judged,
     read_evidence,
     seen,
@@ -198,16 +197,14 @@ class Report:
         "What runs outside a list showed about a claim at one protocol."
         found = seen(self.ev, claim, protocol).sort_values("seed")
         found["text"] = "s" + found.seed.astype(str) + " " + found.difference.map(percent)
-        return [
-            {
-                "what": f"{in_words(worse)} against {in_words(better)}",
-                "measures": [
-                    (figures.measure_words(m), list(map(self.run_link, g.run_id, g.text)))
-                    for m, g in pair.groupby("measure", sort=False)
-                ],
+        lines = []
+        for pair, runs in found.groupby("pair", sort=False):
+            groups = runs.groupby("measure", sort=False)
+            links = {
+                figures.measure_words(m): map(self.run_link, g.run_id, g.text) for m, g in groups
             }
-            for (worse, better), pair in found.groupby(["worse", "better"], sort=False)
-        ]
+            lines.append({"what": pair, "measures": [(m, list(x)) for m, x in links.items()]})
+        return lines
 
     @functools.cache  # noqa: B019
     def headline(self, protocol: str) -> list[dict]:
@@ -269,19 +266,18 @@ class Report:
     def against_seen(self, claim: dict, protocol: str) -> Iterable[dict]:
         "Measures that point the other way at every seed of runs outside a list."
         found = seen(self.ev, claim, protocol).sort_values("seed")
-        for (worse, better), pair in found.groupby(["worse", "better"], sort=False):
+        for pair, runs in found.groupby("pair", sort=False):
             parts, opposed = [], False
-            for measure, group in pair.groupby("measure"):
+            for measure, group in runs.groupby("measure"):
                 against = group.difference.max() < -claim.get("margin", 0.0)
                 side = "against the paper" if against else "with it"
                 listed = ", ".join(map(percent, group.difference))
                 parts.append(f"{figures.measure_words(measure)} {side} ({listed})")
                 opposed |= against
             if opposed:
-                start = f"{SCALES[protocol]}, {claim['id']}, {in_words(worse)} against "
-                text = f"{start}{in_words(better)}: {'; '.join(parts)}."
-                runs = pair.drop_duplicates("run_id")
-                links = list(map(self.run_link, runs.run_id, "s" + runs.seed.astype(str)))
+                text = f"{SCALES[protocol]}, {claim['id']}, {pair}: {'; '.join(parts)}."
+                one = runs.drop_duplicates("run_id")
+                links = list(map(self.run_link, one.run_id, "s" + one.seed.astype(str)))
                 yield {"text": text, "links": links}
 
     # ---- Tables and figures ----
@@ -356,15 +352,12 @@ class Report:
     @property
     def drawings(self) -> dict:  # name for `--only` -> function that draws one figure or several
         "Every figure of the report, not yet drawn."
-        parts = {}
-        for p in self.listed:
-            effects = effect_rows(self.verdicts[p], self.values[p])
-            parts[f"effects_{p}"] = functools.partial(figures.draw_effects, p, effects)
-        parts |= {name: functools.partial(draw, self.ev) for name, draw in FIGURES.items()}
-        for p in self.ev.protocols:
-            if p in self.listed:
-                parts[f"running_{p}"] = functools.partial(figures.draw_running, self.ev, p)
-            parts[f"samples_{p}"] = functools.partial(figures.draw_samples, self.ev, p)
+        ev, partial = self.ev, functools.partial
+        effects = {p: effect_rows(self.verdicts[p], self.values[p]) for p in self.listed}
+        parts = {f"effects_{p}": partial(figures.draw_effects, p, e) for p, e in effects.items()}
+        parts |= {name: partial(draw, ev) for name, draw in FIGURES.items()}
+        parts |= {f"running_{p}": partial(figures.draw_running, ev, p) for p in self.listed}
+        parts |= {f"samples_{p}": partial(figures.draw_samples, ev, p) for p in ev.protocols}
         return parts
 
     def save_figures(self, target: Path, suffixes=("png", "svg", "csv")) -> list[figures.Figure]:
