@@ -23,8 +23,12 @@ from uvit_repro.config import (
     resolve_name,
 )
 from .diffusion import Diffusion
-from .runs import devices
-from .runs.devices import DistributedContext
+from uvit_repro.runs.devices import (
+    ALONE,
+    DistributedContext,
+    make_accelerator,
+    pick_device,
+)
 from .runs.execution import compile_blocks
 from .uvit import init_weights, load_official
 
@@ -86,11 +90,11 @@ class Trainer:
         device="cpu",
         compile=False,  # "on", or "auto": run eagerly what can't be compiled
     ):
-        device = devices.pick_device(str(device))
+        device = pick_device(str(device))
         self.net, self.diffusion, self.cfg = net.to(device).train(), diffusion, cfg
         strict, self.step = compile != "auto", 0
         self.compiled = compile_blocks(net, strict) if compile else None  # its report
-        self.accelerator = devices.make_accelerator(cfg.precision, device)
+        self.accelerator = make_accelerator(cfg.precision, device)
         how = {"lr": cfg.lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
         optimizer = torch.optim.AdamW(net.parameters(), **how, fused=True)
         self.network, self.optimizer = self.accelerator.prepare(net, optimizer)
@@ -245,7 +249,7 @@ def fit(
     batches,  # `iterate(step)` yields (x0, labels or texts)
     seed: int,  # of times and noise
     condition: str = "none",  # none | class | text: what the network is given
-    context: DistributedContext = devices.ALONE,  # the processes that share each batch
+    context: DistributedContext = ALONE,  # the processes that share each batch
 ):  # yields (updates done, mean loss on the device)
     "Train to the last step, one update at a time."
     cfg, argument = trainer.cfg, CONDITION_ARGUMENT[condition]
