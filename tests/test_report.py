@@ -285,9 +285,9 @@ def test_each_headline_claim_shows_its_seeds_and_no_cell_mixes_scales(report, te
         assert seeds == {s for c in claim.comparisons for s in c.seeds}
         assert not re.search(r"\bs2\d ", digits)
         assert "Fréchet" not in ours
-        assert verdict.word in cells["word at cpu"]
+        assert verdict.word in cells["verdict at cpu"]
         named = sum(len(c.seeds) for c in claim.comparisons)
-        assert f"{named} of {named} pairs" in cells["word at cpu"]
+        assert f"{named} of {named} pairs" in cells["verdict at cpu"]
 
 
 def test_every_link_of_the_page_leads_to_a_file_or_a_place(report, text):

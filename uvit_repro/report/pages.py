@@ -160,6 +160,9 @@ class Report:
             "claims": len(verdicts),
             "complete": sum(not v.missing for v in verdicts),
             "words": {w: [v.id for v in verdicts if v.word == w] for w in WORDS},
+            "caveats": {
+                claim["id"]: claim["caveat"] for claim in entry["claims"] if "caveat" in claim
+            },
             "seeds": sorted({len(seeds) for seeds in entry["seeds"].values()}),
             "sd": spread.sd if spread else None,
             "power": power(0.01, spread.sd, 2, spread.df) if spread else None,
@@ -215,7 +218,8 @@ class Report:
             said, effects = self.claim_words.loc[verdict.id], verdict.effects
             done = sum(len(e.differences) for e in effects)
             planned = sum(len(e.comparison.seeds) for e in effects)
-            row = {"id": verdict.id, "claim": said.claim, "note": claim.get("note", "")}
+            row = {"id": verdict.id, "claim": said.claim}
+            row |= {name: claim.get(name, "") for name in ("note", "caveat")}
             row |= {"paper": said.paper_numbers, "source": said.source, "word": verdict.word}
             row |= {"pairs": f"{done} of {planned} pairs", "reason": verdict.reason}
             row |= {"effects": [e for e in effects if e.differences]}
@@ -238,7 +242,7 @@ class Report:
     def surprises(self) -> list[dict]:  # text, links
         "Everything that points against the paper, computed from the records."
         found = [s for p in self.listed for v in self.verdicts[p] for s in self.against_list(v)]
-        found.sort(key=lambda s: f"word: {DISAGREES}" not in s["text"])
+        found.sort(key=lambda s: f"verdict: {DISAGREES}" not in s["text"])
         claims = fixed_list("cpu")["claims"]
         found += [s for p in self.unlisted for claim in claims for s in self.against_seen(claim, p)]
         for c in self.counts[2].itertuples():
@@ -258,7 +262,7 @@ class Report:
                     where = "" if name == "difference" else f" at {name}"
                     listed = ", ".join(map(percent, mine[name]))
                     text = f"{start} held-out loss{where} against the paper at every seed"
-                    text += f" ({listed}; word: {verdict.word})."
+                    text += f" ({listed}; verdict: {verdict.word})."
                     links = self.seed_links(e, verdict.protocol)
                     yield {"text": text, "links": [Link(x.text.split()[0], x.href) for x in links]}
                     break
