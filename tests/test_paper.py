@@ -354,7 +354,9 @@ def git(*args: str) -> str:
 def what_judges(text: str) -> dict:
     "What of a fixed list decides a claim: all but notes in words and the order of its queue."
     entry = json.loads(text)["cpu"]
-    claims = [{k: v for k, v in claim.items() if k not in ("note", "caveat")} for claim in entry["claims"]]
+    claims = [
+        {k: v for k, v in claim.items() if k not in ("note", "caveat")} for claim in entry["claims"]
+    ]
     names = ("measure", "weights", "step", "log_snr_bands", "arms", "seeds", "long")
     return {**{name: entry.get(name) for name in names}, "claims": claims}
 

@@ -246,6 +246,9 @@ def test_threads_are_restored_after_an_exception(tmp_path, monkeypatch):
 def test_what_cannot_work_stops_before_training(tmp_path):
     with pytest.raises(ParameterError, match="5 and 7"):
         run_experiment(with_overrides(SMOKE, sampler="heun", nfe=6), tmp_path, quiet)
+    for late in ({"curve_steps": (21,)}, {"loss_steps": (5, 99)}):
+        with pytest.raises(ParameterError, match="at most n_steps = 20"):
+            run_experiment(with_overrides(SMOKE, **late), tmp_path, quiet)
     missing = with_overrides(
         SMOKE,
         dataset="cifar10",

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from uvit_repro import config
-from uvit_repro.config import Experiment
+from uvit_repro.config import Experiment, ParameterError
 from uvit_repro.data import files
 from uvit_repro.data.features import check_images
 from uvit_repro.data.files import run_lock, write_json
@@ -78,8 +78,11 @@ def with_reference(exp: Experiment) -> Experiment:
 
 
 def check_request(exp: Experiment, data: Data) -> None:
-    "Refuse, before training, a sampler or features that do not fit. Raises `ParameterError`."
+    "Refuse, before training, what can't be measured. Raises `ParameterError`."
     for m in measurements_of(exp):
+        if m.step > exp.train.n_steps:
+            text = f"curve_steps or loss_steps name step {m.step}"
+            raise ParameterError(f"{text}: they must be at most n_steps = {exp.train.n_steps}")
         sampling = m.exp.sampling
         check_sampler(sampling.sampler, sampling.nfe, Diffusion(exp.diffusion).process)
     if exp.evaluation.features != "none" and not data.decode:

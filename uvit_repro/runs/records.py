@@ -295,7 +295,7 @@ def publish(
     dest = root / folder.name
     statistics = [f"stats/{p.name}" for p in sorted((folder / "stats").glob("*.npz"))]
     with files.run_lock(root):
-        files.sweep_unfinished(dest)
+        files.sweep_unfinished(root)
         for name in (*EVIDENCE, *statistics):
             if (folder / name).exists() and not Path(name).name.startswith(UNFINISHED):
                 write_atomic(dest / name, lambda p, n=name: shutil.copyfile(folder / n, p))
