@@ -85,6 +85,14 @@ def summary(path: Path) -> str:
     return sha256_file(path)
 
 
+def summary_of_any(path: Path) -> str:
+    "The summary of a file, or that it can't be read."
+    try:
+        return summary(path)
+    except Exception as e:
+        return f"unreadable: {type(e).__name__}"
+
+
 def contents(folder: Path) -> dict:  # summaries by relative name
     "Everything below a folder that another process would read."
     found = {}
@@ -92,7 +100,7 @@ def contents(folder: Path) -> dict:  # summaries by relative name
         name = path.relative_to(folder).as_posix()
         passing = path.name in IGNORED or "damaged" in name or "stats_cache" in name
         if path.is_file() and not passing:
-            found[name] = summary(path)
+            found[name] = summary_of_any(path)
     return found
 
 

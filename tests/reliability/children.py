@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["uvit_repro.campaign.transfer", "uvit_repro.data.encode", "uvit_repro.runs.experiment"]
-)
+CONTEXT.set_forkserver_preload(["reliability.warm"])
+TESTS = str(Path(__file__).resolve().parent.parent)  # the server finds this package there
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")]))
 LONGEST = 300  # seconds that a piece of work may take
 WRITES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate")
 

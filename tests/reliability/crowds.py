@@ -37,10 +37,11 @@ def disk_cases(shop: Workshop, count: int, seed: int) -> Iterator[tuple[str, str
         folder.mkdir()
         ending = in_child(writer.work, (*writer.arguments, folder), folder, Harm(0, 0.0, limit))
         failure = ""
-        if not ending.error:
+        refused = ending.error or str(ending.value or "")  # `collect` returns what it refused
+        if not refused:
             failure = "a file beyond the limit was written"
-        elif str(folder) not in ending.error and "File too large" not in ending.error:
-            failure = ending.error[:300]
+        elif str(folder) not in refused and "carried" not in refused:
+            failure = refused[:300]
         elif left_behind(folder):
             failure = f"left behind: {left_behind(folder)[:2]}"
         again = in_child(writer.work, (*writer.arguments, folder), folder)

@@ -9,20 +9,38 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-from uvit_repro.cli import main
-from uvit_repro.config import PARAMETERS, PROTOCOLS, SMOKE, ParameterError, experiment, from_dict
-from uvit_repro.config import with_overrides
-from uvit_repro.runs.experiment import run_experiment
-
 from reliability.artefacts import Workshop, complaints, quiet
 from reliability.children import in_child
+from uvit_repro.cli import main
+from uvit_repro.config import (
+    PARAMETERS,
+    PROTOCOLS,
+    ParameterError,
+    experiment,
+    from_dict,
+    with_overrides,
+)
+from uvit_repro.runs.experiment import run_experiment
 
 LONGEST_MESSAGE = 400  # characters
 PATIENCE = 5  # seconds for one setting
 ODD_VALUES = (
     *(0, -1, 1, 2, 3, 7, 2**31, 2**63, 10**9, 10**10, 10**400, -(10**400)),
     *(0.0, -0.0, 0.5, 1.0, 1e-300, 1e300, math.nan, math.inf, -math.inf),
-    *("", " ", "nan", "inf", "1e999", "true", "none", "None", "auto", "\u0663", "\uff15", "x" * 9999),
+    *(
+        "",
+        " ",
+        "nan",
+        "inf",
+        "1e999",
+        "true",
+        "none",
+        "None",
+        "auto",
+        "\u0663",
+        "\uff15",
+        "x" * 9999,
+    ),
     *("a\nb", "\x1b[31m", "../..", "/", "folder:", "npz:", "latents:", "1,2", "1,,2", "(1, 2)"),
     *(True, False, b"bytes", [], [1, 2], [[1]], (), (1, "x"), {}, {"a": 1}, set(), object(), 1j),
     *(range(3), len, math, type, Ellipsis, "0x10", "1_000", "=", "a=b,c", "window=4", "mult=1"),
@@ -213,6 +231,3 @@ def combination_cases(shop: Workshop, count: int, seed: int) -> Iterator[tuple[s
             failure = f"verify: {wrong[0]}"
         yield f"combination {given}", failure
         shutil.rmtree(folder, ignore_errors=True)
-
-
-__all__ = ["SMOKE", "combination_cases", "setting_cases"]
