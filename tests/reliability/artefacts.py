@@ -47,7 +47,7 @@ def encode_small(folder: Path):
     digits = load_digits(SMALL.data)
     x, y = digits.train_images, digits.train_labels
     few = Data("digits", x[:80], y[:80], x[80:90], y[80:90], 10, digits.class_names, "1" * 64)
-    how = Encoding(batch=10, shard_rows=20, pixels=True)
+    how = Encoding(batch=10, shard_rows=20)
     encode_images(data_source(few, enlarge), digits_autoencoder(), folder / "store", how, quiet)
 
 
