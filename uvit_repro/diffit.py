@@ -352,7 +352,7 @@ def image_levels(
         raise ParameterError(f"window = {window}: allowed are divisors of {fits}")
     return [(n, min(window, side)) for n, side in zip(cells, sides, strict=True)]
 
-
+# %% ../nbs/12_diffit.ipynb #12-residual-cells
 def residual_cells(level: tuple, *size, mlp_ratio: float, time: str, time_dim: int):
     "The residual cells of one level: (cells, side of a window); width and heads."
     count, window = level

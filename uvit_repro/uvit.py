@@ -450,7 +450,7 @@ def network_fields(
     sizes = {name: getattr(model, name) for name in names}
     return {**images, **sizes, **condition_fields(model, data, p_uncond)}
 
-
+# %% ../nbs/02_architecture.ipynb #02-from-config-uvit
 def from_config(
     model,  # ModelConfig
     data,  # DataConfig, with num_classes known
