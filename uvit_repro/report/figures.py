@@ -55,7 +55,7 @@ def subplots(rows: int, columns: int, size: tuple[float, float], left: float = 0
     palette()
     width, height = size[0] * columns + left - 0.75, size[1] * rows
     fig, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, **options)
-    gap, below, above = 0.75, 0.55, 0.4
+    gap, below, above = 0.95, 0.55, 0.4
     fig.subplots_adjust(
         left=left / width,
         right=1 - 0.15 / width,
@@ -83,8 +83,13 @@ def save(drawn: Figure, target: Path, suffixes=("png", "svg", "csv")) -> Path:  
 
 def plain_log(axis) -> None:
     "Label a logarithmic axis with plain numbers."
+    from matplotlib.ticker import LogLocator
+
     axis.axes.set_yscale("log")
     axis.set_major_formatter("{x:g}")
+    low, high = axis.get_view_interval()
+    if high > 4 * low:  # labels at every digit would overlap
+        axis.set_minor_locator(LogLocator(subs=(2, 5)))
     axis.set_minor_formatter("{x:g}")
     axis.set_tick_params(which="minor", labelsize=7)
 
