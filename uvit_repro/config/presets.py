@@ -5,6 +5,9 @@ import re
 
 from uvit_repro.config.settings import ParameterError, listed, refuse, shown
 
+# A network is called as network(x, t, y=labels) or network(x, t, context=tokens), or without either
+# where it has no condition: x is (B, C, H, W), t is (B,), 0 to 999 (EDM: log(sigma) / 4). It
+# returns a tensor like x.
 MODELS = {  # functions of (model, data, p_uncond, use_checkpoint, activation_budget)
     "UViT": "uvit_repro.uvit:from_config",
     "UNet-latent": "uvit_repro.unet:latent_from_config",
