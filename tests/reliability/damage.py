@@ -144,8 +144,8 @@ def local(shop: Workshop, folder: Path, rng) -> tuple[str, str]:
         return case, "" if path.name in ending.error else f"run: {ending.error[:300]}"
     found, whole = contents(folder), contents(shop.runs)
     numbers = [n for n in whole if n.endswith(("measurements.csv", ".safetensors", ".npz"))]
-    # Samples that were measured may go.
-    kept = [n for n in numbers if n in found or "/samples/" not in n]
+    # A file of a measured step may go; the numbers may not.
+    kept = [n for n in numbers if n in found or n.endswith(".csv")]
     wrong = [n for n in kept if found.get(n) != whole[n]]
     wrong = [
         n for n in wrong if not any(Path(n).name in line for line in complaints("runs", folder))
