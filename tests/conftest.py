@@ -1,5 +1,9 @@
+import signal
+
 import pytest
 import torch
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
 
 @pytest.fixture(autouse=True)
