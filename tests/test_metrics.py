@@ -789,4 +789,7 @@ def test_published_statistics_give_the_published_numbers():
         with np.load(path, allow_pickle=False) as z:
             found = {r["metric"]: r["value"] for r in recompute(dict(z))}
             assert json.loads(str(z["why"])) is not None
-        assert found == pytest.approx(dict(zip(some.metric, some.value, strict=True)), rel=1e-9)
+        given = dict(zip(some.metric, some.value, strict=True))
+        refused = set(found) - set(given)  # a seam needs patches of 2 to side / 2 pixels
+        assert all(name.startswith("patch_seam_energy") for name in refused)
+        assert {name: found[name] for name in given} == pytest.approx(given, rel=1e-9)
