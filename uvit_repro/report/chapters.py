@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -77,6 +78,9 @@ def smaller_png(
 def without_machine(text: str) -> str:
     "Text in which folders of this machine have general names."
     folders = {project_root(): ".", Path.home(): "~", Path(tempfile.gettempdir()): "TMP"}
+    for variable in ("UVIT_DATA", "UVIT_WEIGHTS"):
+        if os.environ.get(variable):
+            folders[Path(os.environ[variable])] = f"${variable}"
     for folder, name in folders.items():
         if folder != Path(folder.anchor):  # a home of / is no name of a machine
             text = re.sub(re.escape(str(folder)) + r"(?![\w-])", name, text)
